@@ -1,0 +1,66 @@
+"""SAAP as a library: structured pruning of large language models, step by step, without Prefect or DuckDB.
+
+    from saap import discover, load, load_tokenizer, score, fuse, fluctuation, weight_norms, asi, select, prune, save
+
+Importing it registers the uneven Llama with transformers, so `AutoModelForCausalLM.from_pretrained(folder)` works on
+our checkpoints.
+"""
+
+from saap.accuracy import ACCURACY, accuracy
+from saap.adapter import PooledAdapter, add_adapters, merge_adapters
+from saap.checkpoint import convert_gguf, load, load_tokenizer, save
+from saap.errors import SaapError
+from saap.families import family_of
+from saap.fluctuation import asi, fluctuation
+from saap.fusion import fuse
+from saap.groups import Groups, discover, weight_norms
+from saap.importance import score
+from saap.int4 import use_int4_kernels
+from saap.modeling import GroupwiseLinear, SaapLlamaConfig, SaapLlamaForCausalLM
+from saap.perplexity import Perplexity, perplexity
+from saap.plan import removed_share, select
+from saap.quantize import dequantize, quantize, to_groupwise
+from saap.recover import recover
+from saap.speed import compare_speed, size_of
+from saap.surgery import mask, prune, widths
+from saap.texts import read_rows, sample_tokens
+
+__all__ = [
+    "ACCURACY",
+    "Groups",
+    "GroupwiseLinear",
+    "Perplexity",
+    "PooledAdapter",
+    "SaapError",
+    "SaapLlamaConfig",
+    "SaapLlamaForCausalLM",
+    "accuracy",
+    "add_adapters",
+    "asi",
+    "compare_speed",
+    "convert_gguf",
+    "dequantize",
+    "discover",
+    "family_of",
+    "fluctuation",
+    "fuse",
+    "load",
+    "load_tokenizer",
+    "mask",
+    "merge_adapters",
+    "perplexity",
+    "prune",
+    "quantize",
+    "read_rows",
+    "recover",
+    "removed_share",
+    "sample_tokens",
+    "save",
+    "score",
+    "select",
+    "size_of",
+    "to_groupwise",
+    "use_int4_kernels",
+    "weight_norms",
+    "widths",
+]

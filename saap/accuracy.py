@@ -1,0 +1,107 @@
+"""Zero-shot accuracies through lm-eval's stock tasks, on the hub's data or on files in the official layout."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from saap.errors import SaapError
+
+# benchmark → the metric in the papers' column, and the split its stock task scores
+ACCURACY = {
+    "arc_easy": ("acc", "test"),
+    "arc_challenge": ("acc_norm", "test"),
+    "boolq": ("acc", "validation"),
+    "hellaswag": ("acc_norm", "validation"),
+    "piqa": ("acc", "validation"),
+    "winogrande": ("acc", "validation"),
+    "openbookqa": ("acc_norm", "test"),
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of one benchmark; `papers` marks the metric that the papers' tables show."""
+
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    protocol: str
+    papers: bool
+
+
+def accuracy(
+    model: nn.Module,
+    tokenizer: Any,
+    benchmark: str,
+    *,
+    data_file: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_length: int = 2048,
+) -> tuple[list[Metric], dict[str, Any]]:
+    """acc (and acc_norm where the task has it) of one of `ACCURACY`, and lm-eval's own results as it gives them.
+
+    data_file: .parquet or .jsonl with the split's rows in the data set's official columns; None downloads from the hub.
+    limit: the first so many items only. Raises SaapError for an unknown benchmark, unreadable data or missing columns.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    if benchmark not in ACCURACY:
+        raise SaapError(f"unknown benchmark '{benchmark}'; known: {', '.join(ACCURACY)}")
+    papers, split = ACCURACY[benchmark]
+    lm = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        device=str(next(model.parameters()).device),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        spec = benchmark if data_file is None else _task_file(Path(folder), benchmark, Path(data_file), split)
+        # the bootstrap only serves metrics without a closed-form standard error, and these all have one
+        results = simple_evaluate(
+            lm, tasks=[spec], limit=limit, task_manager=_task_manager(), log_samples=False, bootstrap_iters=100
+        )
+    found = results["results"][benchmark]
+    n = results["n-samples"][benchmark]["effective"]
+    protocol = f"lm-eval {version('lm-eval')} task v{results['versions'][benchmark]}, 0-shot" + (
+        f", first {limit}" if limit else ""
+    )
+    metrics = [
+        Metric(name, float(found[f"{name},none"]), float(found[f"{name}_stderr,none"]), n, protocol, name == papers)
+        for name in ("acc", "acc_norm")
+        if f"{name},none" in found
+    ]
+    return metrics, json.loads(json.dumps(results, default=str))
+
+
+@lru_cache(maxsize=1)
+def _task_manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _task_file(folder: Path, benchmark: str, data_file: Path, split: str) -> str:
+    """The stock task with only the place of its data changed, as lm-eval's `include` allows."""
+    stock = _task_manager().task_index[benchmark].yaml_path
+    # the stock tasks name further splits; zero-shot runs never read them
+    files = {name: str(data_file.resolve()) for name in ("train", "validation", "test")}
+    overrides = {
+        "include": str(stock),
+        "task": benchmark,
+        "dataset_path": "parquet" if data_file.suffix == ".parquet" else "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
+    }
+    file = folder / f"{benchmark}.yaml"
+    file.write_text(json.dumps(overrides))  # JSON is YAML
+    return str(file)

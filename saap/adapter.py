@@ -1,0 +1,64 @@
+"""The pooled low-rank adapter over group-wise int4, and its exact merge (SAAP eq. 12, QA-LoRA)."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from saap.modeling import GroupwiseLinear
+
+
+class PooledAdapter(nn.Module):
+    """y = x·Ŵ + s·(pool(x)·A)·B: x is summed within each group of inputs, so the update is constant on a group.
+
+    base: the frozen int4 layer, L = ⌈in/group_size⌉ groups. a (rank, L), b (out, rank) zero at the start, s = alpha/rank.
+    """
+
+    def __init__(self, base: GroupwiseLinear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.base, self.scaling = base, alpha / rank
+        scale: torch.Tensor = base.scale  # type: ignore[assignment]
+        self.a = nn.Parameter(torch.empty(rank, scale.shape[1], device=scale.device))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank, device=scale.device))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        groups, size = self.a.shape[1], self.base.group_size
+        if groups * size != x.shape[-1]:
+            pooled = F.pad(x, (0, groups * size - x.shape[-1])).unflatten(-1, (groups, size)).sum(-1)
+        else:
+            pooled = x.unflatten(-1, (groups, size)).sum(-1)
+        update = F.linear(F.linear(pooled, self.a.to(x.dtype)), self.b.to(x.dtype))
+        return self.base(x) + self.scaling * update
+
+    @torch.no_grad()
+    def merged(self, dtype: torch.dtype = torch.float16) -> GroupwiseLinear:
+        """The int4 layer with b'[o, g] = b[o, g] + s·(B·A)[o, g]: the same function, with no adapter left.
+
+        The zeros stay floats; `dtype` is how they are kept (checkpoints: float16).
+        """
+        zero: torch.Tensor = self.base.zero  # type: ignore[assignment]
+        self.base.zero = (zero.float() + self.scaling * (self.b.float() @ self.a.float())).to(dtype)
+        return self.base
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
+    """Put an adapter over every GroupwiseLinear, in place; everything else is frozen. Returns what is to be trained."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    trained: list[nn.Parameter] = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, GroupwiseLinear):
+            adapter = PooledAdapter(module, rank, alpha)
+            model.set_submodule(name, adapter)
+            trained += [adapter.a, adapter.b]
+    return trained
+
+
+def merge_adapters(model: nn.Module, dtype: torch.dtype = torch.float16) -> nn.Module:
+    """Merge every PooledAdapter into the zeros of its int4 layer, in place; returns the model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PooledAdapter):
+            model.set_submodule(name, module.merged(dtype))
+    return model

@@ -1,0 +1,108 @@
+"""Models on disk: safetensors and config.json, uneven and int4 ones included."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+import saap.modeling  # noqa: F401  (registers the uneven classes with transformers)
+from saap.errors import SaapError
+from saap.families import family_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
+    """Write model (and tokenizer) as safetensors and JSON; loading them again gives the same bits."""
+    model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+    """The model in a local folder, in eval mode. dtype is one of `DTYPES`; int4 codes and their scales stay as they are.
+
+    Raises SaapError for a missing folder, a damaged or truncated file, tensors that do not fit config.json, or a
+    family we cannot prune. Never runs code from the folder, never unpickles.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(folder)
+    config = load_config(folder)
+    family_of(config)
+    if not list(folder.glob("*.safetensors")):
+        raise SaapError(f"no *.safetensors in {folder}: save the model with save_pretrained (pickles are not read)")
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=AutoConfig.from_pretrained(folder),
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+        raise SaapError(f"cannot load the model in {folder}: {_first_line(error)}") from error
+    wrong = {what: names for what, names in info.items() if names and what in ("missing_keys", "mismatched_keys")}
+    if wrong:
+        raise SaapError(f"the tensors in {folder} do not fit its config.json: {wrong}"[:400])
+    return model.to(device).eval()
+
+
+def load_config(folder: str | Path) -> Any:
+    """The transformers config of a local folder. Raises SaapError if there is none or it cannot be read."""
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise SaapError(f"no model in {folder}: there is no config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SaapError(f"cannot read {folder}/config.json: {_first_line(error)}") from error
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a local folder, with a padding token. Raises SaapError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SaapError(f"no tokenizer in {folder}: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
+    """Load a GGUF file, dequantised to float32, and save it with its tokenizer as a plain safetensors checkpoint."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.initialization import no_init_weights
+
+    gguf = Path(gguf)
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = quantised.config
+    # what came from GGUF refuses to be saved while it calls itself quantised
+    del config.quantization_config
+    family_of(config)
+    with no_init_weights():
+        plain = type(quantised)(config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.tie_weights()
+    save(plain, folder, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
+
+
+def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
+    """Put the tokenizer files of one checkpoint folder beside another model."""
+    patterns = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "added_tokens.json")
+    for pattern in patterns:
+        for file in Path(source).glob(pattern):
+            shutil.copy2(file, folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

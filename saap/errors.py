@@ -1,0 +1,4 @@
+class SaapError(ValueError):
+    """Something the user can put right. The message is one line that says what is wrong and what to do."""
+
+    exit_code = 2

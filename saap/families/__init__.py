@@ -1,0 +1,22 @@
+"""The architectures we can prune. A new one is a file beside `llama.py` and an entry in `FAMILIES`."""
+
+from typing import Any
+
+from saap.errors import SaapError
+
+from .base import Family, Part
+from .llama import Llama
+
+FAMILIES: tuple[Family, ...] = (Llama(),)
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers config. Raises SaapError for a model type we do not know."""
+    for family in FAMILIES:
+        if config.model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(t for f in FAMILIES for t in f.model_types))
+    raise SaapError(f"model family '{config.model_type}' is not supported; known: {known}")
+
+
+__all__ = ["FAMILIES", "Family", "Part", "family_of"]

@@ -1,0 +1,116 @@
+"""A Llama whose blocks have their own widths, in float or in group-wise int4.
+
+Needs only torch and transformers, so that a checkpoint can carry this file to people who do not have the package.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+
+class SaapLlamaConfig(LlamaConfig):
+    """A Llama config with `per_layer_config` (transformers' own layout) and, for int4 models, `groupwise`.
+
+    `groupwise` is `{"bits": 4, "group_size": G}` or None (float weights).
+    """
+
+    model_type = "saap_llama"
+    groupwise: dict | None = None
+
+    def validate_architecture(self) -> None:
+        """Heads need not add up to the hidden size: `head_dim` is explicit."""
+
+    @classmethod
+    def from_dense(cls, config: LlamaConfig, per_layer: dict[int, dict[str, int]]) -> "SaapLlamaConfig":
+        fields = config.to_dict()
+        for name in ("model_type", "architectures", "per_layer_config", "transformers_version", "auto_map"):
+            fields.pop(name, None)
+        return cls(**fields, per_layer_config={layer: dict(widths) for layer, widths in per_layer.items()})
+
+
+class GroupwiseLinear(nn.Module):
+    """A linear layer stored as int4: w[o, i] = scale[o, g]·code[o, i] + zero[o, g], g = i // group_size.
+
+    Buffers: codes uint8 (out, ⌈in/2⌉), input 2j in the low and 2j+1 in the high half of byte j;
+    scale and zero (out, ⌈in/group_size⌉) float16; the last group may be shorter.
+    """
+
+    def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        groups = -(-in_features // group_size)
+        self.register_buffer("codes", torch.zeros(out_features, -(-in_features // 2), dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(out_features, groups, dtype=torch.float16))
+        self.register_buffer("zero", torch.zeros(out_features, groups, dtype=torch.float16))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+
+    def unpacked(self) -> torch.Tensor:
+        """The codes, uint8 (out, in), each 0…15."""
+        codes: torch.Tensor = self.codes  # type: ignore[assignment]
+        return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : self.in_features]
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weights the codes stand for, (out, in), computed in float32."""
+        scale: torch.Tensor = self.scale  # type: ignore[assignment]
+        zero: torch.Tensor = self.zero  # type: ignore[assignment]
+        groups, width = scale.shape[1], scale.shape[1] * self.group_size
+        codes = self.unpacked().float()
+        if width != self.in_features:
+            codes = F.pad(codes, (0, width - self.in_features))
+        codes = codes.view(-1, groups, self.group_size)
+        weight = torch.addcmul(zero.float().unsqueeze(-1), codes, scale.float().unsqueeze(-1))
+        return weight.view(-1, width)[:, : self.in_features].to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = _DequantisedMatmul.apply(x, self)
+        return y if self.bias is None else y + self.bias
+
+
+class _DequantisedMatmul(torch.autograd.Function):
+    """x·Wᵀ whose backward unpacks W again instead of keeping it: training needs no float copy of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, linear: GroupwiseLinear) -> torch.Tensor:
+        ctx.linear = linear
+        return F.linear(x, linear.weight(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.linear.weight(grad.dtype), None
+
+
+def use_groupwise(layers: nn.Module, group_size: int) -> None:
+    """Replace every linear layer below `layers` by an empty GroupwiseLinear of its shape."""
+    for name, module in list(layers.named_modules()):
+        if isinstance(module, nn.Linear):
+            layers.set_submodule(
+                name,
+                GroupwiseLinear(module.in_features, module.out_features, group_size, module.bias is not None),
+            )
+
+
+class SaapLlamaForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM, block i built from `config.per_layer_config[i]`."""
+
+    config_class = SaapLlamaConfig
+
+    def __init__(self, config: SaapLlamaConfig) -> None:
+        # everything but the blocks has one width: build it from a configuration without blocks
+        frame = config.per_layer_config[0]
+        frame.num_hidden_layers = 0
+        super().__init__(frame)
+        config._attn_implementation = frame._attn_implementation
+        self.config = self.model.config = config
+        for index, layer_config in enumerate(config.per_layer_config):
+            self.model.layers.append(LlamaDecoderLayer(layer_config, index))
+        if config.groupwise:
+            use_groupwise(self.model.layers, config.groupwise["group_size"])
+        self.post_init()
+
+
+AutoConfig.register("saap_llama", SaapLlamaConfig, exist_ok=True)
+AutoModelForCausalLM.register(SaapLlamaConfig, SaapLlamaForCausalLM, exist_ok=True)

@@ -1,0 +1,58 @@
+"""Perplexity by the papers' protocol (LLM-Pruner): one token stream, cut into windows, each scored on its own."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from saap.errors import SaapError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """value = exp(mean NLL); stderr by the delta method from the spread of the windows' mean NLL; n = windows."""
+
+    value: float
+    stderr: float
+    n: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    rows: list[str],
+    tokenizer: Any,
+    *,
+    window: int,
+    max_windows: int | None = None,
+    batch_tokens: int = 2048,
+    name: str = "perplexity",
+) -> Perplexity:
+    r"""Perplexity of a causal model on rows of text joined with "\n\n".
+
+    The joined text is tokenised once and cut into non-overlapping windows of `window` tokens, the remainder dropped;
+    the NLL is the mean over the window − 1 targets of each window. `max_windows` keeps only the first ones.
+    Raises SaapError when the text is shorter than one window.
+    """
+    ids = tokenizer("\n\n".join(rows), return_tensors="pt", verbose=False)["input_ids"][0]
+    windows = ids[: len(ids) // window * window].view(-1, window)[:max_windows]
+    if len(windows) == 0:
+        raise SaapError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
+    device = next(model.parameters()).device
+    losses = []
+    step = max(1, batch_tokens // window)
+    with tqdm(total=len(windows), desc=f"{name} @{window}", unit="window") as bar:
+        for batch in windows.split(step):
+            batch = batch.to(device)
+            logits = model(batch, use_cache=False).logits[:, :-1].float()
+            nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+            losses.append(nll.view(len(batch), -1).mean(1).double().cpu())
+            bar.update(len(batch))
+    loss = torch.cat(losses)
+    value = math.exp(min(loss.mean().item(), 700.0))  # a broken model must not end in an overflow error
+    spread = loss.std().item() / math.sqrt(len(loss)) if len(loss) > 1 else math.nan
+    return Perplexity(value, value * spread, len(loss))

@@ -1,0 +1,96 @@
+"""Rows from Parquet or JSON-lines files, and the texts of calibration and recovery."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saap.errors import SaapError
+
+
+def read_rows(file: str | Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """All rows of a .parquet or .jsonl file, the named columns only.
+
+    Raises SaapError for a missing or damaged file, a missing column, or a file without rows.
+    """
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = Path(file)
+    if not file.is_file():
+        raise SaapError(f"data file {file} does not exist")
+    try:
+        if file.suffix == ".parquet":
+            rows = pq.read_table(file).to_pylist()
+        else:
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    except (pa.ArrowInvalid, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SaapError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+    if not rows:
+        raise SaapError(f"{file} has no rows")
+    missing = [c for c in columns if c not in rows[0]]
+    if missing:
+        raise SaapError(f"{file} has no column {missing}; its columns are {sorted(rows[0])}")
+    return [{c: row[c] for c in columns} for row in rows]
+
+
+def sample_tokens(
+    texts: list[str], tokenizer: Any, *, count: int, length: int, seed: int
+) -> tuple[torch.Tensor, np.ndarray]:
+    """`count` calibration sequences of exactly `length` tokens, no row used twice.
+
+    Rows are visited in an order drawn from `seed`; a row that is too short is continued by the rows after it (BookCorpus
+    has one sentence a row), and the window begins at a random place of what was gathered. No special tokens.
+
+    Returns tokens int64 (count, length) and the row each sequence begins in, int64 (count,).
+    Raises SaapError when the texts do not hold that many.
+    """
+    rng = np.random.default_rng(seed)
+    used = np.zeros(len(texts), bool)
+    sequences, rows = [], []
+    for start in rng.permutation(len(texts)):
+        ids: list[int] = []
+        row = int(start)
+        while row < len(texts) and not used[row] and len(ids) < length:
+            ids += tokenizer(texts[row], add_special_tokens=False)["input_ids"]
+            row += 1
+        if len(ids) < length:
+            continue
+        used[int(start) : row] = True
+        offset = int(rng.integers(len(ids) - length + 1))
+        sequences.append(ids[offset : offset + length])
+        rows.append(int(start))
+        if len(sequences) == count:
+            return torch.tensor(sequences), np.array(rows)
+    raise SaapError(
+        f"the calibration text holds only {len(sequences)} sequences of {length} tokens, {count} are asked for: "
+        "lower calibrate.count or calibrate.length, or give more text"
+    )
+
+
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+def alpaca_example(row: dict[str, str], tokenizer: Any, max_length: int) -> dict[str, Any]:
+    """One Alpaca row in the Alpaca prompt format: input_ids, and labels that are −100 on the prompt (loss on the answer).
+
+    Ends with the end-of-sequence token; cut at max_length tokens.
+    """
+    prompt = (WITH_INPUT if row["input"] else WITHOUT_INPUT).format(**row)
+    head = tokenizer(prompt)["input_ids"]
+    tail = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = (head + tail)[:max_length]
+    labels = ([-100] * len(head) + tail)[:max_length]
+    return {"input_ids": ids, "labels": labels, "length": len(ids)}
