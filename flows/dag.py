@@ -1,0 +1,166 @@
+"""From a configuration to the stages of a run, each with its key. Imports neither torch nor Prefect."""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from storage.keys import Fingerprints, digest
+from tasks.config import ACCURACIES, RunConfig
+from tasks.sources import data_fingerprint, model_source
+from tasks.step import Step
+
+# raise a stage's number when its code starts to give other results: its artifacts, and all after them, are made anew
+VERSIONS = {
+    "model": 1,
+    "calibrate": 1,
+    "score": 1,
+    "fuse": 1,
+    "fluctuation": 1,
+    "prune": 1,
+    "recover": 1,
+    "evaluate": 1,
+    "speed": 1,
+}
+
+Reference = tuple[str, str]  # (stage, key) of an artifact
+
+
+def build(config: RunConfig, run_id: str = "") -> list[Step]:
+    """The steps of a run in an order they can run in.
+
+    A key is a digest of: stage and its code version, its own part of the config, the keys of the artifacts it takes, and
+    fingerprints of what comes from outside. Not the run, the time, a path, or the compute section.
+    Raises ConfigError or StorageError for a model or data that is not there.
+    """
+    store = Path(config.store).resolve()
+    fingerprints = Fingerprints(store)
+    source = model_source(config.model.path, config.model.revision, fingerprints)
+    data = config.data if config.data in ("mini", "hub") else str(Path(config.data).resolve())
+    dtype = config.model.dtype
+    steps: list[Step] = []
+
+    def add(
+        stage: str,
+        params: dict[str, Any],
+        inputs: dict[str, Reference | None],
+        outside: dict[str, str],
+        fingerprint: str | None = None,
+        **labels: str,
+    ) -> Reference:
+        artifacts = tuple((name, *reference) for name, reference in inputs.items() if reference)
+        key = digest([stage, VERSIONS[stage], params, artifacts, fingerprint])
+        steps.append(
+            Step(
+                stage=stage,
+                key=key,
+                params=json.dumps(params, sort_keys=True),
+                inputs=artifacts,
+                outside=tuple(outside.items()),
+                compute=config.compute.model_dump_json(),
+                store=str(store),
+                run_id=run_id,
+                **labels,
+            )
+        )
+        return stage, key
+
+    def fingerprint_of(role: str) -> str:
+        return data_fingerprint(data, role, fingerprints)
+
+    dense: Reference | None = None
+    if source.kind == "gguf":
+        dense = add("model", {}, {}, {"gguf": str(source.path)}, source.weights)
+
+    def of_model(name: str) -> tuple[dict[str, Reference | None], dict[str, str]]:
+        """The dense model and its tokenizer as inputs: an artifact, or a folder outside the store."""
+        if dense is not None:
+            return {name: dense, "tokenizer": dense}, {}
+        return {}, {name: str(source.path.resolve()), "tokenizer": str(source.path.resolve())}
+
+    inputs, outside = of_model("model")
+    outside_data = {"data": data}
+    calibration = add(
+        "calibrate",
+        config.calibrate.model_dump(),
+        {"tokenizer": inputs.get("tokenizer")},
+        {**({"tokenizer": outside["tokenizer"]} if outside else {}), **outside_data},
+        digest([source.tokenizer, fingerprint_of("calibration")]),
+    )
+    importance = add(
+        "score",
+        {**config.score.model_dump(), "dtype": dtype},
+        {**inputs, "calibration": calibration},
+        outside,
+        source.weights,
+    )
+    fused = add("fuse", config.fuse.model_dump(), {"importance": importance}, {})
+    groups = add(
+        "fluctuation",
+        {**config.fluctuation.model_dump(), "dtype": dtype},
+        {**inputs, "fused": fused},
+        outside,
+        source.weights,
+    )
+    pruned = add(
+        "prune",
+        {**config.prune.model_dump(mode="json"), "dtype": dtype},
+        {**inputs, "groups": groups},
+        outside,
+        digest([source.weights, source.tokenizer]),
+    )
+    variants: dict[str, Reference | None] = {"dense": dense, "pruned": pruned}
+    if config.recover.recipe != "none":
+        variants["recovered"] = add(
+            "recover",
+            {**config.recover.model_dump(), "dtype": dtype},
+            {"checkpoint": pruned, "tokenizer": pruned},
+            outside_data,
+            fingerprint_of("recovery"),
+        )
+    for variant, reference in variants.items():
+        for benchmark in config.evaluate.benchmarks:
+            options = config.evaluate
+            params: dict[str, Any] = {"benchmark": benchmark, "dtype": dtype}
+            if benchmark in ACCURACIES:
+                params |= {"limit": options.limit, "harness": version("lm-eval")}
+            else:
+                params |= {"windows": list(options.windows), "max_windows": options.max_windows}
+            its_inputs, its_outside = ({"checkpoint": reference, "tokenizer": reference}, {})
+            if reference is None:
+                its_inputs, its_outside = of_model("checkpoint")
+            add(
+                "evaluate",
+                params,
+                its_inputs,
+                {**its_outside, **outside_data},
+                digest([source.weights if reference is None else None, fingerprint_of(benchmark)]),
+                variant=variant,
+                benchmark=benchmark,
+            )
+    add(
+        "speed",
+        {**config.speed.model_dump(), "dtype": dtype, "machine": machine(config.compute.device, config.compute.threads)},
+        dict(variants),
+        {} if dense else {"dense": str(source.path.resolve())},
+        source.weights,
+    )
+    return steps
+
+
+def machine(device: str, threads: int | None) -> str:
+    """What a speed was measured on: part of its key, and of nothing else's. Read without torch."""
+    names = [device, str(threads or os.cpu_count())]
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                names.append(line.partition(":")[2].strip())
+                break
+    except OSError:
+        pass
+    for gpu in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        names += [line.partition(":")[2].strip() for line in gpu.read_text().splitlines() if line.startswith("Model")]
+    return ", ".join(names)
+
+

@@ -1,0 +1,52 @@
+"""What a run would do, and why: compared with what the store holds. Imports neither torch nor Prefect."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from storage.artifacts import MANIFEST, ArtifactStore
+from tasks.step import Step
+
+
+def plan_rows(steps: list[Step]) -> list[tuple[str, str, str, str]]:
+    """(step, 'cached' or 'run', why, key) for every step of a run."""
+    store = ArtifactStore(steps[0].store)
+    rows, missing = [], {}
+    for step in steps:
+        manifest, fault = store.inspect(step.stage, step.key)
+        if manifest is not None:
+            rows.append((step.label, "cached", f"made by run {manifest['run_id']}", step.key))
+            continue
+        missing[step.stage, step.key] = step.label
+        upstream = sorted({missing[stage, key] for _, stage, key in step.inputs if (stage, key) in missing})
+        if fault is not None:
+            why = f"damaged: {fault}"
+        elif upstream:
+            why = f"after {', '.join(upstream)}"
+        else:
+            why = _what_changed(store.root, step)
+        rows.append((step.label, "run", why, step.key))
+    return rows
+
+
+def _what_changed(root: Path, step: Step) -> str:
+    """How the step differs from the newest artifact of its stage (and benchmark)."""
+    params = step.config()
+    newest: dict[str, Any] | None = None
+    for file in root.glob(f"{step.stage}/*/{MANIFEST}"):
+        try:
+            manifest = json.loads(file.read_text())
+        except (OSError, json.JSONDecodeError):
+            continue
+        same = manifest["params"].get("benchmark") == params.get("benchmark")
+        if same and (newest is None or manifest["finished_at"] > newest["finished_at"]):
+            newest = manifest
+    if newest is None:
+        return "never made"
+    names = sorted(params.keys() | newest["params"].keys())
+    changed = [
+        f"{name} {newest['params'].get(name)} → {params.get(name)}"
+        for name in names
+        if newest["params"].get(name) != params.get(name)
+    ]
+    return ", ".join(changed) or "other inputs (model, data, code version or earlier stage)"

@@ -1,0 +1,70 @@
+"""What a run found, as rows for a table."""
+
+from pathlib import Path
+
+from storage.warehouse import Warehouse
+from tasks.config import ACCURACIES, PERPLEXITIES
+
+SHORT = {
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "boolq": "BoolQ",
+    "hellaswag": "HellaS",
+    "piqa": "PIQA",
+    "winogrande": "WinoG",
+    "openbookqa": "OBQA",
+    "wikitext2": "Wiki2↓",
+    "ptb": "PTB↓",
+}
+
+
+def result_rows(store: Path, run_id: str) -> tuple[list[str], list[list[str]]]:
+    """One row a variant: the nine benchmarks, the average of the seven accuracies, parameters, memory, tokens/s.
+
+    Accuracies in percent, the papers' metric of each; the average only when all seven are there.
+    """
+    with Warehouse(store).reading() as connection:
+        metrics = connection.execute(
+            "select variant, benchmark, value from metrics where run_id = ? and papers", [run_id]
+        ).fetchall()
+        speed = connection.execute(
+            "select variant, parameters, weight_bytes, tokens_per_s, decode_ratio from speed where run_id = ?", [run_id]
+        ).fetchall()
+    values = {(variant, benchmark): value for variant, benchmark, value in metrics}
+    speeds = {row[0]: row[1:] for row in speed}
+    present = {variant for variant, _ in values} | set(speeds)
+    rows = []
+    for variant in [v for v in ("dense", "pruned", "recovered") if v in present]:
+        accuracies = [values.get((variant, benchmark)) for benchmark in ACCURACIES]
+        known = [a for a in accuracies if a is not None]
+        row = [variant, *(_percent(a) for a in accuracies)]
+        row.append(_percent(sum(known) / len(known)) if len(known) == len(ACCURACIES) else "–")
+        row += [_perplexity(values.get((variant, benchmark))) for benchmark in PERPLEXITIES]
+        if variant in speeds:
+            parameters, weight_bytes, rate, ratio = speeds[variant]
+            row += [f"{parameters / 1e6:.1f}M", f"{weight_bytes / 1e6:.0f} MB", f"{rate:.1f}", f"{ratio:.2f}×"]
+        else:
+            row += ["–"] * 4
+        rows.append(row)
+    columns = ["variant", *(SHORT[b] for b in ACCURACIES), "avg", *(SHORT[b] for b in PERPLEXITIES)]
+    return [*columns, "params", "weights", "tok/s", "speed"], rows
+
+
+def stage_rows(store: Path, run_id: str) -> list[tuple[str, int, int, float]]:
+    """(stage, steps, of which cached, seconds computing in this run) in the order of the run."""
+    with Warehouse(store).reading() as connection:
+        return connection.execute(
+            "select stage, count(*), count(*) filter (cached), coalesce(sum(seconds) filter (not cached), 0) "
+            "from stage_runs where run_id = ? group by stage order by min(position)",
+            [run_id],
+        ).fetchall()
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def _perplexity(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if value < 10000 else f"{value:.2e}"

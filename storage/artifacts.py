@@ -1,0 +1,155 @@
+"""Content-addressed folders: `<root>/<stage>/<key>/`, published whole or not at all."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from storage.errors import StorageError
+from storage.keys import file_digest
+
+MANIFEST = "manifest.json"
+log = logging.getLogger("saap.storage")
+
+
+class ArtifactStore:
+    """The artifacts under one root folder.
+
+    An artifact is a folder with a manifest: its inputs, files (size, sha256), versions, seconds. It is written into a
+    hidden sibling, flushed to disk, and renamed into place with the manifest last; so what is there is whole, and it
+    never changes. What turns out damaged is moved to `<root>/damaged/` and no longer found.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).resolve()
+
+    def prepare(self) -> None:
+        """Make the root folder. Raises StorageError when nothing can be written there."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".writable-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to the store {self.root} ({error.strerror}): choose another with --store or the config"
+            ) from error
+
+    def path(self, stage: str, key: str) -> Path:
+        return self.root / stage / key
+
+    def find(self, stage: str, key: str, *, verify: bool = False) -> dict[str, Any] | None:
+        """The manifest of a whole artifact, or None. A damaged one is set aside, with a warning.
+
+        Sizes are always checked, contents (sha256) with verify=True.
+        """
+        manifest, fault = self.inspect(stage, key, verify=verify)
+        if fault is not None:
+            aside = self.root / "damaged" / f"{stage}-{key}-{uuid.uuid4().hex[:8]}"
+            aside.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process may have moved it already
+                self.path(stage, key).rename(aside)
+                log.warning("artifact %s/%s is damaged (%s): moved to %s, will be rebuilt", stage, key, fault, aside)
+        return manifest
+
+    def inspect(self, stage: str, key: str, *, verify: bool = False) -> tuple[dict[str, Any] | None, str | None]:
+        """(manifest or None, what is wrong or None), changing nothing. An artifact that does not exist is not wrong."""
+        folder = self.path(stage, key)
+        if not folder.exists():
+            return None, None
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+            files = manifest["files"]
+        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+            return None, "its manifest is missing or unreadable"
+        for name, about in files.items():
+            file = folder / name
+            if not file.is_file():
+                return None, f"{name} is missing"
+            if file.stat().st_size != about["bytes"]:
+                return None, f"{name} has another size than its manifest says"
+            if verify and file_digest(file) != about["sha256"]:
+                return None, f"{name} has other content than its manifest says"
+        return manifest, None
+
+    @contextlib.contextmanager
+    def lock(self, stage: str, key: str) -> Iterator[None]:
+        """One writer an artifact, over processes. The kernel frees the lock when its holder dies."""
+        folder = self.root / "locks"
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / f"{stage}-{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another run is computing %s/%s: waiting for it", stage, key)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def publish(self, stage: str, key: str, **about: Any) -> Iterator[Path]:
+        """A folder to fill; when the block ends without an error it becomes the artifact.
+
+        `about` goes into the manifest, with the files and the seconds the block took. Hold `lock` around it.
+        Raises StorageError for a full disk; what was written is removed.
+        """
+        draft = self.root / stage / f".draft-{key}-{uuid.uuid4().hex[:8]}"
+        self._sweep_drafts(stage, key)
+        draft.mkdir(parents=True)
+        started = time.time()
+        try:
+            yield draft
+            files = {}
+            for file in sorted(p for p in draft.rglob("*") if p.is_file()):
+                _fsync(file)
+                files[str(file.relative_to(draft))] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+            manifest = {
+                "stage": stage,
+                "key": key,
+                **about,
+                "files": files,
+                "seconds": time.time() - started,
+                "finished_at": time.time(),
+            }
+            (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            _fsync(draft / MANIFEST)
+            _fsync(draft)
+            draft.rename(self.path(stage, key))
+            _fsync(draft.parent)
+        except BaseException as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+                raise StorageError(f"no space left for {stage} in {self.root}: free some and run again") from error
+            raise
+
+    def work(self, stage: str, key: str) -> Path:
+        """A scratch folder that survives a crash, for stages that can go on in the middle."""
+        folder = self.root / "work" / f"{stage}-{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def drop_work(self, stage: str, key: str) -> None:
+        shutil.rmtree(self.root / "work" / f"{stage}-{key}", ignore_errors=True)
+
+    def _sweep_drafts(self, stage: str, key: str) -> None:
+        """Remove what killed writers of this artifact left: the lock is ours, so none of them lives."""
+        for draft in (self.root / stage).glob(f".draft-{key}-*"):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,4 @@
+class StorageError(OSError):
+    """Something about the store that the user can put right. The message is one line."""
+
+    exit_code = 2

@@ -1,0 +1,59 @@
+"""Content keys: the same inputs give the same key in every process, on every machine."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.errors import StorageError
+
+
+def digest(value: Any) -> str:
+    """20 hex digits of the canonical JSON of plain data (str, int, float, bool, None, list, tuple, dict)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content, hex. Raises StorageError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+class Fingerprints:
+    """File digests, remembered in the store by path, size, modification time and inode: gigabytes are hashed once."""
+
+    def __init__(self, store: Path) -> None:
+        self._folder = store / "fingerprints"
+
+    def file(self, path: Path) -> str:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        if stat.st_size < 1 << 24:
+            return file_digest(path)
+        memo = self._folder / digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])
+        try:
+            known = memo.read_text()
+            if len(known) == 64:
+                return known
+        except OSError:
+            pass
+        found = file_digest(path)
+        with contextlib.suppress(OSError):  # a store we cannot write to only costs hashing again
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial = memo.with_suffix(f".{os.getpid()}.tmp")
+            partial.write_text(found)
+            partial.replace(memo)
+        return found
+
+    def files(self, paths: Mapping[str, Path]) -> str:
+        """One digest of several files, by name and content."""
+        return digest({name: self.file(path) for name, path in paths.items()})

@@ -1,0 +1,170 @@
+"""The Parquet files that stages publish: their schemas, and how they are written and read."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.errors import StorageError
+
+KIND = pa.dictionary(pa.int8(), pa.string())
+
+
+def _schema(*fields: tuple[str, pa.DataType, str]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, metadata={"doc": doc}) for name, kind, doc in fields])
+
+
+_SAMPLE = ("sample", pa.int32(), "calibration sample, from 0")
+_GROUP = (
+    ("layer", pa.int32(), "decoder block, from 0"),
+    ("kind", KIND, "attention (a KV head with its query heads) or mlp (a channel)"),
+    ("unit", pa.int32(), "number of the group within its layer and kind, from 0"),
+)
+
+SCHEMAS: dict[str, pa.Schema] = {
+    "calibration": _schema(
+        _SAMPLE,
+        ("position", pa.int32(), "place in the sequence, from 0"),
+        ("token", pa.int32(), "token id"),
+        ("source_row", pa.int64(), "row of the text source the sequence begins in"),
+    ),
+    "importance": _schema(
+        _SAMPLE,
+        *_GROUP,
+        ("vector", pa.float32(), "coarse importance I^V (eq. 1)"),
+        ("element", pa.float32(), "fine importance I^E (eq. 2)"),
+    ),
+    "fused": _schema(_SAMPLE, *_GROUP, ("fused", pa.float64(), "fused importance (eq. 9)")),
+    "lambdas": _schema(
+        *_GROUP,
+        ("lambda_vector", pa.float64(), "λ₁ of the scope the group is in"),
+        ("lambda_element", pa.float64(), "λ₂ of the scope the group is in"),
+    ),
+    "groups": _schema(
+        *_GROUP,
+        ("parameters", pa.int64(), "parameters removed with the group"),
+        ("weight_norm_sq", pa.float64(), "sum of squares of the group's weights"),
+        ("mean_fused", pa.float64(), "mean over the samples of the fused importance"),
+        ("fluctuation", pa.float64(), "M (eq. 10)"),
+        ("asi", pa.float64(), "adaptive stability indicator (eq. 11)"),
+    ),
+    "plan": _schema(*_GROUP, ("kept", pa.bool_(), "whether the group stays")),
+    "widths": _schema(
+        ("layer", pa.int32(), "decoder block, from 0"),
+        ("kind", KIND, "attention or mlp"),
+        ("units", pa.int32(), "groups in the dense model"),
+        ("kept", pa.int32(), "groups that stay"),
+        ("parameters", pa.int64(), "parameters of the dense structure"),
+        ("kept_parameters", pa.int64(), "parameters that stay"),
+    ),
+    "training": _schema(
+        ("step", pa.int32(), "optimiser step, from 1"),
+        ("epoch", pa.float64(), "passes over the data"),
+        ("loss", pa.float64(), "mean training loss, nats a response token"),
+        ("learning_rate", pa.float64(), "learning rate of the step"),
+    ),
+    "metrics": _schema(
+        ("benchmark", pa.string(), "one of the nine"),
+        ("metric", pa.string(), "acc, acc_norm or perplexity"),
+        ("value", pa.float64(), "accuracy in 0…1, or perplexity"),
+        ("stderr", pa.float64(), "standard error of value"),
+        ("n", pa.int64(), "items, or windows of text"),
+        ("protocol", pa.string(), "how it was measured"),
+        ("papers", pa.bool_(), "whether it is the number that the papers' tables show"),
+        ("data", pa.string(), "where the data came from: mini, hub, or a folder's name"),
+    ),
+    "speed": _schema(
+        ("variant", pa.string(), "dense, pruned or recovered"),
+        ("tokens_per_s", pa.float64(), "decode at batch 1, median"),
+        ("tokens_per_s_spread", pa.float64(), "interquartile range over median"),
+        ("decode_ratio", pa.float64(), "median of the paired ratios to dense"),
+        ("prefill_tokens_per_s", pa.float64(), "prompt tokens a second, median"),
+        ("prefill_ratio", pa.float64(), "median of the paired ratios to dense"),
+        ("parameters", pa.int64(), "logical parameters; an int4 weight counts as one"),
+        ("weight_bytes", pa.int64(), "bytes of weights, scales and zeros as stored"),
+        ("peak_bytes", pa.float64(), "peak allocated on the GPU; NaN on a CPU"),
+        ("macs_per_token", pa.int64(), "multiply-accumulates for one new token"),
+        ("dtype", pa.string(), "of the block weights"),
+        ("device", pa.string(), "what it ran on"),
+        ("threads", pa.int32(), "CPU threads"),
+        ("prompt_tokens", pa.int32(), "tokens of the prompt"),
+        ("new_tokens", pa.int32(), "tokens generated"),
+        ("runs", pa.int32(), "timed runs"),
+    ),
+}
+
+
+def write_table(folder: Path, name: str, columns: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> Path:
+    """Write `<folder>/<name>.parquet` in the schema of that name, from columns or from rows."""
+    schema = SCHEMAS[name]
+    if isinstance(columns, Mapping):
+        table = pa.table({f.name: pa.array(columns[f.name]).cast(f.type) for f in schema}, schema=schema)
+    else:
+        table = pa.Table.from_pylist([dict(row) for row in columns], schema=schema)
+    path = folder / f"{name}.parquet"
+    pq.write_table(table, path, compression="zstd")
+    return path
+
+
+def read_table(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """The columns of `<folder>/<name>.parquet` as arrays. Raises StorageError when it is not such a file."""
+    path = folder / f"{name}.parquet"
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise StorageError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    if table.schema.names != SCHEMAS[name].names:
+        raise StorageError(f"{path} has columns {table.schema.names}, expected {SCHEMAS[name].names}")
+    return {column: table[column].to_numpy() for column in table.schema.names}
+
+
+class SampleWriter:
+    """Writes (samples, groups) values as rows (sample, layer, kind, unit, …), a batch of samples at a time."""
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, groups: Mapping[str, np.ndarray]) -> None:
+        self._writer, self._schema, self._next = writer, schema, 0
+        self._groups = {
+            "layer": pa.array(groups["layer"]),
+            "kind": pa.array(groups["kind"]).cast(KIND),
+            "unit": pa.array(groups["unit"]),
+        }
+
+    def write(self, **values: np.ndarray) -> None:
+        """Append samples: each value is (batch, N), N groups in the order given at the start."""
+        for row in range(len(next(iter(values.values())))):
+            columns = {
+                "sample": pa.array(np.full(len(self._groups["layer"]), self._next, np.int32)),
+                **self._groups,
+                **{name: pa.array(value[row]) for name, value in values.items()},
+            }
+            self._writer.write_table(pa.table([columns[n] for n in self._schema.names], schema=self._schema))
+            self._next += 1
+
+
+@contextmanager
+def sample_writer(folder: Path, name: str, groups: Mapping[str, np.ndarray]) -> Iterator[SampleWriter]:
+    """Open `<folder>/<name>.parquet` ('importance' or 'fused') for SampleWriter.write. groups: layer, kind, unit (N,)."""
+    schema = SCHEMAS[name]
+    values = [f.name for f in schema if pa.types.is_floating(f.type)]
+    with pq.ParquetWriter(
+        folder / f"{name}.parquet",
+        schema,
+        compression="zstd",
+        use_dictionary=["kind"],
+        use_byte_stream_split=values,
+        column_encoding=None,
+    ) as writer:
+        yield SampleWriter(writer, schema, groups)
+
+
+def read_samples(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """What `sample_writer` wrote: layer, kind, unit (N,) and each value as (samples, N)."""
+    columns = read_table(folder, name)
+    samples = int(columns.pop("sample")[-1]) + 1
+    groups = {c: columns.pop(c).reshape(samples, -1)[0] for c in ("layer", "kind", "unit")}
+    groups["kind"] = groups["kind"].astype(str)
+    return groups | {c: values.reshape(samples, -1) for c, values in columns.items()}

@@ -1,0 +1,211 @@
+"""The DuckDB side: tables loaded from published Parquet files and run records, and views over them.
+
+Nothing lives only here: `rebuild` makes the same file again from the store. One process at a time opens the file, under
+an OS lock; DuckDB's own lock refuses a second process instead of making it wait, and retrying on it can lose rows.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+from filelock import FileLock
+
+from storage import runs
+from storage.errors import StorageError
+from storage.tables import SCHEMAS
+
+VERSION = 1  # raise it when a table or view changes: a file of another version is rebuilt from the store
+
+# stage → the tables loaded from its artifact
+STAGE_TABLES = {
+    "fluctuation": ("groups",),
+    "prune": ("widths",),
+    "recover": ("training",),
+    "evaluate": ("metrics",),
+    "speed": ("speed",),
+}
+_SQL_TYPES = {"int32": "INTEGER", "int64": "BIGINT", "double": "DOUBLE", "float": "FLOAT", "bool": "BOOLEAN"}
+
+_TABLES = """
+create table schema_version (version integer);
+create table runs (
+    run_id varchar primary key, name varchar, model varchar, data varchar, ratio double, started_at timestamp,
+    finished_at timestamp, status varchar, error varchar, config varchar);
+create table stage_runs (
+    run_id varchar, position integer, stage varchar, variant varchar, benchmark varchar, key varchar, cached boolean,
+    seconds double, finished_at timestamp, primary key (run_id, position));
+"""
+
+_VIEWS = """
+create view leaderboard as
+with scores as (
+    select run_id, variant,
+        case when count(*) filter (metric <> 'perplexity') = 7
+             then avg(value) filter (metric <> 'perplexity') end as average,
+        max(value) filter (benchmark = 'wikitext2') as wikitext2,
+        max(value) filter (benchmark = 'ptb') as ptb
+    from metrics where papers group by run_id, variant)
+select r.run_id, r.name, r.model, r.data, r.ratio, s.variant, s.average, s.wikitext2, s.ptb,
+    v.parameters, v.weight_bytes, v.tokens_per_s, v.decode_ratio, r.started_at
+from scores s join runs r using (run_id) left join speed v on v.run_id = s.run_id and v.variant = s.variant
+order by s.average desc nulls last;
+
+create view comparison as
+select run_id, benchmark, metric, protocol, papers,
+    max(value) filter (variant = 'dense') as dense,
+    max(value) filter (variant = 'pruned') as pruned,
+    max(value) filter (variant = 'recovered') as recovered,
+    max(stderr) filter (variant = 'dense') as dense_stderr, max(n) as n
+from metrics group by all order by run_id, benchmark, metric, protocol;
+
+create view stage_reuse as
+select stage, count(*) as uses, count(*) filter (not cached) as computed, count(*) filter (cached) as reused,
+    sum(seconds) filter (not cached) as seconds_spent, sum(seconds) filter (cached) as seconds_saved
+from stage_runs group by stage order by seconds_saved desc nulls last;
+"""
+
+
+class Warehouse:
+    """`<root>/warehouse.duckdb`."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).resolve()
+        self.file = self.root / "warehouse.duckdb"
+
+    def load(self, run_id: str) -> None:
+        """Bring one run up to date: its row, and every recorded stage that is not there yet. Doing it twice changes nothing."""
+        with self._lock():
+            if self._stale():
+                self._rebuild()
+                return
+            with duckdb.connect(str(self.file)) as connection:
+                self._load(connection, run_id)
+                self._importance_view(connection)
+
+    def rebuild(self) -> int:
+        """Make the file again from the store; the old one stays until the new one is whole. Returns the number of runs."""
+        with self._lock():
+            return self._rebuild()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A read-only connection. Raises StorageError when there is no warehouse yet."""
+        if not self.file.exists():
+            raise StorageError(f"no warehouse in {self.root}: run something first (saap run …), or name another --store")
+        with self._lock(), duckdb.connect(str(self.file), read_only=True) as connection:
+            yield connection
+
+    def _lock(self) -> FileLock:
+        return FileLock(self.root / "warehouse.lock")
+
+    def _stale(self) -> bool:
+        if not self.file.exists():
+            return True
+        try:
+            with duckdb.connect(str(self.file), read_only=True) as connection:
+                row = connection.execute("select max(version) from schema_version").fetchone()
+            return row is None or row[0] != VERSION
+        except duckdb.Error:
+            return True
+
+    def _rebuild(self) -> int:
+        fresh = self.file.with_suffix(".new")
+        for leftover in (fresh, Path(f"{fresh}.wal")):
+            leftover.unlink(missing_ok=True)
+        known = runs.all_runs(self.root)
+        with duckdb.connect(str(fresh)) as connection:
+            connection.execute(_TABLES)
+            for tables in STAGE_TABLES.values():
+                for table in tables:
+                    connection.execute(_create(table))
+            connection.execute(_VIEWS)
+            connection.execute("insert into schema_version values (?)", [VERSION])
+            for run_id in known:
+                self._load(connection, run_id)
+            self._importance_view(connection)
+        Path(f"{self.file}.wal").unlink(missing_ok=True)
+        fresh.replace(self.file)
+        return len(known)
+
+    def _load(self, connection: duckdb.DuckDBPyConnection, run_id: str) -> None:
+        run = runs.read_run(self.root, run_id)
+        connection.begin()
+        try:
+            connection.execute(
+                "insert or replace into runs values "
+                "(?, ?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?, ?)",
+                [
+                    *(run[c] for c in ("run_id", "name", "model", "data", "ratio")),
+                    _microseconds(run["started_at"]),
+                    _microseconds(run["finished_at"]),
+                    run["status"],
+                    run.get("error"),
+                    run["config"],
+                ],
+            )
+            there = connection.execute("select position from stage_runs where run_id = ?", [run_id]).fetchall()
+            done = {row[0] for row in there}
+            for stage in runs.read_stages(self.root, run_id):
+                if stage["position"] not in done:
+                    self._load_stage(connection, run_id, stage)
+            connection.commit()
+        except BaseException:
+            connection.rollback()
+            raise
+
+    def _load_stage(self, connection: duckdb.DuckDBPyConnection, run_id: str, stage: dict[str, Any]) -> None:
+        connection.execute(
+            "insert into stage_runs values (?, ?, ?, ?, ?, ?, ?, ?, make_timestamp(?))",
+            [
+                run_id,
+                *(stage[c] for c in ("position", "stage", "variant", "benchmark", "key", "cached", "seconds")),
+                _microseconds(stage["at"]),
+            ],
+        )
+        for table in STAGE_TABLES.get(stage["stage"], ()):
+            file = self.root / stage["stage"] / stage["key"] / f"{table}.parquet"
+            if not file.exists():
+                continue  # the artifact was removed after the run: its record stays, its rows are gone
+            leading = "?, ?, ?," if _has_variant(table) else "?, ?,"
+            values = [run_id, stage["key"], *([stage["variant"]] if _has_variant(table) else [])]
+            columns = ", ".join(SCHEMAS[table].names)
+            connection.execute(f"insert into {table} select {leading} {columns} from read_parquet(?)", [*values, str(file)])
+
+    def _importance_view(self, connection: duckdb.DuckDBPyConnection) -> None:
+        columns = ", ".join(SCHEMAS["importance"].names)
+        pattern = self.root / "score" / "*" / "importance.parquet"
+        if list(self.root.glob("score/*/importance.parquet")):
+            source = (
+                f"select parse_filename(parse_dirpath(filename)) as key, {columns} "
+                f"from read_parquet('{_quoted(pattern)}', filename = true)"
+            )
+        else:
+            empty = ", ".join(f"null::{_sql_type(f.type)} as {f.name}" for f in SCHEMAS["importance"])
+            source = f"select null::varchar as key, {empty} limit 0"
+        connection.execute(f"create or replace view importance as {source}")
+
+
+def _has_variant(table: str) -> bool:
+    """Whether the variant comes from the stage run: metrics are measured on one checkpoint, whatever it is called."""
+    return table == "metrics"
+
+
+def _create(table: str) -> str:
+    leading = "run_id varchar, key varchar" + (", variant varchar" if _has_variant(table) else "")
+    columns = ", ".join(f"{field.name} {_sql_type(field.type)}" for field in SCHEMAS[table])
+    return f"create table {table} ({leading}, {columns})"
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    return _SQL_TYPES.get(str(kind), "VARCHAR")
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")
+
+
+def _microseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1e6)

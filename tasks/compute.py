@@ -1,0 +1,45 @@
+"""Device, threads, and the model a step works on."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.step import Step
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def settings(step: Step) -> dict[str, Any]:
+    """The compute section, with device resolved; sets the number of CPU threads."""
+    import torch
+
+    values: dict[str, Any] = json.loads(step.compute)
+    if values["device"] == "auto":
+        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if values["threads"]:
+        torch.set_num_threads(values["threads"])
+    return values
+
+
+def checkpoint(step: Step, name: str, *, float_weights: bool = False) -> tuple["nn.Module", Any]:
+    """(model, tokenizer) of an input, on the step's device.
+
+    float_weights replaces int4 layers by float ones of the same values. The last model stays loaded for the next step:
+    do not change it.
+    """
+    return _load(step.folder(name), step.folder("tokenizer"), step.config()["dtype"], settings(step)["device"], float_weights)
+
+
+@lru_cache(maxsize=1)
+def _load(folder: Path, tokenizer: Path, dtype: str, device: str, float_weights: bool) -> tuple["nn.Module", Any]:
+    from saap import dequantize, load, load_tokenizer
+
+    model = load(folder, dtype=dtype, device=device)
+    return (dequantize(model) if float_weights else model), load_tokenizer(tokenizer)
+
+
+def forget() -> None:
+    """Let go of the model that `checkpoint` keeps."""
+    _load.cache_clear()

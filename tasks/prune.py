@@ -1,0 +1,51 @@
+"""Decide which groups stay, write that down, then cut."""
+
+from pathlib import Path
+from typing import Any
+
+from storage.tables import read_table, write_table
+from tasks.compute import checkpoint
+from tasks.stage import stage_task
+from tasks.step import Step
+
+
+@stage_task("prune")
+def prune(step: Step, folder: Path) -> dict[str, Any]:
+    import saap
+
+    config = step.config()
+    model, tokenizer = checkpoint(step, "model")
+    groups = saap.discover(model)
+    asi = read_table(step.folder("groups"), "groups")["asi"]
+    keep = saap.select(
+        asi,
+        groups,
+        config["ratio"],
+        search=config["search"],
+        direction=config["direction"],
+        protect=tuple(config["protect"]),
+        align=config["align"],
+    )
+    write_table(folder, "plan", {"layer": groups.layer, "kind": groups.kind, "unit": groups.unit, "kept": keep})
+    write_table(
+        folder,
+        "widths",
+        [
+            {
+                "layer": layer,
+                "kind": kind,
+                "units": len(index),
+                "kept": int(keep[index].sum()),
+                "parameters": int(groups.parameters[index].sum()),
+                "kept_parameters": int(groups.parameters[index][keep[index]].sum()),
+            }
+            for layer, kind, index in groups.blocks()
+        ],
+    )
+    small = saap.prune(model, keep)
+    saap.save(small, folder, tokenizer)
+    return {
+        "removed_of_prunable": round(saap.removed_share(groups, keep), 6),
+        "parameters": saap.size_of(small).parameters,
+        "of_total": round(1 - saap.size_of(small).parameters / saap.size_of(model).parameters, 6),
+    }

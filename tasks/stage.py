@@ -1,0 +1,86 @@
+"""What all stage tasks share: find or publish the artifact, under a lock, and say what happened."""
+
+import errno
+import logging
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, task
+from prefect.serializers import JSONSerializer
+
+from storage.artifacts import ArtifactStore
+from tasks.step import Step
+
+Body = Callable[[Step, Path], dict[str, Any]]
+log = logging.getLogger("saap.tasks")
+PACKAGES = ("saap", "torch", "transformers", "lm-eval", "prefect")
+
+_REPEATS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
+
+
+def stage_task(stage: str) -> Callable[[Body], Task[[Step], dict[str, Any]]]:
+    """Make a Prefect task of a stage's body.
+
+    The body gets the step and an empty folder, fills the folder, and returns a small summary. The task returns a Ref,
+    {stage, key, summary}: never tensors, models or bare paths.
+    """
+
+    def decorate(body: Body) -> Task[[Step], dict[str, Any]]:
+        @task(
+            name=stage,
+            task_run_name="{step.label}",
+            cache_key_fn=cache_key,
+            persist_result=True,
+            result_serializer=JSONSerializer(),
+            retries=3,
+            retry_delay_seconds=[2, 10, 60],
+            retry_condition_fn=is_transient,
+        )
+        def run(step: Step) -> dict[str, Any]:
+            return find_or_publish(step, body)
+
+        return run
+
+    return decorate
+
+
+def find_or_publish(step: Step, body: Body) -> dict[str, Any]:
+    """The Ref of the step's artifact, made now unless it is there; one process makes it, others wait for it."""
+    store = ArtifactStore(step.store)
+    with store.lock(step.stage, step.key):
+        manifest = store.find(step.stage, step.key)
+        if manifest is None:
+            about: dict[str, Any] = {
+                "run_id": step.run_id,
+                "params": step.config(),
+                "inputs": [list(i) for i in step.inputs],
+                "outside": dict(step.outside),
+                "versions": {name: version(name) for name in PACKAGES},
+            }
+            with store.publish(step.stage, step.key, **about, summary=(summary := {})) as folder:
+                summary.update(body(step, folder))
+            store.drop_work(step.stage, step.key)
+            log.info("%s: %s", step.label, ", ".join(f"{k} {v}" for k, v in summary.items()))
+        else:
+            summary = manifest["summary"]
+    return {"stage": step.stage, "key": step.key, "summary": summary}
+
+
+def cache_key(context: Any, parameters: dict[str, Any]) -> str:
+    step: Step = parameters["step"]
+    return f"{step.stage}-{step.key}"
+
+
+def is_transient(task: Any, task_run: Any, state: Any) -> bool:
+    """Retry what may go away by itself (network, a disk that hiccups); never what will fail the same way again."""
+    try:
+        state.result()
+    except Exception as error:
+        if getattr(error, "exit_code", None) == 2:
+            return False
+        if isinstance(error, OSError):  # requests', httpx' and the hub's connection errors are OSErrors too
+            return error.errno not in _REPEATS
+        return type(error).__module__.split(".")[0] in ("httpx", "httpcore")
+    return False

@@ -1,0 +1,47 @@
+"""One stage to run: what the flow hands to a task. Plain strings and numbers, so that Prefect hashes it the same always."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.artifacts import ArtifactStore
+
+
+@dataclass(frozen=True)
+class Step:
+    """stage and key name the artifact; inputs are (name, stage, key) of the artifacts it takes.
+
+    outside: (name, path) of what comes from outside the store: model, tokenizer, data.
+    params: the stage's own part of the config, compute: how to do the work, both as JSON.
+    """
+
+    stage: str
+    key: str
+    params: str
+    inputs: tuple[tuple[str, str, str], ...]
+    outside: tuple[tuple[str, str], ...]
+    compute: str
+    store: str
+    run_id: str = ""
+    variant: str | None = None
+    benchmark: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What people see: 'score', 'evaluate pruned boolq'."""
+        return " ".join(part for part in (self.stage, self.variant, self.benchmark) if part)
+
+    def config(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self.params)
+        return values
+
+    def folder(self, name: str) -> Path:
+        """Where an input lies: an artifact of the store, or something from outside."""
+        for input_name, stage, key in self.inputs:
+            if input_name == name:
+                return ArtifactStore(self.store).path(stage, key)
+        return Path(dict(self.outside)[name])
+
+    def outside_value(self, name: str) -> str:
+        return dict(self.outside)[name]
