@@ -6,12 +6,14 @@ Needs only torch and transformers, so that a checkpoint can carry this file to p
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
+@strict
 class SaapLlamaConfig(LlamaConfig):
     """A Llama config with `per_layer_config` (transformers' own layout) and, for int4 models, `groupwise`.
 
