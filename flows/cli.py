@@ -21,7 +21,7 @@ app = typer.Typer(
     '[bold]saap sql "select * from leaderboard"[/bold].',
 )
 # a pipe or a file has no width of its own: let nothing be cut there
-console = Console(width=None if sys.stdout.isatty() else 200)
+console = Console(width=None if sys.stdout.isatty() else 200, markup=False)
 
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
 SetOption = Annotated[
@@ -194,7 +194,9 @@ def _print_run(store: Path, run_id: str, data: str) -> None:
     _print_table(columns, rows, title=f"run {run_id}")
     stages = stage_rows(store, run_id)
     spent = ", ".join(
-        f"{stage} {seconds:.0f} s" if cached == 0 else f"{stage} cached"
+        f"{stage} {seconds:.0f} s"
+        if cached == 0
+        else f"{stage} cached"
         if cached == steps
         else f"{stage} {seconds:.0f} s ({cached} of {steps} cached)"
         for stage, steps, cached, seconds in stages
@@ -226,17 +228,22 @@ def _cell(value: Any) -> str:
 
 def main() -> None:
     """Entry point: errors that carry an exit code are for the user and end in one line."""
+    code: Any = 0
     try:
         app()
+    except SystemExit as leaving:
+        code = leaving.code
     except KeyboardInterrupt:
         print("saap: interrupted; the same command goes on from here", file=sys.stderr)
-        os._exit(130)
+        code = 130
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
             raise
         print(f"saap: {error}", file=sys.stderr)
-        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)  # Prefect's threads would outlive the clean-up, and DuckDB complain of it
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ Reference = tuple[str, str]  # (stage, key) of an artifact
 def build(config: RunConfig, run_id: str = "") -> list[Step]:
     """The steps of a run in an order they can run in.
 
-    A key is a digest of: stage and its code version, its own part of the config, the keys of the artifacts it takes, and
-    fingerprints of what comes from outside. Not the run, the time, a path, or the compute section.
+    A key is a digest of: stage and its code version, its own part of the config, the keys of the artifacts it takes,
+    and fingerprints of what comes from outside. Not the run, the time, a path, or the compute section.
     Raises ConfigError or StorageError for a model or data that is not there.
     """
     store = Path(config.store).resolve()
@@ -127,9 +127,10 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
                 params |= {"limit": options.limit, "harness": version("lm-eval")}
             else:
                 params |= {"windows": list(options.windows), "max_windows": options.max_windows}
-            its_inputs, its_outside = ({"checkpoint": reference, "tokenizer": reference}, {})
             if reference is None:
                 its_inputs, its_outside = of_model("checkpoint")
+            else:
+                its_inputs, its_outside = {"checkpoint": reference, "tokenizer": reference}, {}
             add(
                 "evaluate",
                 params,
@@ -141,7 +142,11 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
             )
     add(
         "speed",
-        {**config.speed.model_dump(), "dtype": dtype, "machine": machine(config.compute.device, config.compute.threads)},
+        {
+            **config.speed.model_dump(),
+            "dtype": dtype,
+            "machine": machine(config.compute.device, config.compute.threads),
+        },
         dict(variants),
         {} if dense else {"dense": str(source.path.resolve())},
         source.weights,
@@ -162,5 +167,3 @@ def machine(device: str, threads: int | None) -> str:
     for gpu in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         names += [line.partition(":")[2].strip() for line in gpu.read_text().splitlines() if line.startswith("Model")]
     return ", ".join(names)
-
-

@@ -2,7 +2,6 @@
 
 import datetime
 import uuid
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime
@@ -25,9 +24,7 @@ from tasks.recover import recover
 from tasks.score import score
 from tasks.speed import speed
 
-TASKS = {
-    task.name: task for task in (model, calibrate, score, fuse, fluctuation, prune, recover, evaluate, speed)
-}
+TASKS = {task.name: task for task in (model, calibrate, score, fuse, fluctuation, prune, recover, evaluate, speed)}
 
 
 def _flow_run_name() -> str:
@@ -89,5 +86,3 @@ def saap_run(config: str | None = None, overrides: list[str] | None = None) -> s
         [dict(zip(columns, row, strict=True)) for row in rows], key="results", description=f"Run {run_id}"
     )
     return run_id
-
-

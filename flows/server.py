@@ -37,7 +37,7 @@ def quiet_settings(store: Path) -> None:
 
 @contextlib.contextmanager
 def prefect_api(store: Path) -> Iterator[str]:
-    """The address of a Prefect API: the user's (PREFECT_API_URL), or that of a server that lives as long as the block."""
+    """Address of a Prefect API: the user's (PREFECT_API_URL), or of a server that lives as long as the block."""
     if "PREFECT_API_URL" in os.environ:
         yield os.environ["PREFECT_API_URL"]
         return
@@ -68,12 +68,23 @@ def prefect_api(store: Path) -> Iterator[str]:
         os.environ["PREFECT_API_URL"] = url
         yield url
     finally:
+        _send_what_is_queued()
         os.environ.pop("PREFECT_API_URL", None)
         server.terminate()
         try:
             server.wait(20)
         except subprocess.TimeoutExpired:
             server.kill()
+
+
+def _send_what_is_queued() -> None:
+    """Prefect sends logs and events from threads: let them finish before their server goes."""
+    if "prefect" in sys.modules:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        APILogWorker.drain_all(timeout=10)
+        EventsWorker.drain_all(timeout=10)
 
 
 def _die_with_parent() -> None:

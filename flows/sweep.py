@@ -12,9 +12,9 @@ from tasks.config import ConfigError, check_config, read_toml, set_value
 def combinations(config: str) -> list[list[str]]:
     """The overrides of each run: the product of the lists in the file's [sweep] table. Raises ConfigError.
 
-        [sweep]
-        "model.path" = ["smollm2-135m", "/models/other"]
-        "prune.ratio" = [0.2, 0.5]
+    [sweep]
+    "model.path" = ["smollm2-135m", "/models/other"]
+    "prune.ratio" = [0.2, 0.5]
     """
     values = read_toml(config)
     axes = values.pop("sweep", None)
@@ -47,8 +47,6 @@ def saap_sweep(config: str, overrides: list[str] | None = None) -> list[str]:
     if failed:
         raise ConfigError(f"{len(failed)} of {len(failed) + len(run_ids)} runs failed: {'; '.join(failed)}"[:500])
     return run_ids
-
-
 
 
 def _toml(value: Any) -> str:

@@ -14,5 +14,11 @@ class _OneLine(logging.Filter):
 
 def hide_user_tracebacks() -> None:
     """Drop the tracebacks of errors that carry an exit code from Prefect's flow and task logs."""
-    for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.flow_engine", "prefect.task_engine", "prefect.engine"):
+    for name in (
+        "prefect.flow_runs",
+        "prefect.task_runs",
+        "prefect.flow_engine",
+        "prefect.task_engine",
+        "prefect.engine",
+    ):
         logging.getLogger(name).addFilter(_OneLine())

@@ -1,6 +1,7 @@
 """Zero-shot accuracies through lm-eval's stock tasks, on the hub's data or on files in the official layout."""
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,7 +58,14 @@ def accuracy(
     if benchmark not in ACCURACY:
         raise SaapError(f"unknown benchmark '{benchmark}'; known: {', '.join(ACCURACY)}")
     papers, split = ACCURACY[benchmark]
-    lm = HFLM(
+
+    class Quiet(HFLM):
+        """lm-eval shows its bars whatever TQDM_DISABLE says."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or os.environ.get("TQDM_DISABLE") == "1")
+
+    lm = Quiet(
         pretrained=model,
         tokenizer=tokenizer,
         batch_size=batch_size,

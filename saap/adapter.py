@@ -12,7 +12,7 @@ from saap.modeling import GroupwiseLinear
 class PooledAdapter(nn.Module):
     """y = x·Ŵ + s·(pool(x)·A)·B: x is summed within each group of inputs, so the update is constant on a group.
 
-    base: the frozen int4 layer, L = ⌈in/group_size⌉ groups. a (rank, L), b (out, rank) zero at the start, s = alpha/rank.
+    base: the frozen int4 layer, L = ⌈in/group_size⌉ groups. a (rank, L), b (out, rank), zero at first; s = alpha/rank.
     """
 
     def __init__(self, base: GroupwiseLinear, rank: int, alpha: float) -> None:

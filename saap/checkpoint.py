@@ -23,7 +23,7 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
 
 
 def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> nn.Module:
-    """The model in a local folder, in eval mode. dtype is one of `DTYPES`; int4 codes and their scales stay as they are.
+    """The model in a local folder, in eval mode. dtype is one of `DTYPES`; int4 codes and scales stay as they are.
 
     Raises SaapError for a missing folder, a damaged or truncated file, tensors that do not fit config.json, or a
     family we cannot prune. Never runs code from the folder, never unpickles.
@@ -36,7 +36,7 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     if not list(folder.glob("*.safetensors")):
         raise SaapError(f"no *.safetensors in {folder}: save the model with save_pretrained (pickles are not read)")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=AutoConfig.from_pretrained(folder),
             dtype=DTYPES[dtype],
@@ -46,6 +46,7 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
         )
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise SaapError(f"cannot load the model in {folder}: {_first_line(error)}") from error
+    model, info = loaded
     wrong = {what: names for what, names in info.items() if names and what in ("missing_keys", "mismatched_keys")}
     if wrong:
         raise SaapError(f"the tensors in {folder} do not fit its config.json: {wrong}"[:400])

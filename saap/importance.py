@@ -149,10 +149,8 @@ def channel_sums(
     element = torch.empty(channels, device=weight.device)
     for start in range(0, channels, step):
         tile = slice(start, start + step)
-        if axis == 0:
-            s = (delta[:, tile].T @ x).mul_(weight[tile])
-        else:
-            s = (delta.T @ x[:, tile]).mul_(weight[:, tile])
+        rows, columns = (tile, slice(None)) if axis == 0 else (slice(None), tile)
+        s = (delta[:, rows].T @ x[:, columns]).mul_(weight[rows, columns])
         second = torch.addcmul(s, s, s, value=-0.5)
         torch.sum(s if hessian == "none" else second, 1 - axis, out=signed[tile])
         torch.linalg.vector_norm(second, 1, 1 - axis, out=element[tile])

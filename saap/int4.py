@@ -9,14 +9,14 @@ from saap.modeling import GroupwiseLinear
 class Int4Linear(nn.Module):
     """A GroupwiseLinear repacked for `aten::_weight_int4pack_mm_for_cpu`; activations in bfloat16.
 
-    The kernel computes w = a·(q − 8) + z, so z = b + 8a. Needs group_size 32, 64, 128 or 256 that divides the inputs, and
-    outputs divisible by 16: see `fits`.
+    The kernel computes w = a·(q − 8) + z, so z = b + 8a. Needs a group_size of 32, 64, 128 or 256 that divides the
+    inputs, and outputs divisible by 16: see `fits`.
     """
 
     def __init__(self, linear: GroupwiseLinear) -> None:
         super().__init__()
         self.group_size, self.bias = linear.group_size, linear.bias
-        scale, zero = linear.scale.float(), linear.zero.float()  # type: ignore[operator]
+        scale, zero = (getattr(linear, name).float() for name in ("scale", "zero"))
         pairs = torch.stack((scale, zero + 8 * scale), -1).transpose(0, 1).contiguous()
         self.register_buffer("scales_and_zeros", pairs.bfloat16())
         codes = linear.unpacked().int()

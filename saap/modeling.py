@@ -31,7 +31,8 @@ class SaapLlamaConfig(LlamaConfig):
         fields = config.to_dict()
         for name in ("model_type", "architectures", "per_layer_config", "transformers_version", "auto_map"):
             fields.pop(name, None)
-        return cls(**fields, per_layer_config={layer: dict(widths) for layer, widths in per_layer.items()})
+        fields["per_layer_config"] = {layer: dict(widths) for layer, widths in per_layer.items()}
+        return cls(**fields)
 
 
 class GroupwiseLinear(nn.Module):
@@ -81,7 +82,7 @@ class _DequantisedMatmul(torch.autograd.Function):
         return F.linear(x, linear.weight(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad @ ctx.linear.weight(grad.dtype), None
 
 
@@ -102,13 +103,13 @@ class SaapLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: SaapLlamaConfig) -> None:
         # everything but the blocks has one width: build it from a configuration without blocks
-        frame = config.per_layer_config[0]
+        frame: Any = config.per_layer_config[0]
         frame.num_hidden_layers = 0
         super().__init__(frame)
         config._attn_implementation = frame._attn_implementation
         self.config = self.model.config = config
         for index, layer_config in enumerate(config.per_layer_config):
-            self.model.layers.append(LlamaDecoderLayer(layer_config, index))
+            self.model.layers.append(LlamaDecoderLayer(layer_config, index))  # type: ignore[arg-type]
         if config.groupwise:
             use_groupwise(self.model.layers, config.groupwise["group_size"])
         self.post_init()

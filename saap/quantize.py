@@ -1,5 +1,7 @@
 """Group-wise int4 (SAAP eq. 13–14, QA-LoRA arXiv 2309.14717): one scale and one float zero per group of inputs."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -40,7 +42,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def to_groupwise(model: nn.Module, group_size: int) -> nn.Module:
+def to_groupwise(model: Any, group_size: int) -> SaapLlamaForCausalLM:
     """An int4 copy of a Llama-like model: every linear layer of every block, not the embeddings or the head.
 
     Raises SaapError for a family without an int4 form or an impossible group size.
@@ -76,9 +78,7 @@ def to_groupwise(model: nn.Module, group_size: int) -> nn.Module:
 
 
 def _widths(config: SaapLlamaConfig) -> dict[str, int]:
-    return {
-        name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    }
+    return {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
 
 
 @torch.no_grad()
@@ -93,6 +93,6 @@ def dequantize(model: nn.Module) -> nn.Module:
                 linear = nn.Linear(module.in_features, module.out_features, module.bias is not None)
             linear.weight = nn.Parameter(module.weight(), requires_grad=False)
             if module.bias is not None:
-                linear.bias = module.bias
+                linear.bias = nn.Parameter(torch.as_tensor(module.bias), requires_grad=False)
             model.set_submodule(name, linear)
     return model

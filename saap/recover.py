@@ -1,7 +1,6 @@
 """Recovery: fine-tune a pruned model as an int4 model, so that nothing is to be quantised afterwards (SAAP §III-D)."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm.auto import tqdm
 
 from saap.adapter import add_adapters, merge_adapters
 from saap.errors import SaapError
@@ -54,9 +54,11 @@ def recover(
         learning_rate: AdamW, linear warm-up over warmup_steps optimiser steps, then linear to zero.
         max_length: tokens an example is cut at. Loss is on the response only.
 
-    Returns the int4 model, merged, and the logged steps. Raises SaapError for bad arguments or a loss that is not finite.
+    Returns the int4 model, merged, and the logged steps.
+    Raises SaapError for bad arguments or a loss that is not finite.
     """
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers.trainer_callback import TrainerCallback
 
     if batch_size % micro_batch_size:
         raise SaapError(f"batch_size {batch_size} must be a multiple of micro_batch_size {micro_batch_size}")
@@ -69,13 +71,27 @@ def recover(
         """Saves and restores the adapters only: the int4 weights never change."""
 
         def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or work)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(_trained_state(self.model), folder / "adapters.safetensors")
+            save_file(_trained_state(small), folder / "adapters.safetensors")
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
             state = load_file(Path(resume_from_checkpoint) / "adapters.safetensors")
-            self.model.load_state_dict(state, strict=False)
+            small.load_state_dict(state, strict=False)
+
+    class Bar(TrainerCallback):
+        """Steps, rate and time left, with the last loss."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="recover", unit="step")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+                self.bar.update(state.global_step - self.bar.n)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.close()
 
     set_seed(seed)
     device = next(model.parameters()).device
@@ -99,17 +115,19 @@ def recover(
         report_to=[],
         remove_unused_columns=False,
         dataloader_pin_memory=device.type != "cpu",
-        disable_tqdm=os.environ.get("TQDM_DISABLE") == "1",
+        disable_tqdm=True,
     )
     trainer = AdapterTrainer(
         model=small,
         args=arguments,
-        train_dataset=_Examples(examples),  # type: ignore[arg-type]
+        train_dataset=_Examples(examples),
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        callbacks=[Bar()],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=_last_checkpoint(Path(work)))
     steps = [
-        TrainingStep(entry["step"], entry["epoch"], entry["loss"], entry["learning_rate"])
+        TrainingStep(int(entry["step"]), entry["epoch"], entry["loss"], entry["learning_rate"])
         for entry in trainer.state.log_history
         if "loss" in entry
     ]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 @dataclass(frozen=True)
 class Speed:
-    """One variant. Medians over the timed runs; spread = interquartile range / median; ratios are paired with the first.
+    """One variant. Medians of the timed runs; spread = interquartile range / median; ratios pair with the first.
 
     tokens_per_s: decode at batch 1 with a KV cache; prefill_tokens_per_s: the prompt alone. weight_bytes: what the
     parameters and buffers occupy as stored; peak_bytes: highest memory allocated on a GPU during the runs (CPU: NaN).
@@ -49,7 +49,7 @@ def compare_speed(
 ) -> list[Speed]:
     """Time every model in turn, `warmup` + `runs` times, greedy decoding of a forced length at batch 1.
 
-    The first model is the one the ratios compare with; each run of one variant is paired with the same run of the first.
+    The first model is the one the ratios compare with; each run of a variant is paired with the same run of it.
     """
     decode: dict[str, list[float]] = {name: [] for name in models}
     prefill: dict[str, list[float]] = {name: [] for name in models}
@@ -157,10 +157,7 @@ def size_of(model: nn.Module) -> Size:
             dtype = "int4"
         elif isinstance(module, nn.Linear) and module is not model.get_output_embeddings():  # type: ignore[operator]
             macs += module.weight.numel()
-    width = sum(
-        config.num_attention_heads * config.head_dim
-        for config in _layer_configs(model)
-    )
+    width = sum(config.num_attention_heads * config.head_dim for config in _layer_configs(model))
     stored = [*parameters.values(), *buffers.values()]
     return Size(count, sum(t.numel() * t.element_size() for t in stored), dtype, macs, width)
 

@@ -42,8 +42,8 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, np.ndarray]:
     """`count` calibration sequences of exactly `length` tokens, no row used twice.
 
-    Rows are visited in an order drawn from `seed`; a row that is too short is continued by the rows after it (BookCorpus
-    has one sentence a row), and the window begins at a random place of what was gathered. No special tokens.
+    Rows are visited in an order drawn from `seed`; a row that is too short is continued by the rows after it
+    (BookCorpus has one sentence a row), and the window begins at a random place of what was gathered. No special tokens.
 
     Returns tokens int64 (count, length) and the row each sequence begins in, int64 (count,).
     Raises SaapError when the texts do not hold that many.
@@ -84,7 +84,7 @@ WITHOUT_INPUT = (
 
 
 def alpaca_example(row: dict[str, str], tokenizer: Any, max_length: int) -> dict[str, Any]:
-    """One Alpaca row in the Alpaca prompt format: input_ids, and labels that are −100 on the prompt (loss on the answer).
+    """One Alpaca row in the Alpaca prompt format: input_ids, and labels, −100 on the prompt (loss on the answer).
 
     Ends with the end-of-sequence token; cut at max_length tokens.
     """

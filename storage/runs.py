@@ -1,7 +1,7 @@
 """What each run did, as small files beside the artifacts: the record the warehouse is loaded from.
 
-`<root>/runs/<run_id>/run.json` holds the run, `stages/<position>.json` one stage each. A run holds `alive.lock` while its
-process lives, so a killed one can be told from a running one.
+`<root>/runs/<run_id>/run.json` holds the run, `stages/<position>.json` one stage each. A run holds `alive.lock` while
+its process lives, so a killed one can be told from a running one.
 """
 
 import json

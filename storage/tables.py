@@ -147,7 +147,7 @@ class SampleWriter:
 
 @contextmanager
 def sample_writer(folder: Path, name: str, groups: Mapping[str, np.ndarray]) -> Iterator[SampleWriter]:
-    """Open `<folder>/<name>.parquet` ('importance' or 'fused') for SampleWriter.write. groups: layer, kind, unit (N,)."""
+    """Open `<folder>/<name>.parquet` ('importance' or 'fused') for writing. groups: layer, kind, unit (N,)."""
     schema = SCHEMAS[name]
     values = [f.name for f in schema if pa.types.is_floating(f.type)]
     with pq.ParquetWriter(

@@ -76,7 +76,7 @@ class Warehouse:
         self.file = self.root / "warehouse.duckdb"
 
     def load(self, run_id: str) -> None:
-        """Bring one run up to date: its row, and every recorded stage that is not there yet. Doing it twice changes nothing."""
+        """Bring one run up to date: its row, and every recorded stage not there yet. Twice is once."""
         with self._lock():
             if self._stale():
                 self._rebuild()
@@ -86,7 +86,7 @@ class Warehouse:
                 self._importance_view(connection)
 
     def rebuild(self) -> int:
-        """Make the file again from the store; the old one stays until the new one is whole. Returns the number of runs."""
+        """Make the file again from the store; the old one stays until the new one is whole. Returns the runs."""
         with self._lock():
             return self._rebuild()
 
@@ -94,7 +94,9 @@ class Warehouse:
     def reading(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A read-only connection. Raises StorageError when there is no warehouse yet."""
         if not self.file.exists():
-            raise StorageError(f"no warehouse in {self.root}: run something first (saap run …), or name another --store")
+            raise StorageError(
+                f"no warehouse in {self.root}: run something first (saap run …), or name another --store"
+            )
         with self._lock(), duckdb.connect(str(self.file), read_only=True) as connection:
             yield connection
 
@@ -135,8 +137,7 @@ class Warehouse:
         connection.begin()
         try:
             connection.execute(
-                "insert or replace into runs values "
-                "(?, ?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?, ?)",
+                "insert or replace into runs values (?, ?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?, ?)",
                 [
                     *(run[c] for c in ("run_id", "name", "model", "data", "ratio")),
                     _microseconds(run["started_at"]),
@@ -172,7 +173,9 @@ class Warehouse:
             leading = "?, ?, ?," if _has_variant(table) else "?, ?,"
             values = [run_id, stage["key"], *([stage["variant"]] if _has_variant(table) else [])]
             columns = ", ".join(SCHEMAS[table].names)
-            connection.execute(f"insert into {table} select {leading} {columns} from read_parquet(?)", [*values, str(file)])
+            connection.execute(
+                f"insert into {table} select {leading} {columns} from read_parquet(?)", [*values, str(file)]
+            )
 
     def _importance_view(self, connection: duckdb.DuckDBPyConnection) -> None:
         columns = ", ".join(SCHEMAS["importance"].names)

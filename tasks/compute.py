@@ -29,7 +29,9 @@ def checkpoint(step: Step, name: str, *, float_weights: bool = False) -> tuple["
     float_weights replaces int4 layers by float ones of the same values. The last model stays loaded for the next step:
     do not change it.
     """
-    return _load(step.folder(name), step.folder("tokenizer"), step.config()["dtype"], settings(step)["device"], float_weights)
+    return _load(
+        step.folder(name), step.folder("tokenizer"), step.config()["dtype"], settings(step)["device"], float_weights
+    )
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,7 @@ Nothing here imports torch or Prefect, so that `saap plan` and `--help` start fa
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,7 +28,9 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    path: str = Field("smollm2-135m", description="'smollm2-135m' (embedded), a local folder, or a hub id like org/name")
+    path: str = Field(
+        "smollm2-135m", description="'smollm2-135m' (embedded), a local folder, or a hub id like org/name"
+    )
     revision: str | None = Field(None, description="hub revision; the newest when absent")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and arithmetic")
 
@@ -51,7 +53,9 @@ class Fuse(Section):
 
 class Fluctuation(Section):
     fluctuation: Literal["var_weight", "var", "cv", "mean"] = Field("var_weight", description="eq. 10, or simpler")
-    asi_scope: Literal["layer_kind", "kind", "global"] = Field("layer_kind", description="over what ASI is standardised")
+    asi_scope: Literal["layer_kind", "kind", "global"] = Field(
+        "layer_kind", description="over what ASI is standardised"
+    )
 
 
 class Prune(Section):
@@ -64,7 +68,9 @@ class Prune(Section):
 
 class Recover(Section):
     recipe: Literal["groupwise", "none"] = Field("groupwise", description="int4 fine-tuning, or no recovery")
-    examples: Positive | None = Field(None, description="instruction rows to train on, the first so many; all if absent")
+    examples: Positive | None = Field(
+        None, description="instruction rows to train on, the first so many; all if absent"
+    )
     group_size: Annotated[int, Field(ge=2)] = Field(32, description="inputs that share a scale and a zero")
     rank: Positive = Field(64, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="adapters are scaled by alpha / rank")
@@ -79,9 +85,11 @@ class Recover(Section):
 
 
 class Evaluate(Section):
-    benchmarks: tuple[Benchmark, ...] = Field((*ACCURACIES, *PERPLEXITIES), description="which of the nine")
+    benchmarks: tuple[Benchmark, ...] = Field(get_args(Benchmark), description="which of the nine")
     limit: Positive | None = Field(None, description="first so many items of each accuracy benchmark; all if absent")
-    windows: tuple[Annotated[int, Field(ge=2)], ...] = Field((128, 2048), description="perplexity window lengths, tokens")
+    windows: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+        (128, 2048), description="perplexity window lengths, tokens"
+    )
     max_windows: Positive | None = Field(None, description="first so many windows of each text; all if absent")
 
 

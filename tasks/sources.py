@@ -51,9 +51,7 @@ DATA: dict[str, DataSet] = {
         "winogrande_xl",
         "validation",
     ),
-    "openbookqa": DataSet(
-        "openbookqa/test", ("question_stem", "choices", "answerKey"), "allenai/openbookqa", "main"
-    ),
+    "openbookqa": DataSet("openbookqa/test", ("question_stem", "choices", "answerKey"), "allenai/openbookqa", "main"),
     "wikitext2": DataSet("wikitext2_raw/test", ("text",), "Salesforce/wikitext", "wikitext-2-raw-v1"),
     "ptb": DataSet(
         "ptb/validation", ("sentence",), "ptb-text-only/ptb_text_only", "penn_treebank", "validation", _PARQUET
@@ -174,7 +172,9 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
     if "config.json" not in weights:
         raise ConfigError(f"no model in {folder}: there is no config.json")
     if not any(name.endswith(".safetensors") for name in weights):
-        raise ConfigError(f"no *.safetensors in {folder}: convert the model with save_pretrained (pickles are not read)")
+        raise ConfigError(
+            f"no *.safetensors in {folder}: convert the model with save_pretrained (pickles are not read)"
+        )
     tokenizer = _matching(folder, TOKENIZER)
     if not tokenizer:
         raise ConfigError(f"no tokenizer files in {folder}")

@@ -7,14 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, task
+from prefect import Task, get_run_logger, task
 from prefect.serializers import JSONSerializer
 
 from storage.artifacts import ArtifactStore
 from tasks.step import Step
 
 Body = Callable[[Step, Path], dict[str, Any]]
-log = logging.getLogger("saap.tasks")
 PACKAGES = ("saap", "torch", "transformers", "lm-eval", "prefect")
 
 _REPEATS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
@@ -39,7 +38,9 @@ def stage_task(stage: str) -> Callable[[Body], Task[[Step], dict[str, Any]]]:
             retry_condition_fn=is_transient,
         )
         def run(step: Step) -> dict[str, Any]:
-            return find_or_publish(step, body)
+            ref = find_or_publish(step, body)
+            get_run_logger().info("%s: %s", step.label, ", ".join(f"{k} {v}" for k, v in ref["summary"].items()))
+            return ref
 
         return run
 
@@ -52,6 +53,7 @@ def find_or_publish(step: Step, body: Body) -> dict[str, Any]:
     with store.lock(step.stage, step.key):
         manifest = store.find(step.stage, step.key)
         if manifest is None:
+            _quiet()
             about: dict[str, Any] = {
                 "run_id": step.run_id,
                 "params": step.config(),
@@ -62,7 +64,6 @@ def find_or_publish(step: Step, body: Body) -> dict[str, Any]:
             with store.publish(step.stage, step.key, **about, summary=(summary := {})) as folder:
                 summary.update(body(step, folder))
             store.drop_work(step.stage, step.key)
-            log.info("%s: %s", step.label, ", ".join(f"{k} {v}" for k, v in summary.items()))
         else:
             summary = manifest["summary"]
     return {"stage": step.stage, "key": step.key, "summary": summary}
@@ -84,3 +85,13 @@ def is_transient(task: Any, task_run: Any, state: Any) -> bool:
             return error.errno not in _REPEATS
         return type(error).__module__.split(".")[0] in ("httpx", "httpcore")
     return False
+
+
+def _quiet() -> None:
+    """Leave the progress bars of our own long loops, not those of every file that is read or written."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

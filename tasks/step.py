@@ -1,4 +1,4 @@
-"""One stage to run: what the flow hands to a task. Plain strings and numbers, so that Prefect hashes it the same always."""
+"""One stage to run: what the flow hands to a task. Plain strings, that Prefect hashes the same always."""
 
 import json
 from dataclasses import dataclass

@@ -1,0 +1,73 @@
+"""Fixtures for all tests: models small enough to check against slow second implementations."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import saap
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mini():
+    """Rows of a file of the embedded pack, e.g. mini("alpaca/train")."""
+
+    def rows(name):
+        file = Path(saap.__file__).parent / "mini" / f"{name}.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tiny_llama():
+    """A factory of small random Llamas in eval mode, their biases and norms random too."""
+
+    def build(n_kv=2, seed=0, **config):
+        small = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 96}
+        small |= {"vocab_size": 512, "max_position_embeddings": 256, "initializer_range": 0.1}
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=n_kv, **(small | config))).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_llama, mini, tmp_path_factory):
+    """The checkpoint folder of tiny_llama(), with a byte-level BPE tokenizer trained on the embedded texts."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([row["text"] for row in mini("bookcorpus_like/passages")], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    assert len(fast) <= 512
+    tiny_llama().save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

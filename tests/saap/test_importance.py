@@ -1,0 +1,146 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from saap import SaapError, score
+
+TOKENS = torch.randint(0, 512, (5, 17), generator=torch.Generator().manual_seed(1))
+
+
+def plain_scores(model, tokens, hessian="none", vector_unit="row"):
+    """Method §2 word for word in float64: batch 1, gradients of all weights, sums over slices."""
+    model = copy.deepcopy(model).double()
+    d, n_kv = model.config.head_dim, model.config.num_key_value_heads
+    wide = model.config.num_attention_heads // n_kv * d
+    vectors, elements = [], []
+    for ids in tokens[:, None]:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        vector, element = [], []
+        for block in model.model.layers:
+            a, m = block.self_attn, block.mlp
+            attention = [(a.q_proj, 0, wide), (a.k_proj, 0, d), (a.v_proj, 0, d), (a.o_proj, 1, wide)]
+            mlp = [(m.gate_proj, 0, 1), (m.up_proj, 0, 1), (m.down_proj, 1, 1)]
+            for units, matrices in ((n_kv, attention), (m.up_proj.out_features, mlp)):
+                salience = [(w.weight * w.weight.grad).detach().numpy() for w, _, _ in matrices]
+                for u in range(units):
+                    coarse, fine, signed = 0.0, 0.0, 0.0
+                    for (_, axis, width), s in zip(matrices, salience, strict=True):
+                        rows = (s if axis == 0 else s.T)[u * width : (u + 1) * width]
+                        second = rows - 0.5 * rows**2
+                        chosen = second if hessian == "fisher" else rows
+                        coarse += np.abs(chosen.sum(1)).sum()
+                        signed += chosen.sum()
+                        fine += np.abs(second).sum()
+                    vector.append(abs(signed) if vector_unit == "group" else coarse)
+                    element.append(fine)
+        vectors.append(vector)
+        elements.append(element)
+    return np.array(vectors), np.array(elements)
+
+
+def assert_close(found, expected):
+    for mine, plain in zip(found, expected, strict=True):
+        assert mine.dtype == np.float32
+        # |Σ s| can cancel to almost nothing: float32 leaves an error that is small against the typical score
+        np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-6 * plain.mean())
+
+
+@pytest.fixture(scope="module", params=[4, 2, 1], ids=["mha", "gqa2", "gqa4"])
+def case(request, tiny_llama):
+    model = tiny_llama(request.param)
+    return model, plain_scores(model, TOKENS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_scores_equal_plain_autograd_whatever_the_batch_size(case, batch_size):
+    model, expected = case
+    assert_close(score(model, TOKENS, batch_size=batch_size), expected)
+
+
+@pytest.mark.parametrize(("hessian", "vector_unit"), [("fisher", "row"), ("none", "group"), ("fisher", "group")])
+def test_each_switch_changes_the_vector_score_by_its_formula_and_leaves_the_element_score(case, hessian, vector_unit):
+    model, (plain_vector, plain_element) = case
+    vector, element = score(model, TOKENS[:3], hessian=hessian, vector_unit=vector_unit, batch_size=2)
+    assert_close((vector, element), plain_scores(model, TOKENS[:3], hessian, vector_unit))
+    assert not np.allclose(vector, plain_vector[:3], rtol=1e-4)
+    assert_close([element], [plain_element[:3]])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attention_bias": True, "mlp_bias": True},
+        {"tie_word_embeddings": True},
+        {"intermediate_size": 3000, "num_hidden_layers": 1},
+    ],
+    ids=["biases", "tied", "matrices of several tiles"],
+)
+def test_scores_equal_plain_autograd_for_other_shapes(tiny_llama, config):
+    model = tiny_llama(**config)
+    assert_close(score(model, TOKENS[:2]), plain_scores(model, TOKENS[:2]))
+
+
+def test_bfloat16_scores_are_near_those_of_the_same_weights_in_float32(tiny_llama):
+    """Bounds in the norm of a sample: bfloat16 keeps 8 bits, and the vector score is a sum that cancels."""
+    half = tiny_llama(seed=3).bfloat16()
+    found = score(half, TOKENS)
+    exact = plain_scores(half, TOKENS)
+    for name, bound, mine, plain in zip(("vector", "element"), (0.10, 0.05), found, exact, strict=True):
+        error = np.linalg.norm(mine - plain, axis=1) / np.linalg.norm(plain, axis=1)
+        assert error.max() < bound, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_scoring_leaves_weights_flags_and_gradients_as_they_were(tiny_llama, broken):
+    model = tiny_llama()
+    for parameter in model.model.layers[1].parameters():
+        parameter.requires_grad_(False)
+    if broken:
+        with torch.no_grad():
+            model.model.embed_tokens.weight.fill_(torch.nan)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    if broken:
+        with pytest.raises(SaapError):
+            score(model, TOKENS)
+    else:
+        score(model, TOKENS)
+    assert all(torch.equal(weights[n], t) or broken for n, t in model.state_dict().items())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_weight_that_is_not_a_number_is_named_with_layer_matrix_and_sample(tiny_llama):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[7, 9] = torch.nan
+    with pytest.raises(SaapError, match=r"layer 3, mlp\.up_proj, sample 0"):
+        score(model, TOKENS)
+
+
+def test_the_sample_whose_score_is_not_finite_is_named(tiny_llama):
+    model = tiny_llama()
+    tokens = TOKENS.clone() % 500
+    tokens[3, 4] = 511
+    with torch.no_grad():
+        model.model.embed_tokens.weight[511] = torch.inf
+    with pytest.raises(SaapError, match=r"layer \d, \S+_proj, sample 3"):
+        score(model, tokens, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "switches"),
+    [
+        (TOKENS[:, :1], {}),
+        (TOKENS[0], {}),
+        (TOKENS, {"hessian": "exact"}),
+        (TOKENS, {"vector_unit": "block"}),
+    ],
+)
+def test_tokens_that_predict_nothing_and_unknown_switches_are_refused(tiny_llama, tokens, switches):
+    with pytest.raises(SaapError):
+        score(tiny_llama(), tokens, **switches)
