@@ -126,7 +126,7 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
             if benchmark in ACCURACIES:
                 params |= {"limit": options.limit, "harness": version("lm-eval")}
             else:
-                params |= {"windows": list(options.windows), "max_windows": options.max_windows}
+                params |= {"windows": list(options.windows), "max_tokens": options.max_tokens}
             if reference is None:
                 its_inputs, its_outside = of_model("checkpoint")
             else:

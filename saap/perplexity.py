@@ -28,18 +28,19 @@ def perplexity(
     tokenizer: Any,
     *,
     window: int,
-    max_windows: int | None = None,
+    max_tokens: int | None = None,
     batch_tokens: int = 2048,
     name: str = "perplexity",
 ) -> Perplexity:
     r"""Perplexity of a causal model on rows of text joined with "\n\n".
 
     The joined text is tokenised once and cut into non-overlapping windows of `window` tokens, the remainder dropped;
-    the NLL is the mean over the window − 1 targets of each window. `max_windows` keeps only the first ones.
+    the NLL is the mean over the window − 1 targets of each window. `max_tokens` keeps only the first so many tokens of the text.
     Raises SaapError when the text is shorter than one window.
     """
     ids = tokenizer("\n\n".join(rows), return_tensors="pt", verbose=False)["input_ids"][0]
-    windows = ids[: len(ids) // window * window].view(-1, window)[:max_windows]
+    ids = ids[:max_tokens]
+    windows = ids[: len(ids) // window * window].view(-1, window)
     if len(windows) == 0:
         raise SaapError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
     device = next(model.parameters()).device

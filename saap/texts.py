@@ -43,7 +43,8 @@ def sample_tokens(
     """`count` calibration sequences of exactly `length` tokens, no row used twice.
 
     Rows are visited in an order drawn from `seed`; a row that is too short is continued by the rows after it
-    (BookCorpus has one sentence a row), and the window begins at a random place of what was gathered. No special tokens.
+    (BookCorpus has one sentence a row), and the window begins at a random place of what was gathered. No special
+    tokens.
 
     Returns tokens int64 (count, length) and the row each sequence begins in, int64 (count,).
     Raises SaapError when the texts do not hold that many.

@@ -90,7 +90,7 @@ class Evaluate(Section):
     windows: tuple[Annotated[int, Field(ge=2)], ...] = Field(
         (128, 2048), description="perplexity window lengths, tokens"
     )
-    max_windows: Positive | None = Field(None, description="first so many windows of each text; all if absent")
+    max_tokens: Positive | None = Field(None, description="first so many tokens of each text; all if absent")
 
 
 class Speed(Section):

@@ -61,11 +61,11 @@ def _perplexity(
             text,
             tokenizer,
             window=window,
-            max_windows=config["max_windows"],
+            max_tokens=config["max_tokens"],
             batch_tokens=256 * batch_size,
             name=benchmark,
         )
-        limited = f", first {config['max_windows']}" if config["max_windows"] else ""
+        limited = f", first {config['max_tokens']} tokens" if config["max_tokens"] else ""
         rows.append(
             {
                 **asdict(found),

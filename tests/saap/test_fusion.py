@@ -78,7 +78,7 @@ def test_the_other_fusions_are_fixed_mixtures_without_lambdas(fusion, share):
 def test_a_scope_without_any_importance_is_an_error_that_names_it(zeroed):
     pair = importances()
     pair[zeroed][:, (GROUPS.layer == 1) & (GROUPS.kind == "mlp")] = 0
-    with pytest.raises(SaapError, match="layer 1, mlp 0 .*layer_kind"):
+    with pytest.raises(SaapError, match=r"layer 1, mlp 0 .*layer_kind"):
         fuse(*pair, GROUPS, lambda_scope="layer_kind")
     assert np.isfinite(fuse(*pair, GROUPS, lambda_scope="kind")[0]).all()
 

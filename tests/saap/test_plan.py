@@ -1,0 +1,160 @@
+import numpy as np
+import pytest
+
+from saap import Groups, SaapError, removed_share, select
+
+COST = {"attention": 4096, "mlp": 192}
+
+
+def make_groups(layers, heads, channels):
+    per_layer = ["attention"] * heads + ["mlp"] * channels
+    kind = np.array(per_layer * layers)
+    unit = np.tile([*range(heads), *range(channels)], layers).astype(np.int32)
+    layer = np.repeat(np.arange(layers, dtype=np.int32), heads + channels)
+    return Groups(layer, kind, unit, np.where(kind == "attention", COST["attention"], COST["mlp"]))
+
+
+def blocks(groups):
+    for layer in range(groups.layer.max() + 1):
+        for kind in COST:
+            yield layer, kind, np.flatnonzero((groups.layer == layer) & (groups.kind == kind))
+
+
+def random_case(seed):
+    """Groups, scores, align, protected blocks, and a ratio that heads and whole steps can meet."""
+    rng = np.random.default_rng(seed)
+    groups = make_groups(int(rng.integers(5, 10)), int(rng.integers(1, 9)), int(rng.integers(64, 200)))
+    score = rng.normal(size=len(groups)) * rng.choice([1.0, 1e-6, 1e6])
+    align = int(rng.choice([1, 4, 8, 32]))
+    protect = ((0, 1, 2, -1), (0,), (-1, 1), ())[seed % 4]
+    least = sum((1 if kind == "attention" else align) * COST[kind] * (layer not in whole(groups, protect))
+                for layer, kind, _ in blocks(groups))  # fmt: skip
+    reach = (free(groups, protect) - least) / groups.parameters.sum()
+    return groups, score, align, protect, float(rng.uniform(0.02, 0.9)) * reach
+
+
+def whole(groups, protect):
+    layers = int(groups.layer.max()) + 1
+    return {p + layers if p < 0 else p for p in protect}
+
+
+def free(groups, protect):
+    return sum(int(groups.parameters[i].sum()) for layer, _, i in blocks(groups) if layer not in whole(groups, protect))
+
+
+SEEDS = range(24)
+
+
+@pytest.mark.parametrize("search", ["global", "uniform"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_plan_keeps_protected_blocks_whole_the_best_of_each_block_and_whole_steps(seed, search):
+    groups, score, align, protect, ratio = random_case(seed)
+    keep = select(score, groups, ratio, search=search, protect=protect, align=align)
+    assert keep.dtype == bool
+    for layer, kind, index in blocks(groups):
+        kept, gone = score[index][keep[index]], score[index][~keep[index]]
+        if layer in whole(groups, protect):
+            assert not len(gone)
+        if len(gone):
+            assert kept.min() > gone.max()
+        if kind == "attention":
+            assert len(kept) >= 1
+        else:
+            assert len(kept) >= align
+            assert len(kept) % align == 0 or not len(gone)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_global_search_meets_the_budget_within_half_a_step_a_block(seed):
+    groups, score, align, protect, ratio = random_case(seed)
+    keep = select(score, groups, ratio, protect=protect, align=align)
+    removed = int(groups.parameters[~keep].sum())
+    free_blocks = int(groups.layer.max()) + 1 - len(whole(groups, protect))
+    # a cut between two whole groups misses by half a group at most
+    allowed = free_blocks * align / 2 * COST["mlp"] + max(COST.values()) / 2
+    assert abs(removed - ratio * groups.parameters.sum()) <= allowed
+    assert removed_share(groups, keep) == pytest.approx(removed / groups.parameters.sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_global_search_in_single_channels_equals_removing_one_after_another(seed):
+    groups, score, _, protect, ratio = random_case(seed)
+    keep, budget = np.ones(len(groups), bool), ratio * groups.parameters.sum()
+    left = {(layer, kind): len(index) for layer, kind, index in blocks(groups)}
+    removed = 0
+    for i in sorted(range(len(groups)), key=lambda i: score[i]):
+        block = (int(groups.layer[i]), str(groups.kind[i]))
+        if block[0] in whole(groups, protect) or left[block] == 1:
+            continue
+        if abs(removed + groups.parameters[i] - budget) >= abs(removed - budget):
+            break
+        removed += groups.parameters[i]
+        left[block] -= 1
+        keep[i] = False
+    assert (select(score, groups, ratio, protect=protect, align=1) == keep).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_uniform_search_removes_the_same_share_of_every_free_block(seed):
+    rng = np.random.default_rng(seed)
+    groups = make_groups(6, int(rng.integers(2, 9)), 256)
+    align, protect = int(rng.choice([1, 8, 32])), (0, -1)
+    ratio = float(rng.uniform(0.05, 0.4))
+    score = rng.normal(size=len(groups))
+    keep = select(score, groups, ratio, search="uniform", protect=protect, align=align)
+    wanted = ratio * groups.parameters.sum() / 4
+    for layer in range(1, 5):
+        removed = groups.parameters[(groups.layer == layer) & ~keep].sum()
+        assert abs(removed - wanted) <= align / 2 * COST["mlp"]
+
+
+@pytest.mark.parametrize("search", ["global", "uniform"])
+@pytest.mark.parametrize("seed", range(8))
+def test_highest_removes_the_other_end_of_the_score(seed, search):
+    groups, score, align, protect, ratio = random_case(seed)
+    settings = {"search": search, "protect": protect, "align": align}
+    keep = select(score, groups, ratio, direction="highest", **settings)
+    assert (keep == select(-score, groups, ratio, **settings)).all()
+    for _, _, index in blocks(groups):
+        if not keep[index].all():
+            assert score[index][keep[index]].max() < score[index][~keep[index]].min()
+
+
+@pytest.mark.parametrize("search", ["global", "uniform"])
+@pytest.mark.parametrize("short", [0.99, 1.0, 1.05], ids=["minima left", "all free blocks", "beyond"])
+def test_a_ratio_out_of_reach_is_refused(search, short):
+    groups = make_groups(6, 2, 96)
+    score = np.random.default_rng(0).normal(size=len(groups))
+    ratio = short * free(groups, (0, 1, 2, -1)) / groups.parameters.sum()
+    with pytest.raises(SaapError, match=r"ratio .* cannot be reached"):
+        select(score, groups, float(ratio), search=search)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "settings"),
+    [
+        (1.2, {}),
+        (1.0, {}),
+        (0.0, {}),
+        (-0.1, {}),
+        (float("nan"), {}),
+        (0.1, {"protect": (6,)}),
+        (0.1, {"protect": (-7,)}),
+        (0.1, {"align": 0}),
+        (0.1, {"search": "local"}),
+        (0.1, {"direction": "lower"}),
+    ],
+)
+def test_bad_arguments_are_refused(ratio, settings):
+    groups = make_groups(6, 2, 96)
+    with pytest.raises(SaapError):
+        select(np.arange(float(len(groups))), groups, ratio, **settings)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_score_that_is_not_finite_is_refused(bad):
+    groups = make_groups(6, 2, 96)
+    score = np.arange(float(len(groups)))
+    score[5] = bad
+    with pytest.raises(SaapError, match="not finite"):
+        select(score, groups, 0.1)
