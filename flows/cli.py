@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tasks.config import RunConfig
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -55,6 +57,7 @@ def run(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = 
     settings = load_config(config, overrides)
     _start(settings.store)
     build(settings)  # what is wrong with model or data shows before a server is started
+    _check_family(settings)
     with _prefect(Path(settings.store)):
         from flows.run import saap_run
 
@@ -168,6 +171,17 @@ def doctor(store: StoreOption = Path("saap_store")) -> None:
     _print_table(["", "", ""], [(what, "ok" if fine else "MISSING", found) for what, fine, found in findings])
     if not all(fine for _, fine, _ in findings):
         raise typer.Exit(1)
+
+
+def _check_family(settings: RunConfig) -> None:
+    from saap.checkpoint import load_config
+    from saap.families import family_of
+    from storage.keys import Fingerprints
+    from tasks.sources import model_source
+
+    source = model_source(settings.model.path, settings.model.revision, Fingerprints(Path(settings.store)))
+    if source.kind == "folder":
+        family_of(load_config(source.path))
 
 
 def _start(store: str) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from storage.errors import StorageError
 
 START_SECONDS = 180
+# what only deployments need; the recorder of task runs must stay, or the UI shows none
+UNUSED_SERVICES = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "TRIGGERS", "PAUSE_EXPIRATIONS", "REPOSSESSOR")
 
 
 def quiet_settings(store: Path) -> None:
@@ -52,11 +54,12 @@ def prefect_api(store: Path) -> Iterator[str]:
         "PREFECT_HOME": str(home),
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home}/prefect.db",
         "PREFECT_UI_API_URL": url,
+        **{f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in UNUSED_SERVICES},
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "server.log").open("ab") as log:
         server = subprocess.Popen(
-            [*command, "--no-services"],
+            command,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,

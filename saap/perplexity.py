@@ -35,7 +35,8 @@ def perplexity(
     r"""Perplexity of a causal model on rows of text joined with "\n\n".
 
     The joined text is tokenised once and cut into non-overlapping windows of `window` tokens, the remainder dropped;
-    the NLL is the mean over the window − 1 targets of each window. `max_tokens` keeps only the first so many tokens of the text.
+    the NLL is the mean over the window − 1 targets of each window.
+    `max_tokens` keeps only the first so many tokens of the text.
     Raises SaapError when the text is shorter than one window.
     """
     ids = tokenizer("\n\n".join(rows), return_tensors="pt", verbose=False)["input_ids"][0]

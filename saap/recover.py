@@ -65,7 +65,10 @@ def recover(
     examples = [alpaca_example(row, tokenizer, max_length) for row in rows]
     examples = [e for e in examples if any(label != -100 for label in e["labels"])]
     if len(examples) < micro_batch_size:
-        raise SaapError(f"recovery has {len(examples)} usable examples, fewer than micro_batch_size {micro_batch_size}")
+        raise SaapError(
+            f"recovery has {len(examples)} examples whose answer begins within max_length {max_length}, "
+            f"fewer than micro_batch_size {micro_batch_size}: give more examples or raise max_length"
+        )
 
     class AdapterTrainer(Trainer):
         """Saves and restores the adapters only: the int4 weights never change."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from storage import runs
+from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.tables import SCHEMAS
 
@@ -178,12 +179,16 @@ class Warehouse:
             )
 
     def _importance_view(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Over the whole artifacts only: one damaged file must not take the others with it."""
+        store = ArtifactStore(self.root)
         columns = ", ".join(SCHEMAS["importance"].names)
-        pattern = self.root / "score" / "*" / "importance.parquet"
-        if list(self.root.glob("score/*/importance.parquet")):
+        keys = sorted(folder.name for folder in self.root.glob("score/[!.]*"))
+        files = [store.path("score", key) / "importance.parquet" for key in keys if store.inspect("score", key)[0]]
+        if files:
+            listed = ", ".join(f"'{_quoted(file)}'" for file in files)
             source = (
                 f"select parse_filename(parse_dirpath(filename)) as key, {columns} "
-                f"from read_parquet('{_quoted(pattern)}', filename = true)"
+                f"from read_parquet([{listed}], filename = true)"
             )
         else:
             empty = ", ".join(f"null::{_sql_type(f.type)} as {f.name}" for f in SCHEMAS["importance"])

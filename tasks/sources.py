@@ -175,10 +175,24 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
         raise ConfigError(
             f"no *.safetensors in {folder}: convert the model with save_pretrained (pickles are not read)"
         )
+    for name, file in weights.items():
+        if name.endswith(".safetensors"):
+            _check_safetensors(file)
     tokenizer = _matching(folder, TOKENIZER)
     if not tokenizer:
         raise ConfigError(f"no tokenizer files in {folder}")
     return ModelSource("folder", folder, fingerprints.files(weights), fingerprints.files(tokenizer))
+
+
+def _check_safetensors(file: Path) -> None:
+    """The header and its offsets against the file's size: finds truncated and foreign files without reading them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file} is damaged or no safetensors file ({error}): get it again") from error
 
 
 def _embedded_gguf() -> Path:

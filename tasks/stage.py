@@ -94,4 +94,5 @@ def _quiet() -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for name in ("lm_eval", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)

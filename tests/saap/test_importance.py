@@ -42,10 +42,11 @@ def plain_scores(model, tokens, hessian="none", vector_unit="row"):
 
 
 def assert_close(found, expected):
-    for mine, plain in zip(found, expected, strict=True):
-        assert mine.dtype == np.float32
-        # |Σ s| can cancel to almost nothing: float32 leaves an error that is small against the typical score
-        np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-6 * plain.mean())
+    """To 1e-4; where the vector score's |Σ s| cancels, float32 leaves some of the Σ |s| it cancelled from."""
+    (vector, element), (plain_vector, plain_element) = found, expected
+    assert vector.dtype == element.dtype == np.float32
+    np.testing.assert_allclose(element, plain_element, rtol=1e-4)
+    assert (np.abs(vector - plain_vector) <= 1e-4 * plain_vector + 1e-5 * plain_element).all()
 
 
 @pytest.fixture(scope="module", params=[4, 2, 1], ids=["mha", "gqa2", "gqa4"])
@@ -65,8 +66,8 @@ def test_each_switch_changes_the_vector_score_by_its_formula_and_leaves_the_elem
     model, (plain_vector, plain_element) = case
     vector, element = score(model, TOKENS[:3], hessian=hessian, vector_unit=vector_unit, batch_size=2)
     assert_close((vector, element), plain_scores(model, TOKENS[:3], hessian, vector_unit))
-    assert not np.allclose(vector, plain_vector[:3], rtol=1e-4)
-    assert_close([element], [plain_element[:3]])
+    assert not np.allclose(vector, plain_vector[:3], rtol=1e-3)
+    np.testing.assert_allclose(element, plain_element[:3], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_bfloat16_scores_are_near_those_of_the_same_weights_in_float32(tiny_llam
     half = tiny_llama(seed=3).bfloat16()
     found = score(half, TOKENS)
     exact = plain_scores(half, TOKENS)
-    for name, bound, mine, plain in zip(("vector", "element"), (0.10, 0.05), found, exact, strict=True):
+    for name, bound, mine, plain in zip(("vector", "element"), (0.03, 0.02), found, exact, strict=True):
         error = np.linalg.norm(mine - plain, axis=1) / np.linalg.norm(plain, axis=1)
         assert error.max() < bound, f"{name}: {error}"
 

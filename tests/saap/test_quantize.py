@@ -110,7 +110,7 @@ def test_packed_codes_hold_the_even_input_low_and_unpack_again(width):
 def shape(tiny_llama, name):
     model = tiny_llama(attention_bias=name == "biases", mlp_bias=name == "biases", tie_word_embeddings=name == "tied")
     if name == "pruned":
-        model = prune(model, np.random.default_rng(0).random(len(discover(model))) < 0.7)
+        model = prune(model, np.arange(len(discover(model))) % 3 != 1)
     return model
 
 

@@ -1,0 +1,131 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from saap import GroupwiseLinear, PooledAdapter, SaapError, load, recover, to_groupwise
+
+SETTINGS = {"group_size": 32, "rank": 8, "alpha": 16.0, "epochs": 3, "batch_size": 8, "micro_batch_size": 4,
+            "learning_rate": 2e-2, "warmup_steps": 2, "save_steps": 2, "seed": 3}  # fmt: skip
+
+KILLED = """
+import json, os, signal, sys
+import torch
+from transformers import TrainerCallback, trainer
+from saap import load, load_tokenizer, recover
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+trainer.DEFAULT_CALLBACKS.append(Kill)
+folder, work, rows, settings = sys.argv[1:]
+recover(load(folder), json.loads(rows), load_tokenizer(folder), work, **json.loads(settings))
+"""
+
+
+@pytest.fixture(scope="module")
+def rows(mini):
+    """The 24 shortest: 3 steps an epoch."""
+    return sorted(mini("alpaca/train"), key=lambda row: len("".join(row.values())))[:24]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder, tiny_tokenizer, rows, tmp_path_factory):
+    """An undisturbed run, and the work folder of one that was killed at step 5 meanwhile."""
+    work = tmp_path_factory.mktemp("killed")
+    script = [sys.executable, "-c", KILLED, str(tiny_folder), str(work), json.dumps(rows), json.dumps(SETTINGS)]
+    with subprocess.Popen(script, stderr=subprocess.PIPE, text=True) as process:
+        undisturbed = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path_factory.mktemp("work"), **SETTINGS)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    return undisturbed, work
+
+
+@pytest.fixture
+def undisturbed(runs):
+    return runs[0]
+
+
+def test_the_loss_goes_down_and_what_comes_back_is_int4_without_adapters(tiny_folder, undisturbed):
+    model, steps = undisturbed
+    assert [s.step for s in steps] == list(range(1, 10))
+    assert sum(s.loss for s in steps[-3:]) < 0.95 * sum(s.loss for s in steps[:3])
+    assert not any(isinstance(module, PooledAdapter) for module in model.modules())
+    assert sum(isinstance(module, GroupwiseLinear) for module in model.modules()) == 7 * 6
+    assert not model.training
+    # only the zeros have learned anything
+    state = model.state_dict()
+    for name, tensor in to_groupwise(load(tiny_folder), 32).state_dict().items():
+        assert torch.equal(state[name], tensor) != name.endswith(".zero"), name
+
+
+def test_the_learning_rate_warms_up_and_then_falls_to_zero(undisturbed):
+    _, steps = undisturbed
+    expected = [min(done / 2, (9 - done) / 7) * 2e-2 for done in range(9)]
+    assert [s.learning_rate for s in steps] == pytest.approx(expected, abs=1e-9)
+    assert [s.epoch for s in steps] == pytest.approx([n / 3 for n in range(1, 10)], abs=0.01)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_and_losses(tiny_folder, tiny_tokenizer, rows, runs):
+    (expected, expected_steps), work = runs
+    assert {folder.name for folder in work.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    # as if it had been killed a second time, while it wrote the next checkpoint
+    torn = shutil.copytree(work / "checkpoint-4", work / "checkpoint-6")
+    (torn / "trainer_state.json").unlink()
+    (torn / "adapters.safetensors").write_bytes(b"torn")
+
+    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, **SETTINGS)
+    assert steps == expected_steps
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_the_logged_loss_is_the_mean_over_all_answer_tokens_of_the_batch(tiny_folder, tiny_tokenizer, rows, tmp_path):
+    settings = SETTINGS | {"batch_size": 24, "epochs": 1, "micro_batch_size": 8}
+    _, (step,) = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, **settings)
+    small, total, count = to_groupwise(load(tiny_folder), 32), 0.0, 0
+    for row in rows:
+        prompt = "Below is an instruction that describes a task"
+        prompt += ", paired with an input that provides further context. " if row["input"] else ". "
+        prompt += "Write a response that appropriately completes the request.\n\n"
+        prompt += f"### Instruction:\n{row['instruction']}\n\n"
+        prompt += f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+        head = tiny_tokenizer(prompt + "### Response:\n")["input_ids"]
+        ids = torch.tensor([(head + tiny_tokenizer(row["output"])["input_ids"] + [2])[:256]])
+        with torch.no_grad():
+            logp = small(ids).logits[0].log_softmax(-1)
+        for t in range(len(head), ids.shape[1]):
+            total -= logp[t - 1, ids[0, t]].item()
+            count += 1
+    assert step.loss == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 10},
+        {"batch_size": 2},
+        {"batch_size": 0},
+        {"batch_size": 32, "micro_batch_size": 32},
+        {"max_length": 4},
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_work_are_refused(tiny_llama, tiny_tokenizer, rows, tmp_path, settings):
+    with pytest.raises(SaapError):
+        recover(tiny_llama(), rows, tiny_tokenizer, tmp_path, **(SETTINGS | settings))
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny_llama, tiny_tokenizer, rows, tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(SaapError, match="not finite at step 1"):
+        recover(model, rows, tiny_tokenizer, tmp_path, **(SETTINGS | {"epochs": 1}))

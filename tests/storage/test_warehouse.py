@@ -1,0 +1,145 @@
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from storage.artifacts import ArtifactStore
+from storage.errors import StorageError
+from storage.runs import RunRecord, mark_killed, read_run
+from storage.tables import sample_writer, write_table
+from storage.warehouse import Warehouse
+from tests.storage.test_tables import GROUPS
+
+ABOUT = {"name": "n", "model": "m", "data": "mini", "ratio": 0.2, "config": "{}"}
+METRIC = {"metric": "acc", "value": 0.5, "stderr": 0.1, "n": 4, "protocol": "p", "papers": True, "data": "mini"}
+
+
+def fill(root, run_id, benchmarks=("boolq", "piqa")):
+    """A run with one scored model, two evaluations and a speed table, all published for real."""
+    import numpy as np
+
+    store = ArtifactStore(root)
+    store.prepare()
+    record = RunRecord(store.root, run_id, **ABOUT)
+    if store.find("score", "s") is None:
+        with store.publish("score", "s", run_id=run_id) as folder, sample_writer(folder, "importance", GROUPS) as writer:
+            writer.write(vector=np.ones((2, 5), np.float32), element=np.ones((2, 5), np.float32))
+    record.stage(0, stage="score", key="s", variant=None, benchmark=None, cached=False, seconds=1.0)
+    for position, benchmark in enumerate(benchmarks, 1):
+        key = f"{run_id}-{benchmark}"
+        with store.publish("evaluate", key, run_id=run_id) as folder:
+            write_table(folder, "metrics", [{"benchmark": benchmark, **METRIC}])
+        about = {"stage": "evaluate", "key": key, "variant": "dense", "benchmark": benchmark}
+        record.stage(position, **about, cached=False, seconds=2.0)
+    record.finish("completed")
+    return Warehouse(store.root)
+
+
+def ask(warehouse, query):
+    with warehouse.reading() as connection:
+        return connection.execute(query).fetchall()
+
+
+def everything(warehouse):
+    tables = ("runs", "stage_runs", "groups", "widths", "metrics", "speed", "training", "importance")
+    views = ("leaderboard", "comparison", "stage_reuse")
+    return {name: sorted(map(str, ask(warehouse, f"select * from {name}"))) for name in (*tables, *views)}
+
+
+def test_a_run_loaded_twice_is_there_once(tmp_path):
+    warehouse = fill(tmp_path, "r1")
+    warehouse.load("r1")
+    before = everything(warehouse)
+    warehouse.load("r1")
+    assert everything(warehouse) == before
+    assert ask(warehouse, "select run_id, variant, benchmark, value, n from metrics order by benchmark") == [
+        ("r1", "dense", "boolq", 0.5, 4),
+        ("r1", "dense", "piqa", 0.5, 4),
+    ]
+    assert ask(warehouse, "select count(*), max(sample), sum(vector) from importance where kind = 'mlp'") == [(6, 1, 6.0)]
+
+
+def test_the_rebuilt_warehouse_equals_the_one_that_grew(tmp_path):
+    for run_id in ("r1", "r2"):
+        warehouse = fill(tmp_path, run_id)
+        warehouse.load(run_id)
+    grown = everything(warehouse)
+    warehouse.file.unlink()
+    assert warehouse.rebuild() == 2
+    assert everything(warehouse) == grown
+
+
+def test_a_warehouse_of_another_version_or_a_broken_one_is_rebuilt(tmp_path):
+    import duckdb
+
+    warehouse = fill(tmp_path, "r1")
+    warehouse.load("r1")
+    grown = everything(warehouse)
+    with duckdb.connect(str(warehouse.file)) as connection:
+        connection.execute("update schema_version set version = 0; drop view leaderboard; delete from metrics")
+    warehouse.load("r1")
+    assert everything(warehouse) == grown
+    warehouse.file.write_bytes(b"broken")
+    warehouse.load("r1")
+    assert everything(warehouse) == grown
+
+
+def _write_runs(root, first):
+    for index in range(first, first + 5):
+        fill(root, f"r{index:02d}").load(f"r{index:02d}")
+
+
+def test_four_processes_at_once_lose_and_double_nothing(tmp_path):
+    fill(tmp_path, "r99").load("r99")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write_runs, args=(tmp_path, 10 * i)) for i in range(1, 5)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    warehouse = Warehouse(tmp_path)
+    assert ask(warehouse, "select count(*), count(distinct run_id) from runs") == [(21, 21)]
+    assert ask(warehouse, "select count(*), count(distinct (run_id, benchmark)) from metrics") == [(42, 42)]
+    assert ask(warehouse, "select count(*) from stage_runs") == [(63,)]
+
+
+def test_reuse_counts_what_was_computed_and_what_was_found(tmp_path):
+    warehouse = fill(tmp_path, "r1")
+    record = RunRecord(warehouse.root, "r2", **ABOUT)
+    record.stage(0, stage="score", key="s", variant=None, benchmark=None, cached=True, seconds=1.0)
+    record.finish("completed")
+    for run_id in ("r1", "r2"):
+        warehouse.load(run_id)
+    query = "select uses, computed, reused, seconds_spent, seconds_saved from stage_reuse where stage = 'score'"
+    assert ask(warehouse, query) == [(2, 1, 1, 1.0, 1.0)]
+
+
+def test_the_average_is_withheld_unless_all_seven_accuracies_are_there(tmp_path):
+    seven = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa")
+    fill(tmp_path, "all", seven).load("all")
+    warehouse = fill(tmp_path, "six", seven[:6])
+    warehouse.load("six")
+    assert dict(ask(warehouse, "select run_id, average from leaderboard")) == {"all": 0.5, "six": None}
+
+
+def test_a_run_whose_process_was_killed_is_told_from_a_living_one(tmp_path):
+    code = (
+        "import os, signal, sys; from pathlib import Path; from storage.runs import RunRecord\n"
+        f"RunRecord(Path({str(tmp_path)!r}), 'dead', **{json.loads(json.dumps(ABOUT))!r})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    living = RunRecord(tmp_path, "living", **ABOUT)
+    assert mark_killed(tmp_path) == ["dead"]
+    assert read_run(tmp_path, "dead")["status"] == "killed"
+    assert read_run(tmp_path, "living")["status"] == "running"
+    living.finish("completed")
+
+
+def test_asking_before_anything_ran_says_what_to_do(tmp_path):
+    with pytest.raises(StorageError, match="saap run"), Warehouse(tmp_path).reading():
+        pass
