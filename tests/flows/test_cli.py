@@ -1,0 +1,181 @@
+"""What people type, and what they get when it is wrong: one line, exit code 2, nothing left behind."""
+
+import csv
+import io
+import json
+import re
+import shutil
+
+import pytest
+
+from storage.runs import RunRecord
+from storage.warehouse import Warehouse
+from tests.flows.conftest import saap
+from tests.storage.test_warehouse import ABOUT, fill
+
+
+def refused(done, *words):
+    """Exit code 2 and one line on stderr that holds all the words."""
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("saap: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("prune.rato=0.5", ["unknown config key 'prune.rato'", "ratio"]),
+        ("colour=1", ["unknown config key 'colour'", "prune"]),
+        ("prune.ratio=1.2", ["prune.ratio", "less than 1", "1.2"]),
+        ("prune.ratio=0", ["prune.ratio", "greater than 0"]),
+        ("evaluate.benchmarks=['mmlu']", ["evaluate.benchmarks", "mmlu"]),
+        ("recover.batch_size=6", ["batch_size", "micro_batch_size"]),
+        ("model.path=/no/such/model", ["/no/such/model", "does not exist"]),
+        ("data=/no/such/data", ["/no/such/data", "mini"]),
+        ("store=/proc/nowhere", ["/proc/nowhere", "--store"]),
+        ("prune", ["section.field=value"]),
+    ],
+)
+def test_a_bad_setting_is_refused_in_one_line(config, store, override, words):
+    refused(saap("run", config, "--set", override), *words)
+    assert not list(store.glob("*/*/manifest.json"))
+
+
+def test_a_missing_or_malformed_config_is_refused(tmp_path):
+    refused(saap("run", tmp_path / "none.toml"), "none.toml")
+    (tmp_path / "bad.toml").write_text("name = ")
+    refused(saap("plan", tmp_path / "bad.toml"), "TOML")
+
+
+def test_a_family_we_do_not_know_is_refused_by_name(config, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "gpt")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 512}))
+    refused(saap("run", config, "--set", f"model.path={folder}"), "gpt2", "llama")
+
+
+def test_a_corrupt_checkpoint_is_refused(config, tiny_folder, tmp_path, store):
+    folder = shutil.copytree(tiny_folder, tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(saap("run", config, "--set", f"model.path={folder}"), "model.safetensors", "damaged")
+    assert not list(store.glob("*/*/manifest.json"))
+
+
+def test_a_data_folder_without_a_needed_column_is_refused(config, tmp_path, store):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for place in ("bookcorpus_like/passages", "alpaca/train", "arc_easy/test", "wikitext2_raw/test"):
+        (tmp_path / "data" / place).parent.mkdir(parents=True)
+        columns = {"text": ["x"]} if "train" not in place else {"instruction": ["x"], "input": [""], "output": ["y"]}
+        pq.write_table(pa.table(columns), tmp_path / "data" / f"{place}.parquet")
+    refused(saap("run", config, "--set", f"data={tmp_path / 'data'}"), "arc_easy", "question")
+    (tmp_path / "data/arc_easy/test.parquet").write_bytes(b"broken")
+    refused(saap("run", config, "--set", f"data={tmp_path / 'data'}"), "arc_easy", "cannot read")
+    assert not list(store.glob("*/*/manifest.json"))
+
+
+@pytest.mark.slow
+def test_an_error_inside_a_stage_is_one_line_too_and_the_run_is_recorded_as_failed(config, store, prefect_server):
+    done = saap("run", config, "--set", "prune.ratio=0.99")
+    refused(done, "ratio", "cannot be reached")
+    with Warehouse(store).reading() as connection:
+        ((status, error),) = connection.execute("select status, error from runs").fetchall()
+    assert status == "failed"
+    assert "cannot be reached" in error
+
+
+def test_plan_says_what_would_run_and_why_and_changes_nothing(config, store):
+    done = saap("plan", config)
+    assert done.returncode == 0, done.stderr
+    assert "never made" in done.stdout
+    assert "0 of 13 steps" in done.stdout
+    assert not store.exists()
+
+
+def test_sql_prints_csv_json_and_a_table(tmp_path):
+    fill(tmp_path, "r1").load("r1")
+    query = "select benchmark, value, stderr, null as nothing from metrics order by benchmark"
+    done = saap("sql", query, "--store", tmp_path, "--csv")
+    assert done.stdout == "benchmark,value,stderr,nothing\nboolq,0.5,0.1,\npiqa,0.5,0.1,\n"
+    rows = json.loads(saap("sql", query, "--store", tmp_path, "--json").stdout)
+    assert rows == [{"benchmark": b, "value": 0.5, "stderr": 0.1, "nothing": None} for b in ("boolq", "piqa")]
+    table = saap("sql", query, "--store", tmp_path).stdout
+    assert re.search(r"boolq .* 0\.5 .* 0\.1", table)
+    refused(saap("sql", "select nonsense", "--store", tmp_path), "nonsense")
+    refused(saap("sql", "delete from metrics", "--store", tmp_path), "read-only")
+    refused(saap("sql", "select 1", "--store", tmp_path / "none"), "saap run")
+
+
+def test_the_stated_columns_are_there(tmp_path):
+    fill(tmp_path, "r1").load("r1")
+    stated = {
+        "runs": "run_id, started_at, status, model",
+        "stage_runs": "run_id, stage, key, cached, seconds",
+        "metrics": "run_id, variant, benchmark, metric, value, stderr, n, protocol",
+        "speed": "run_id, variant, tokens_per_s",
+        "importance": "sample, layer, kind, unit, vector, element",
+    }
+    for table, columns in stated.items():
+        done = saap("sql", f"select {columns} from {table} limit 1", "--store", tmp_path, "--csv")
+        assert done.stdout.splitlines()[0] == columns.replace(" ", ""), done.stderr
+
+
+def test_report_of_a_run_without_a_speed_shows_what_is_there(tmp_path):
+    warehouse = fill(tmp_path, "r1")
+    RunRecord(tmp_path, "r2", **ABOUT).finish("failed", "x")
+    for run_id in ("r1", "r2"):
+        warehouse.load(run_id)
+    done = saap("report", "--store", tmp_path)
+    assert "run r1" in done.stdout
+    assert re.search(r"dense .* 50\.0", done.stdout)
+    refused(saap("report", "nothing", "--store", tmp_path), "no such run")
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plan", "--help"], ["sql", "--help"], ["run", "--help"]])
+def test_help_teaches_and_imports_neither_torch_nor_prefect(command):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, flows.cli, os\n"
+        "leave = os._exit\n"
+        "os._exit = lambda code: (print('HEAVY', {'torch', 'prefect', 'transformers'} & set(sys.modules)), leave(code))\n"
+        f"sys.argv = ['saap', *{command!r}]\nflows.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY set()" in done.stdout
+    assert "Usage" in done.stdout
+
+
+def test_plan_and_sql_import_neither_torch_nor_prefect(config, tmp_path):
+    import subprocess
+    import sys
+
+    fill(tmp_path / "s", "r1").load("r1")
+    for command in (["plan", str(config)], ["sql", "select 1 as one", "--csv", "--store", str(tmp_path / "s")]):
+        code = (
+            "import sys, flows.cli, os\n"
+            "leave = os._exit\n"
+            "os._exit = lambda code: (print('HEAVY', {'torch', 'prefect'} & set(sys.modules), flush=True), leave(code))\n"
+            f"sys.argv = ['saap', *{command!r}]\nflows.cli.main()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "HEAVY set()" in done.stdout, done.stdout
+
+
+def test_doctor_finds_this_environment_in_order(tmp_path):
+    done = saap("doctor", "--store", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("torch", "duckdb", "SmolLM2-135M", "cores", "free", "hub"):
+        assert word in done.stdout
+
+
+def test_csv_output_is_nothing_but_csv(tmp_path):
+    fill(tmp_path, "r1").load("r1")
+    done = saap("sql", "select 'a,b' as x, 1.5 as y", "--store", tmp_path, "--csv")
+    assert list(csv.reader(io.StringIO(done.stdout))) == [["x", "y"], ["a,b", "1.5"]]
+    assert done.stderr == ""

@@ -1,0 +1,115 @@
+"""Keys: what changes them, and what must not."""
+
+import json
+import shutil
+
+import pytest
+
+from flows.dag import VERSIONS, build
+from flows.sweep import combinations
+from tasks.config import ConfigError, RunConfig, check_config, load_config
+
+
+@pytest.fixture()
+def settings(config):
+    return lambda *overrides: load_config(config, overrides)
+
+
+def keys(settings, *overrides):
+    return {step.label: step.key for step in build(settings(*overrides))}
+
+
+def changed(settings, *overrides):
+    before, after = keys(settings), keys(settings, *overrides)
+    return {label for label in before.keys() | after.keys() if before.get(label) != after.get(label)}
+
+
+PRUNED = {f"evaluate {v} {b}" for v in ("pruned", "recovered") for b in ("arc_easy", "wikitext2")}
+RECOVERED = {label for label in PRUNED if "recovered" in label}
+DENSE = {"evaluate dense arc_easy", "evaluate dense wikitext2"}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("name='other'", set()),
+        ("compute.batch_size=2", set()),
+        ("store='elsewhere'", set()),
+        ("calibrate.seed=1", {"calibrate", "score", "fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
+        ("score.hessian='fisher'", {"score", "fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
+        ("fuse.fusion='vector'", {"fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
+        ("fluctuation.asi_scope='kind'", {"fluctuation", "prune", "recover", "speed"} | PRUNED),
+        ("prune.ratio=0.3", {"prune", "recover", "speed"} | PRUNED),
+        ("recover.seed=1", {"recover", "speed"} | RECOVERED),
+        ("evaluate.limit=5", {label for label in PRUNED | DENSE if "arc" in label}),
+        ("evaluate.windows=[64]", {label for label in PRUNED | DENSE if "wiki" in label}),
+        ("evaluate.benchmarks=['arc_easy']", {label for label in PRUNED | DENSE if "wiki" in label}),
+        ("speed.runs=3", {"speed"}),
+        ("recover.recipe='none'", {"recover", "speed"} | RECOVERED),
+    ],
+)
+def test_a_setting_changes_the_keys_of_its_stage_and_of_those_after_it_only(settings, override, expected):
+    assert changed(settings, override) == expected
+
+
+def test_other_weights_change_every_key_and_another_folder_of_the_same_changes_none(settings, tiny_folder, tmp_path):
+    same = shutil.copytree(tiny_folder, tmp_path / "same")
+    assert changed(settings, f"model.path={same}") == set()
+    weights = same / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert changed(settings, f"model.path={same}") == set(keys(settings)) - {"calibrate"}
+
+
+def test_other_data_changes_the_stages_that_read_it(settings, tmp_path):
+    from tasks.sources import mini_folder
+
+    data = shutil.copytree(mini_folder(), tmp_path / "data")
+    assert changed(settings, f"data={data}") == set()
+    with (data / "arc_easy" / "test.jsonl").open("a") as file:
+        file.write("\n")
+    assert changed(settings, f"data={data}") == {label for label in PRUNED | DENSE if "arc" in label}
+
+
+def test_a_new_code_version_of_a_stage_makes_it_and_what_follows_anew(settings, monkeypatch):
+    before = keys(settings)
+    monkeypatch.setitem(VERSIONS, "prune", VERSIONS["prune"] + 1)
+    after = keys(settings)
+    assert {label for label in before if before[label] != after[label]} == {"prune", "recover", "speed"} | PRUNED
+
+
+def test_every_step_comes_after_the_steps_it_takes(settings):
+    made = set()
+    for step in build(settings()):
+        assert {(stage, key) for _, stage, key in step.inputs} <= made
+        made.add((step.stage, step.key))
+
+
+def test_a_sweep_is_the_product_of_its_axes(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text('[sweep]\n"prune.ratio" = [0.2, 0.5]\n"model.path" = ["a/b", "c/d"]\n')
+    found = [load_config(file, tuple(overrides)) for overrides in combinations(str(file))]
+    assert [(c.prune.ratio, c.model.path) for c in found] == [(0.2, "a/b"), (0.2, "c/d"), (0.5, "a/b"), (0.5, "c/d")]
+    file.write_text('[sweep]\n"prune.ratio" = [0.2, 1.5]\n')
+    with pytest.raises(ConfigError, match=r"prune\.ratio"):
+        combinations(str(file))
+    file.write_text("")
+    with pytest.raises(ConfigError, match="sweep"):
+        combinations(str(file))
+
+
+def test_every_field_of_the_config_is_described():
+    def walk(model):
+        for field in model.model_fields.values():
+            if hasattr(field.annotation, "model_fields"):
+                walk(field.annotation)
+            else:
+                assert field.description
+
+    walk(RunConfig)
+
+
+def test_a_config_survives_json(settings):
+    config = settings("prune.ratio=0.3")
+    assert check_config(json.loads(config.model_dump_json())) == config
