@@ -99,6 +99,14 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
 
 
 @app.command()
+def config() -> None:
+    """Print a whole configuration: every field, its default and what it means. A start for a file of your own."""
+    from tasks.config import default_toml
+
+    print(default_toml(), end="")
+
+
+@app.command()
 def sql(
     query: Annotated[str, typer.Argument(help='For example "select * from leaderboard".', show_default=False)],
     store: StoreOption = Path("saap_store"),
@@ -136,6 +144,7 @@ def sql(
 def report(
     run_id: Annotated[str | None, typer.Argument(help="The newest completed run when absent.")] = None,
     store: StoreOption = Path("saap_store"),
+    svg: Annotated[Path | None, typer.Option(help="Draw it into this SVG file too.", show_default=False)] = None,
 ) -> None:
     """Print the result table of a run again."""
     from storage.errors import StorageError
@@ -149,7 +158,10 @@ def report(
         ).fetchone()
     if found is None:
         raise StorageError(f"no such run in {store.resolve()}: saap sql 'select run_id, name, status from runs'")
+    console.record = svg is not None
     _print_run(store, *found)
+    if svg is not None:
+        console.save_svg(str(svg), title="saap report")
 
 
 @app.command()

@@ -68,16 +68,27 @@ def prefect_api(store: Path) -> Iterator[str]:
         )
     try:
         _wait_until_healthy(server, url, home / "server.log")
-        os.environ["PREFECT_API_URL"] = url
+        _use_api(url)
         yield url
     finally:
         _send_what_is_queued()
-        os.environ.pop("PREFECT_API_URL", None)
+        _use_api(None)
         server.terminate()
         try:
             server.wait(20)
         except subprocess.TimeoutExpired:
             server.kill()
+
+
+def _use_api(url: str | None) -> None:
+    if url is None:
+        os.environ.pop("PREFECT_API_URL", None)
+    else:
+        os.environ["PREFECT_API_URL"] = url
+    if "prefect" in sys.modules:  # it reads its settings once, when imported
+        from prefect.context import refresh_global_settings_context
+
+        refresh_global_settings_context()
 
 
 def _send_what_is_queued() -> None:

@@ -3,6 +3,7 @@
 Nothing here imports torch or Prefect, so that `saap plan` and `--help` start fast.
 """
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -137,6 +138,29 @@ def load_config(file: str | Path | None, overrides: tuple[str, ...] = ()) -> Run
             raise ConfigError(f"--set takes section.field=value, got '{override}'")
         set_value(values, path.strip(), parse_value(text.strip()))
     return check_config(values)
+
+
+def default_toml() -> str:
+    """Every field with its default and description, as a TOML file that `load_config` reads back to the defaults."""
+    lines = ["# Everything a run can be told, with the defaults. Leave out what you do not change."]
+    sections = [(None, RunConfig), *((name, f.annotation) for name, f in RunConfig.model_fields.items())]
+    for name, section in sections:
+        if not hasattr(section, "model_fields"):
+            continue
+        if name is not None:
+            lines += ["", f"[{name}]"]
+        for field, about in section.model_fields.items():
+            if about.description is None:
+                continue  # a section of its own
+            value = f"{field} = {_toml(about.default)}" if about.default is not None else f"# {field} ="
+            lines.append(f"{value:<40} # {about.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return json.dumps(value)
 
 
 def read_toml(file: str | Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import saap
+from flows.server import prefect_api, quiet_settings
 
 torch.set_num_threads(1)
 
@@ -71,3 +72,12 @@ def tiny_tokenizer(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory):
+    """PREFECT_API_URL of a real server, set for this process and its children."""
+    home = tmp_path_factory.mktemp("prefect")
+    quiet_settings(home)
+    with prefect_api(home) as url:
+        yield url

@@ -1,4 +1,4 @@
-"""The command line run for real, on a tiny model, with one real Prefect server for the session."""
+"""The command line run for real, on a tiny model."""
 
 import csv
 import io
@@ -9,21 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import prefect_api, quiet_settings
-
 KILLER = Path(__file__).parent / "kill.py"
 
 
-@pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory):
-    """PREFECT_API_URL of a real server, set for this process and its children."""
-    home = tmp_path_factory.mktemp("prefect")
-    quiet_settings(home)
-    with prefect_api(home) as url:
-        yield url
-
-
-@pytest.fixture()
+@pytest.fixture
 def config(tmp_path, tiny_folder):
     """A run of every stage that takes seconds: tiny model, mini pack, two benchmarks."""
     file = tmp_path / "tiny.toml"
@@ -33,7 +22,7 @@ store = "{tmp_path / "store"}"
 model.path = "{tiny_folder}"
 calibrate = {{ count = 4, length = 16 }}
 prune = {{ ratio = 0.2, align = 8, protect = [0, -1] }}
-recover = {{ examples = 8, epochs = 1, batch_size = 4, micro_batch_size = 4, rank = 4, group_size = 16, max_length = 256 }}
+recover = {{ examples = 8, epochs = 1, batch_size = 4, micro_batch_size = 4, rank = 4, group_size = 16 }}
 evaluate = {{ benchmarks = ["arc_easy", "wikitext2"], limit = 4, windows = [32], max_tokens = 512 }}
 speed = {{ prompt_tokens = 8, new_tokens = 4, runs = 2, warmup = 1 }}
 compute = {{ device = "cpu", threads = 1 }}
@@ -41,7 +30,7 @@ compute = {{ device = "cpu", threads = 1 }}
     return file
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path):
     return tmp_path / "store"
 

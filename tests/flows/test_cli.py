@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -135,36 +137,31 @@ def test_report_of_a_run_without_a_speed_shows_what_is_there(tmp_path):
     refused(saap("report", "nothing", "--store", tmp_path), "no such run")
 
 
-@pytest.mark.parametrize("command", [["--help"], ["plan", "--help"], ["sql", "--help"], ["run", "--help"]])
-def test_help_teaches_and_imports_neither_torch_nor_prefect(command):
-    import subprocess
-    import sys
-
+def heavy_imports(command):
+    """Which of the heavy packages a command has imported when it ends, and what it printed."""
     code = (
         "import sys, flows.cli, os\n"
-        "leave = os._exit\n"
-        "os._exit = lambda code: (print('HEAVY', {'torch', 'prefect', 'transformers'} & set(sys.modules)), leave(code))\n"
-        f"sys.argv = ['saap', *{command!r}]\nflows.cli.main()\n"
+        "leave, heavy = os._exit, {'torch', 'prefect', 'transformers'}\n"
+        "os._exit = lambda code: (print('HEAVY', heavy & set(sys.modules), flush=True), leave(code))\n"
+        f"sys.argv = ['saap', *{command!r}]\n"
+        "flows.cli.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "HEAVY set()" in done.stdout
-    assert "Usage" in done.stdout
+    output, _, heavy = done.stdout.rpartition("HEAVY ")
+    return heavy.strip(), output
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plan", "--help"], ["sql", "--help"], ["run", "--help"]])
+def test_help_imports_neither_torch_nor_prefect(command):
+    heavy, output = heavy_imports(command)
+    assert heavy == "set()"
+    assert "Usage" in output
 
 
 def test_plan_and_sql_import_neither_torch_nor_prefect(config, tmp_path):
-    import subprocess
-    import sys
-
     fill(tmp_path / "s", "r1").load("r1")
-    for command in (["plan", str(config)], ["sql", "select 1 as one", "--csv", "--store", str(tmp_path / "s")]):
-        code = (
-            "import sys, flows.cli, os\n"
-            "leave = os._exit\n"
-            "os._exit = lambda code: (print('HEAVY', {'torch', 'prefect'} & set(sys.modules), flush=True), leave(code))\n"
-            f"sys.argv = ['saap', *{command!r}]\nflows.cli.main()\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert "HEAVY set()" in done.stdout, done.stdout
+    assert heavy_imports(["plan", str(config)])[0] == "set()"
+    assert heavy_imports(["sql", "select 1 as one", "--csv", "--store", str(tmp_path / "s")]) == ("set()", "one\n1\n")
 
 
 def test_doctor_finds_this_environment_in_order(tmp_path):

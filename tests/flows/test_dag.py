@@ -7,10 +7,10 @@ import pytest
 
 from flows.dag import VERSIONS, build
 from flows.sweep import combinations
-from tasks.config import ConfigError, RunConfig, check_config, load_config
+from tasks.config import ConfigError, RunConfig, check_config, default_toml, load_config
 
 
-@pytest.fixture()
+@pytest.fixture
 def settings(config):
     return lambda *overrides: load_config(config, overrides)
 
@@ -113,3 +113,10 @@ def test_every_field_of_the_config_is_described():
 def test_a_config_survives_json(settings):
     config = settings("prune.ratio=0.3")
     assert check_config(json.loads(config.model_dump_json())) == config
+
+
+def test_the_printed_configuration_reads_back_as_the_defaults(tmp_path):
+    (tmp_path / "all.toml").write_text(default_toml())
+    assert load_config(tmp_path / "all.toml") == RunConfig()
+    for section in ("prune", "evaluate"):
+        assert f"[{section}]" in default_toml()

@@ -32,7 +32,9 @@ def test_a_server_and_a_worker_accept_and_run_the_deployments(config, store, pre
         assert [schedule.schedule.cron for schedule in sweep.schedules] == ["0 2 * * 0"]
         deployment = client.read_deployment_by_name("saap/run")
         flow_run = client.create_flow_run_from_deployment(deployment.id, parameters={"config": str(config)})
-    worked = prefect("worker", "start", "--pool", "saap", "--run-once", env={**os.environ, "PREFECT_LOGGING_LEVEL": "INFO"})
+    worked = prefect(
+        "worker", "start", "--pool", "saap", "--run-once", env={**os.environ, "PREFECT_LOGGING_LEVEL": "INFO"}
+    )
     assert worked.returncode == 0, worked.stdout + worked.stderr
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:

@@ -41,18 +41,19 @@ def manifests(store):
 
 def results(store):
     """Everything a run found that does not depend on time."""
+    last = "where run_id = (select max(run_id) from runs)"
     queries = [
-        "select variant, benchmark, metric, value, stderr, n from metrics where run_id = (select max(run_id) from runs)",
-        "select layer, kind, unit, parameters, asi from groups where run_id = (select max(run_id) from runs)",
-        "select layer, kind, units, kept from widths where run_id = (select max(run_id) from runs)",
-        "select step, loss from training where run_id = (select max(run_id) from runs)",
+        f"select variant, benchmark, metric, value, stderr, n from metrics {last}",
+        f"select layer, kind, unit, parameters, asi from groups {last}",
+        f"select layer, kind, units, kept from widths {last}",
+        f"select step, loss from training {last}",
         "select sample, layer, kind, unit, vector, element from importance",
     ]
     with Warehouse(store).reading() as connection:
         return [sorted(connection.execute(query).fetchall()) for query in queries]
 
 
-@pytest.fixture()
+@pytest.fixture
 def undisturbed(config, store, prefect_server):
     """The results of a run that nothing disturbed, made in another store."""
     other = config.parent / "undisturbed"
@@ -136,7 +137,9 @@ def test_two_runs_at_once_share_the_work_and_lose_nothing(config, store, undistu
 def test_a_killed_run_takes_its_own_prefect_server_with_it(config, store):
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     program = [sys.executable, "tests/flows/kill.py", "calibrate", "run", str(config)]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)  # returns: no open pipe
+    done = subprocess.run(
+        program, env=environment, capture_output=True, text=True, timeout=600
+    )  # returns: no open pipe
     assert done.returncode == -signal.SIGKILL, done.stderr
     deadline = time.monotonic() + 20
     while _servers(store) and time.monotonic() < deadline:

@@ -76,6 +76,16 @@ def test_global_search_meets_the_budget_within_half_a_step_a_block(seed):
     assert removed_share(groups, keep) == pytest.approx(removed / groups.parameters.sum(), rel=1e-12)
 
 
+@pytest.mark.parametrize("remainder", [1, 15, 17, 31])
+def test_rounding_to_whole_steps_meets_the_budget_when_every_block_has_the_same_remainder(remainder):
+    groups = make_groups(8, 2, 160)
+    # heads last to go; the same channels first to go everywhere
+    score = np.where(groups.kind == "attention", 1e3, groups.unit) + 1e-3 * groups.layer
+    budget = 8 * (160 - 96 - remainder) * COST["mlp"]
+    keep = select(score, groups, budget / groups.parameters.sum(), protect=(), align=32)
+    assert abs(groups.parameters[~keep].sum() - budget) <= 32 / 2 * COST["mlp"]
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_global_search_in_single_channels_equals_removing_one_after_another(seed):
     groups, score, _, protect, ratio = random_case(seed)

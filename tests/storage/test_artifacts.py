@@ -17,7 +17,7 @@ def publish(store, stage="score", key="k", text="hello", **about):
         (folder / "a.txt").write_text(text)
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path):
     store = ArtifactStore(tmp_path / "store")
     store.prepare()
@@ -33,9 +33,12 @@ def test_a_published_artifact_is_found_with_its_manifest(store):
 
 
 def test_an_error_while_publishing_leaves_nothing(store):
-    with pytest.raises(RuntimeError), store.publish("score", "k") as folder:
+    def half(folder):
         (folder / "a.txt").write_text("half")
         raise RuntimeError
+
+    with pytest.raises(RuntimeError), store.publish("score", "k") as folder:
+        half(folder)
     assert store.find("score", "k") is None
     assert list((store.root / "score").iterdir()) == []
 
@@ -103,18 +106,15 @@ def test_of_many_writers_one_computes_and_the_others_find(store, tmp_path):
     assert (store.path("score", "k") / "a.txt").read_text() == winner
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_nothing():
-    with pytest.raises(StorageError, match="no space left"):
-        store = ArtifactStore("/dev/shm/saap-full-test")
-        store.prepare()
-        try:
-            with store.publish("score", "k") as folder:
-                (folder / "a.txt").write_text("x")
-                with open("/dev/full", "w") as full:
-                    full.write("x" * 100_000)
-        finally:
-            assert list((store.root / "score").iterdir()) == []
-            subprocess.run(["rm", "-rf", str(store.root)], check=True)
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(store):
+    def fill_up(folder):
+        (folder / "a.txt").write_text("x")
+        with open("/dev/full", "w") as full:
+            full.write("x" * 100_000)
+
+    with pytest.raises(StorageError, match="no space left"), store.publish("score", "k") as folder:
+        fill_up(folder)
+    assert list((store.root / "score").iterdir()) == []
 
 
 def test_a_store_that_cannot_be_written_is_refused_by_name():

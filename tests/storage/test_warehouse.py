@@ -25,7 +25,10 @@ def fill(root, run_id, benchmarks=("boolq", "piqa")):
     store.prepare()
     record = RunRecord(store.root, run_id, **ABOUT)
     if store.find("score", "s") is None:
-        with store.publish("score", "s", run_id=run_id) as folder, sample_writer(folder, "importance", GROUPS) as writer:
+        with (
+            store.publish("score", "s", run_id=run_id) as folder,
+            sample_writer(folder, "importance", GROUPS) as writer,
+        ):
             writer.write(vector=np.ones((2, 5), np.float32), element=np.ones((2, 5), np.float32))
     record.stage(0, stage="score", key="s", variant=None, benchmark=None, cached=False, seconds=1.0)
     for position, benchmark in enumerate(benchmarks, 1):
@@ -59,7 +62,9 @@ def test_a_run_loaded_twice_is_there_once(tmp_path):
         ("r1", "dense", "boolq", 0.5, 4),
         ("r1", "dense", "piqa", 0.5, 4),
     ]
-    assert ask(warehouse, "select count(*), max(sample), sum(vector) from importance where kind = 'mlp'") == [(6, 1, 6.0)]
+    assert ask(warehouse, "select count(*), max(sample), sum(vector) from importance where kind = 'mlp'") == [
+        (6, 1, 6.0)
+    ]
 
 
 def test_the_rebuilt_warehouse_equals_the_one_that_grew(tmp_path):
