@@ -15,6 +15,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 from storage.errors import StorageError
 
 START_SECONDS = 180
@@ -39,9 +41,11 @@ def quiet_settings(store: Path) -> None:
 
 @contextlib.contextmanager
 def prefect_api(store: Path) -> Iterator[str]:
-    """Address of a Prefect API: the user's (PREFECT_API_URL), or of a server that lives as long as the block."""
-    if "PREFECT_API_URL" in os.environ:
-        yield os.environ["PREFECT_API_URL"]
+    """Address of a Prefect API: the user's (environment or profile), or of a server that lives as long as the block."""
+    from prefect.settings import get_current_settings
+
+    if (users := get_current_settings().api.url) is not None:
+        yield users
         return
     home = store / "prefect"
     home.mkdir(parents=True, exist_ok=True)
@@ -57,7 +61,8 @@ def prefect_api(store: Path) -> Iterator[str]:
         **{f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in UNUSED_SERVICES},
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "server.log").open("ab") as log:
+    # one start at a time: two servers that find no database would both make its tables
+    with FileLock(home / "start.lock"), (home / "server.log").open("ab") as log:
         server = subprocess.Popen(
             command,
             env=environment,
@@ -66,8 +71,8 @@ def prefect_api(store: Path) -> Iterator[str]:
             stderr=log,
             preexec_fn=_die_with_parent,
         )
-    try:
         _wait_until_healthy(server, url, home / "server.log")
+    try:
         _use_api(url)
         yield url
     finally:
@@ -85,20 +90,18 @@ def _use_api(url: str | None) -> None:
         os.environ.pop("PREFECT_API_URL", None)
     else:
         os.environ["PREFECT_API_URL"] = url
-    if "prefect" in sys.modules:  # it reads its settings once, when imported
-        from prefect.context import refresh_global_settings_context
+    from prefect.context import refresh_global_settings_context
 
-        refresh_global_settings_context()
+    refresh_global_settings_context()
 
 
 def _send_what_is_queued() -> None:
     """Prefect sends logs and events from threads: let them finish before their server goes."""
-    if "prefect" in sys.modules:
-        from prefect.events.worker import EventsWorker
-        from prefect.logging.handlers import APILogWorker
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
 
-        APILogWorker.drain_all(timeout=10)
-        EventsWorker.drain_all(timeout=10)
+    APILogWorker.drain_all(timeout=10)
+    EventsWorker.drain_all(timeout=10)
 
 
 def _die_with_parent() -> None:
@@ -116,4 +119,5 @@ def _wait_until_healthy(server: subprocess.Popen, url: str, log: Path) -> None:
                 return
         except OSError:
             time.sleep(0.2)
+    server.kill()
     raise StorageError(f"the Prefect server did not start; see {log}, or start one and set PREFECT_API_URL")

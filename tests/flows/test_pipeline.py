@@ -118,9 +118,10 @@ def test_a_damaged_and_a_deleted_artifact_are_noticed_set_aside_and_rebuilt(conf
     assert results(store) == before
 
 
-def test_two_runs_at_once_share_the_work_and_lose_nothing(config, store, undisturbed, prefect_server):
+def test_two_runs_at_once_share_the_work_and_lose_nothing(config, store, undisturbed):
     command = [sys.executable, "-m", "flows.cli", "run", str(config)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": without_server()}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
     for process in both:
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
@@ -135,16 +136,20 @@ def test_two_runs_at_once_share_the_work_and_lose_nothing(config, store, undistu
 
 
 def test_a_killed_run_takes_its_own_prefect_server_with_it(config, store):
-    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     program = [sys.executable, "tests/flows/kill.py", "calibrate", "run", str(config)]
     done = subprocess.run(
-        program, env=environment, capture_output=True, text=True, timeout=600
+        program, env=without_server(), capture_output=True, text=True, timeout=600
     )  # returns: no open pipe
     assert done.returncode == -signal.SIGKILL, done.stderr
     deadline = time.monotonic() + 20
     while _servers(store) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert _servers(store) == []
+
+
+def without_server():
+    """The environment of someone who has no Prefect server: each run brings its own."""
+    return {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
 
 
 def _servers(store):

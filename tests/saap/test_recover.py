@@ -37,20 +37,17 @@ def rows(mini):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_folder, tiny_tokenizer, rows, tmp_path_factory):
-    """An undisturbed run, and the work folder of one that was killed at step 5 meanwhile."""
+def killed(tiny_folder, rows, tmp_path_factory):
+    """The process of a run that kills itself at step 5, and its work folder; the other tests run meanwhile."""
     work = tmp_path_factory.mktemp("killed")
     script = [sys.executable, "-c", KILLED, str(tiny_folder), str(work), json.dumps(rows), json.dumps(SETTINGS)]
     with subprocess.Popen(script, stderr=subprocess.PIPE, text=True) as process:
-        undisturbed = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path_factory.mktemp("work"), **SETTINGS)
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, errors
-    return undisturbed, work
+        yield process, work
 
 
-@pytest.fixture
-def undisturbed(runs):
-    return runs[0]
+@pytest.fixture(scope="module")
+def undisturbed(killed, tiny_folder, tiny_tokenizer, rows, tmp_path_factory):
+    return recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path_factory.mktemp("work"), **SETTINGS)
 
 
 def test_the_loss_goes_down_and_what_comes_back_is_int4_without_adapters(tiny_folder, undisturbed):
@@ -71,20 +68,6 @@ def test_the_learning_rate_warms_up_and_then_falls_to_zero(undisturbed):
     expected = [min(done / 2, (9 - done) / 7) * 2e-2 for done in range(9)]
     assert [s.learning_rate for s in steps] == pytest.approx(expected, abs=1e-9)
     assert [s.epoch for s in steps] == pytest.approx([n / 3 for n in range(1, 10)], abs=0.01)
-
-
-def test_a_killed_run_goes_on_to_the_same_weights_and_losses(tiny_folder, tiny_tokenizer, rows, runs):
-    (expected, expected_steps), work = runs
-    assert {folder.name for folder in work.iterdir()} == {"checkpoint-2", "checkpoint-4"}
-    # as if it had been killed a second time, while it wrote the next checkpoint
-    torn = shutil.copytree(work / "checkpoint-4", work / "checkpoint-6")
-    (torn / "trainer_state.json").unlink()
-    (torn / "adapters.safetensors").write_bytes(b"torn")
-
-    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, **SETTINGS)
-    assert steps == expected_steps
-    state = model.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
 
 
 def test_the_logged_loss_is_the_mean_over_all_answer_tokens_of_the_batch(tiny_folder, tiny_tokenizer, rows, tmp_path):
@@ -129,3 +112,19 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_llama, tiny_tokenizer, rows,
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(SaapError, match="not finite at step 1"):
         recover(model, rows, tiny_tokenizer, tmp_path, **(SETTINGS | {"epochs": 1}))
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_and_losses(tiny_folder, tiny_tokenizer, rows, undisturbed, killed):
+    (expected, expected_steps), (process, work) = undisturbed, killed
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert {folder.name for folder in work.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    # as if it had been killed a second time, while it wrote the next checkpoint
+    torn = shutil.copytree(work / "checkpoint-4", work / "checkpoint-6")
+    (torn / "trainer_state.json").unlink()
+    (torn / "adapters.safetensors").write_bytes(b"torn")
+
+    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, **SETTINGS)
+    assert steps == expected_steps
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())

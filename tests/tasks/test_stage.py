@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def step(tmp_path):
-    return Step("calibrate", "k", "{}", (), (), "{}", str(tmp_path), "run")
+    return Step("calibrate", tmp_path.name, "{}", (), (), "{}", str(tmp_path), "run")
 
 
 def failing(errors):
@@ -42,9 +42,9 @@ def call(stage, step):
 
 def test_a_connection_that_fails_twice_is_tried_again_and_then_works(tmp_path, prefect_server):
     stage, tries = failing([ConnectionError("reset"), OSError(errno.EIO, "disk hiccup")])
-    assert call(stage, step(tmp_path)) == {"stage": "calibrate", "key": "k", "summary": {"fine": True}}
+    assert call(stage, step(tmp_path)) == {"stage": "calibrate", "key": tmp_path.name, "summary": {"fine": True}}
     assert len(tries) == 3
-    assert ArtifactStore(tmp_path).find("calibrate", "k", verify=True)["summary"] == {"fine": True}
+    assert ArtifactStore(tmp_path).find("calibrate", tmp_path.name, verify=True)["summary"] == {"fine": True}
 
 
 @pytest.mark.parametrize(
@@ -55,4 +55,4 @@ def test_an_error_that_would_repeat_is_not_tried_again(tmp_path, prefect_server,
     with pytest.raises(type(error)):
         call(stage, step(tmp_path))
     assert len(tries) == 1
-    assert ArtifactStore(tmp_path).find("calibrate", "k") is None
+    assert ArtifactStore(tmp_path).find("calibrate", tmp_path.name) is None
