@@ -12,16 +12,26 @@ from typing import Any
 from torch import nn
 
 from saap.errors import SaapError
+from saap.texts import read_rows
 
-# benchmark → the metric in the papers' column, and the split its stock task scores
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The metric in the papers' column, the columns its data must have, and the folder of its stock task in lm-eval."""
+
+    papers: str
+    columns: tuple[str, ...]
+    folder: str
+
+
 ACCURACY = {
-    "arc_easy": ("acc", "test"),
-    "arc_challenge": ("acc_norm", "test"),
-    "boolq": ("acc", "validation"),
-    "hellaswag": ("acc_norm", "validation"),
-    "piqa": ("acc", "validation"),
-    "winogrande": ("acc", "validation"),
-    "openbookqa": ("acc_norm", "test"),
+    "arc_easy": Benchmark("acc", ("question", "choices", "answerKey"), "arc"),
+    "arc_challenge": Benchmark("acc_norm", ("question", "choices", "answerKey"), "arc"),
+    "boolq": Benchmark("acc", ("question", "passage", "label"), "super_glue/boolq"),
+    "hellaswag": Benchmark("acc_norm", ("activity_label", "ctx_a", "ctx_b", "endings", "label"), "hellaswag"),
+    "piqa": Benchmark("acc", ("goal", "sol1", "sol2", "label"), "piqa"),
+    "winogrande": Benchmark("acc", ("sentence", "option1", "option2", "answer"), "winogrande"),
+    "openbookqa": Benchmark("acc_norm", ("question_stem", "choices", "answerKey"), "openbookqa"),
 }
 
 
@@ -57,7 +67,9 @@ def accuracy(
 
     if benchmark not in ACCURACY:
         raise SaapError(f"unknown benchmark '{benchmark}'; known: {', '.join(ACCURACY)}")
-    papers, split = ACCURACY[benchmark]
+    about = ACCURACY[benchmark]
+    if data_file is not None:
+        read_rows(data_file, about.columns)
 
     class Quiet(HFLM):
         """lm-eval shows its bars whatever TQDM_DISABLE says."""
@@ -73,7 +85,7 @@ def accuracy(
         device=str(next(model.parameters()).device),
     )
     with tempfile.TemporaryDirectory() as folder:
-        spec = benchmark if data_file is None else _task_file(Path(folder), benchmark, Path(data_file), split)
+        spec = benchmark if data_file is None else _task_file(Path(folder), benchmark, Path(data_file))
         # the bootstrap only serves metrics without a closed-form standard error, and these all have one
         results = simple_evaluate(
             lm, tasks=[spec], limit=limit, task_manager=_task_manager(), log_samples=False, bootstrap_iters=100
@@ -84,7 +96,9 @@ def accuracy(
         f", first {limit}" if limit else ""
     )
     metrics = [
-        Metric(name, float(found[f"{name},none"]), float(found[f"{name}_stderr,none"]), n, protocol, name == papers)
+        Metric(
+            name, float(found[f"{name},none"]), float(found[f"{name}_stderr,none"]), n, protocol, name == about.papers
+        )
         for name in ("acc", "acc_norm")
         if f"{name},none" in found
     ]
@@ -93,12 +107,15 @@ def accuracy(
 
 @lru_cache(maxsize=1)
 def _task_manager() -> Any:
-    from lm_eval.tasks import TaskManager
+    import lm_eval.tasks
 
-    return TaskManager()
+    stock = Path(lm_eval.tasks.__file__).parent
+    # indexing all of lm-eval's tasks takes eight seconds, these six folders none
+    folders = sorted({str(stock / about.folder) for about in ACCURACY.values()})
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
 
 
-def _task_file(folder: Path, benchmark: str, data_file: Path, split: str) -> str:
+def _task_file(folder: Path, benchmark: str, data_file: Path) -> str:
     """The stock task with only the place of its data changed, as lm-eval's `include` allows."""
     stock = _task_manager().task_index[benchmark].yaml_path
     # the stock tasks name further splits; zero-shot runs never read them

@@ -47,7 +47,10 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise SaapError(f"cannot load the model in {folder}: {_first_line(error)}") from error
     model, info = loaded
-    wrong = {what: names for what, names in info.items() if names and what in ("missing_keys", "mismatched_keys")}
+    # checkpoints of the first Llama carry the rotary frequencies, which are computed
+    unexpected = [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
+    wrong = {"missing": info["missing_keys"], "mismatched": info["mismatched_keys"], "unexpected": unexpected}
+    wrong = {what: sorted(map(str, names)) for what, names in wrong.items() if names}
     if wrong:
         raise SaapError(f"the tensors in {folder} do not fit its config.json: {wrong}"[:400])
     return model.to(device).eval()

@@ -38,4 +38,8 @@ def asi(fluctuation: np.ndarray, groups: Groups, *, asi_scope: str = "layer_kind
     size = np.bincount(scope)
     centred = fluctuation - (np.bincount(scope, fluctuation) / size)[scope]
     std = np.sqrt(np.bincount(scope, centred**2) / size)[scope]
-    return np.divide(centred, std, out=np.zeros_like(centred), where=std > 0)
+    # the mean of equal numbers can miss them by a bit, which would then count as one standard deviation
+    low, high = np.full(len(size), np.inf), np.full(len(size), -np.inf)
+    np.minimum.at(low, scope, fluctuation)
+    np.maximum.at(high, scope, fluctuation)
+    return np.divide(centred, std, out=np.zeros_like(centred), where=(high > low)[scope] & (std > 0))

@@ -124,10 +124,7 @@ def _score_batch(model, batch, parts, hessian, vector_unit, first_sample):  # ty
                 finite = torch.isfinite(pair[1]).all(1) & torch.isfinite(pair[0]).all(1)
                 if not finite.all():
                     sample = first_sample + int((~finite).nonzero()[0])
-                    raise SaapError(
-                        f"the score of layer {layer}, {part.matrix}, sample {sample} is not finite: "
-                        "load the model in float32 or look at its weights"
-                    )
+                    raise SaapError(_not_finite(parts, layer, part.matrix, sample))
                 pairs.append(pair)
             coarse = torch.stack([p[0] for p in pairs]).sum(0)
             vector.append(coarse.abs().cpu())
@@ -155,3 +152,14 @@ def channel_sums(
         torch.sum(s if hessian == "none" else second, 1 - axis, out=signed[tile])
         torch.linalg.vector_norm(second, 1, 1 - axis, out=element[tile])
     return signed, element
+
+
+def _not_finite(parts: list[dict], layer: int, matrix: str, sample: int) -> str:
+    """One bad weight spoils the scores of every matrix: name the first that holds one, else the first bad score."""
+    for index, kinds in enumerate(parts):
+        for part, linear in (member for members in kinds.values() for member in members):
+            if not torch.isfinite(linear.weight).all():
+                return (
+                    f"the score of layer {index}, {part.matrix}, sample {sample} is not finite: neither are its weights"
+                )
+    return f"the score of layer {layer}, {matrix}, sample {sample} is not finite: load the model in float32"

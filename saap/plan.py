@@ -122,6 +122,11 @@ def _uniform(worth: np.ndarray, groups: Groups, budget: float, protected: np.nda
             spare = (size * share - (size - counts[layer, kind])) * cost
         else:
             wanted = size * (1 - share) - spare / cost
+            if wanted < min(align, size) - align / 2:
+                raise SaapError(
+                    f"ratio {budget / groups.parameters.sum():.3f} cannot be reached: layer {layer} would keep fewer "
+                    f"than {min(align, size)} channels; lower the ratio or align, or protect fewer blocks"
+                )
             counts[layer, kind] = min(max(round(wanted / align), 1) * align, size)
     return counts
 

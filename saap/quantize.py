@@ -1,5 +1,6 @@
 """Group-wise int4 (SAAP eq. 13–14, QA-LoRA arXiv 2309.14717): one scale and one float zero per group of inputs."""
 
+import copy
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def to_groupwise(model: Any, group_size: int) -> SaapLlamaForCausalLM:
     blocks = family_of(model.config).blocks(model)
     kept = {n: t.clone() for n, t in model.state_dict().items() if not n.startswith("model.layers.")}
     small.load_state_dict(kept, strict=False, assign=True)
-    small.model.rotary_emb = model.model.rotary_emb
+    small.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
     use_groupwise(small.model.layers, group_size)
     small.config.groupwise = {"bits": 4, "group_size": group_size}
     for block, source in zip(small.model.layers, blocks, strict=True):
@@ -71,9 +72,9 @@ def to_groupwise(model: Any, group_size: int) -> SaapLlamaForCausalLM:
                 if module.bias is not None:
                     target.bias = nn.Parameter(module.bias.clone(), requires_grad=False)
             elif not list(module.children()):
-                block.set_submodule(name, module)
+                block.set_submodule(name, copy.deepcopy(module))
     small.tie_weights()
-    small.generation_config = model.generation_config
+    small.generation_config = copy.deepcopy(model.generation_config)
     return small.eval()
 
 

@@ -1,6 +1,7 @@
 """Recovery: fine-tune a pruned model as an int4 model, so that nothing is to be quantised afterwards (SAAP §III-D)."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def recover(
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments, set_seed
     from transformers.trainer_callback import TrainerCallback
 
-    if batch_size % micro_batch_size:
+    if micro_batch_size < 1 or batch_size < 1 or batch_size % micro_batch_size:
         raise SaapError(f"batch_size {batch_size} must be a multiple of micro_batch_size {micro_batch_size}")
     examples = [alpaca_example(row, tokenizer, max_length) for row in rows]
     examples = [e for e in examples if any(label != -100 for label in e["labels"])]
@@ -77,6 +78,9 @@ def recover(
             folder = Path(output_dir or work)
             folder.mkdir(parents=True, exist_ok=True)
             save_file(_trained_state(small), folder / "adapters.safetensors")
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return _Order([e["length"] for e in examples], batch_size, seed)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
             state = load_file(Path(resume_from_checkpoint) / "adapters.safetensors")
@@ -109,8 +113,8 @@ def recover(
         warmup_steps=warmup_steps,
         lr_scheduler_type="linear",
         optim="adamw_torch",
-        train_sampling_strategy="group_by_length",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a ruined model must show
         save_steps=save_steps,
         save_total_limit=2,
         seed=seed,
@@ -138,6 +142,28 @@ def recover(
     if bad:
         raise SaapError(f"the training loss is not finite at step {bad[0]}: lower recover.learning_rate")
     return merge_adapters(small).eval(), steps
+
+
+class _Order(torch.utils.data.Sampler):
+    """Examples of like length together, in an order that depends on the seed and the epoch alone.
+
+    The trainer's own grouping draws from the global random state, which differs after resuming inside an epoch.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class _Examples(torch.utils.data.Dataset):

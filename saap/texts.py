@@ -26,14 +26,16 @@ def read_rows(file: str | Path, columns: tuple[str, ...]) -> list[dict[str, Any]
         if file.suffix == ".parquet":
             rows = pq.read_table(file).to_pylist()
         else:
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (pa.ArrowInvalid, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SaapError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
     if not rows:
         raise SaapError(f"{file} has no rows")
-    missing = [c for c in columns if c not in rows[0]]
-    if missing:
-        raise SaapError(f"{file} has no column {missing}; its columns are {sorted(rows[0])}")
+    for number, row in enumerate(rows, 1):
+        missing = [c for c in columns if not isinstance(row, dict) or c not in row]
+        if missing:
+            found = sorted(row) if isinstance(row, dict) else row
+            raise SaapError(f"{file} has no column {missing} in row {number}; its columns are {found}"[:300])
     return [{c: row[c] for c in columns} for row in rows]
 
 
@@ -54,16 +56,18 @@ def sample_tokens(
     sequences, rows = [], []
     for start in rng.permutation(len(texts)):
         ids: list[int] = []
+        origin: list[int] = []
         row = int(start)
         while row < len(texts) and not used[row] and len(ids) < length:
             ids += tokenizer(texts[row], add_special_tokens=False)["input_ids"]
+            origin += [row] * (len(ids) - len(origin))
             row += 1
         if len(ids) < length:
             continue
         used[int(start) : row] = True
         offset = int(rng.integers(len(ids) - length + 1))
         sequences.append(ids[offset : offset + length])
-        rows.append(int(start))
+        rows.append(origin[offset])
         if len(sequences) == count:
             return torch.tensor(sequences), np.array(rows)
     raise SaapError(

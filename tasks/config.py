@@ -143,7 +143,10 @@ def load_config(file: str | Path | None, overrides: tuple[str, ...] = ()) -> Run
 def default_toml() -> str:
     """Every field with its default and description, as a TOML file that `load_config` reads back to the defaults."""
     lines = ["# Everything a run can be told, with the defaults. Leave out what you do not change."]
-    sections = [(None, RunConfig), *((name, f.annotation) for name, f in RunConfig.model_fields.items())]
+    sections: list[tuple[str | None, Any]] = [
+        (None, RunConfig),
+        *((name, f.annotation) for name, f in RunConfig.model_fields.items()),
+    ]
     for name, section in sections:
         if not hasattr(section, "model_fields"):
             continue

@@ -26,7 +26,7 @@ class DataSet:
     hub_revision: str | None = None  # data sets that are loading scripts need the hub's own Parquet conversion
 
 
-_ARC = ("id", "question", "choices", "answerKey")
+_ARC = ("question", "choices", "answerKey")
 _PARQUET = "refs/convert/parquet"
 DATA: dict[str, DataSet] = {
     "calibration": DataSet(
