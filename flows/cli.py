@@ -228,12 +228,13 @@ def _print_run(store: Path, run_id: str, data: str) -> None:
         for stage, steps, cached, seconds in stages
     )
     console.print(f"stages: {spent}", highlight=False)
-    console.print("accuracies in %, the papers' metric of each task; perplexities (↓) at 128 tokens", style="dim")
+    console.print("accuracies in %, the papers' metric of each task; perplexities (↓) at 128 tokens", style="dim", highlight=False)
     if data == "mini":
         console.print(
             "The mini pack is for seeing the pipeline work: 36 items a benchmark, standard errors near 8 points. "
             "Its scores compare with no published number; use data = 'hub' or a folder for those.",
             style="yellow",
+            highlight=False,
         )
     root = store.resolve()
     console.print(f"files: {root}   warehouse: {root / 'warehouse.duckdb'}", highlight=False, soft_wrap=True)
