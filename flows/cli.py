@@ -175,6 +175,26 @@ def rebuild(store: StoreOption = Path("saap_store")) -> None:
 
 
 @app.command()
+def verify(store: StoreOption = Path("saap_store")) -> None:
+    """Read every artifact of the store and compare it with its digests; set aside what is damaged."""
+    from storage.artifacts import ArtifactStore
+
+    artifacts = ArtifactStore(store)
+    checked = list(artifacts.all())
+    damaged = []
+    for stage, key in checked:
+        fault = artifacts.inspect(stage, key, verify=True)[1]
+        if fault is not None:
+            artifacts.find(stage, key, verify=True)
+            damaged.append((f"{stage}/{key}", fault))
+    if damaged:
+        _print_table(["set aside", "because"], damaged)
+    console.print(f"{len(checked) - len(damaged)} of {len(checked)} artifacts are whole")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(store: StoreOption = Path("saap_store")) -> None:
     """Check versions, devices, disk and hub, and say what is missing and how to get it."""
     from flows.doctor import examine
@@ -228,7 +248,9 @@ def _print_run(store: Path, run_id: str, data: str) -> None:
         for stage, steps, cached, seconds in stages
     )
     console.print(f"stages: {spent}", highlight=False)
-    console.print("accuracies in %, the papers' metric of each task; perplexities (↓) at 128 tokens", style="dim", highlight=False)
+    console.print(
+        "accuracies in %, the papers' metric of each task; perplexities (↓) at 128 tokens", style="dim", highlight=False
+    )
     if data == "mini":
         console.print(
             "The mini pack is for seeing the pipeline work: 36 items a benchmark, standard errors near 8 points. "

@@ -1,6 +1,7 @@
 """Content-addressed folders: `<root>/<stage>/<key>/`, published whole or not at all."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -128,9 +129,16 @@ class ArtifactStore:
             _fsync(draft.parent)
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or "No space left on device" in str(error):  # safetensors has an error type of its own
                 raise StorageError(f"no space left for {stage} in {self.root}: free some and run again") from error
             raise
+
+    def all(self) -> Iterator[tuple[str, str]]:
+        """(stage, key) of every artifact folder, whole or not."""
+        for folder in sorted(self.root.glob("*/[!.]*/")):
+            if folder.parent.name not in ("damaged", "locks", "prefect", "runs", "work", "fingerprints"):
+                yield folder.parent.name, folder.name
 
     def work(self, stage: str, key: str) -> Path:
         """A scratch folder that survives a crash, for stages that can go on in the middle."""

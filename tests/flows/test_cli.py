@@ -37,6 +37,8 @@ def refused(done, *words):
         ("recover.batch_size=6", ["batch_size", "micro_batch_size"]),
         ("model.path=/no/such/model", ["/no/such/model", "does not exist"]),
         ("data=/no/such/data", ["/no/such/data", "mini"]),
+        ("data=hub", ["bookcorpus", "mini"]),
+        ("model.path=org/model", ["org/model", "HF_TOKEN"]),
         ("store=/proc/nowhere", ["/proc/nowhere", "--store"]),
         ("prune", ["section.field=value"]),
     ],
@@ -162,6 +164,21 @@ def test_plan_and_sql_import_neither_torch_nor_prefect(config, tmp_path):
     fill(tmp_path / "s", "r1").load("r1")
     assert heavy_imports(["plan", str(config)])[0] == "set()"
     assert heavy_imports(["sql", "select 1 as one", "--csv", "--store", str(tmp_path / "s")]) == ("set()", "one\n1\n")
+
+
+def test_verify_reads_everything_and_sets_aside_what_is_damaged(tmp_path):
+    fill(tmp_path, "r1")
+    done = saap("verify", "--store", tmp_path)
+    assert (done.returncode, "3 of 3 artifacts are whole" in done.stdout) == (0, True)
+    file = tmp_path / "evaluate" / "r1-piqa" / "metrics.parquet"
+    content = bytearray(file.read_bytes())
+    content[40] ^= 1
+    file.write_bytes(content)
+    done = saap("verify", "--store", tmp_path)
+    assert done.returncode == 1
+    assert "evaluate/r1-piqa" in done.stdout
+    assert "2 of 3 artifacts are whole" in done.stdout
+    assert not file.exists()
 
 
 def test_doctor_finds_this_environment_in_order(tmp_path):
