@@ -149,14 +149,14 @@ class SampleWriter:
 def sample_writer(folder: Path, name: str, groups: Mapping[str, np.ndarray]) -> Iterator[SampleWriter]:
     """Open `<folder>/<name>.parquet` ('importance' or 'fused') for writing. groups: layer, kind, unit (N,)."""
     schema = SCHEMAS[name]
-    values = [f.name for f in schema if pa.types.is_floating(f.type)]
+    # coordinates repeat or count up, floats share their exponents: each compresses best in an encoding of its own
+    encodings = {
+        field.name: "BYTE_STREAM_SPLIT" if pa.types.is_floating(field.type) else "DELTA_BINARY_PACKED"
+        for field in schema
+        if field.name != "kind"
+    }
     with pq.ParquetWriter(
-        folder / f"{name}.parquet",
-        schema,
-        compression="zstd",
-        use_dictionary=["kind"],
-        use_byte_stream_split=values,
-        column_encoding=None,
+        folder / f"{name}.parquet", schema, compression="zstd", use_dictionary=["kind"], column_encoding=encodings
     ) as writer:
         yield SampleWriter(writer, schema, groups)
 
