@@ -2,8 +2,8 @@
 
     python benchmarks/importance_store.py
 
-32 × (32 + 11008) groups × 50 samples ≈ 17.7 million rows of log-normal values, the shape real scores have. Prints a table
-(median of the repeats and their spread) and, as its last line, one JSON object.
+32 × (32 + 11008) groups × 50 samples ≈ 17.7 million rows of log-normal values, the shape real scores have. Prints a
+table (median of the repeats and their spread) and, as its last line, one JSON object.
 """
 
 import argparse
