@@ -8,7 +8,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import saap.modeling  # noqa: F401  (registers the uneven classes with transformers)
 from saap.errors import SaapError
 from saap.families import family_of
 

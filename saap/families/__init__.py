@@ -6,8 +6,10 @@ from saap.errors import SaapError
 
 from .base import Family, Part
 from .llama import Llama
+from .mistral import Mistral
+from .qwen import Qwen2, Qwen3
 
-FAMILIES: tuple[Family, ...] = (Llama(),)
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3())
 
 
 def family_of(config: Any) -> Family:
