@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -23,7 +25,20 @@ from transformers import (
 )
 
 import saap
-from saap import GroupwiseLinear, discover, load, mask, prune, quantize, save, score, select, size_of, to_groupwise
+from saap import (
+    GroupwiseLinear,
+    SaapError,
+    discover,
+    load,
+    mask,
+    prune,
+    quantize,
+    save,
+    score,
+    select,
+    size_of,
+    to_groupwise,
+)
 from saap import weight_norms as norms_of
 
 IDS = torch.randint(3, 512, (3, 13), generator=torch.Generator().manual_seed(2))
@@ -52,7 +67,15 @@ LLAMA_LIKE = {
         GATED | WINDOW | {"head_dim": 16, "attention_bias": True},
     ),
 }
-CASES = LLAMA_LIKE
+BLOOM = {
+    "bloom": (BloomForCausalLM, BloomConfig, {"n_layer": LAYERS, "n_head": 4}),
+    "bloom, 12 heads, residual after the norm": (
+        BloomForCausalLM,
+        BloomConfig,
+        {"n_layer": LAYERS, "n_head": 12, "hidden_size": 48, "apply_residual_connection_post_layernorm": True},
+    ),
+}
+CASES = LLAMA_LIKE | BLOOM
 
 
 def build(case):
@@ -77,11 +100,21 @@ def llama_like(request):
 
 
 def blocks(model):
-    return model.model.layers
+    return model.transformer.h if "bloom" in model.config.model_type else model.model.layers
 
 
 def coupled(model, block):
     """kind → one list per unit of (linear, axis, slice): written down from the papers' and transformers' layouts."""
+    if "bloom" in model.config.model_type:
+        a, m = block.self_attention, block.mlp
+        d = model.config.hidden_size // model.config.n_head
+        fused = [slice(3 * d * h, 3 * d * (h + 1)) for h in range(a.dense.in_features // d)]
+        columns = [slice(d * h, d * (h + 1)) for h in range(len(fused))]
+        channels = [slice(j, j + 1) for j in range(m.dense_h_to_4h.out_features)]
+        return {
+            "attention": [[(a.query_key_value, 0, f), (a.dense, 1, c)] for f, c in zip(fused, columns, strict=True)],
+            "mlp": [[(m.dense_h_to_4h, 0, j), (m.dense_4h_to_h, 1, j)] for j in channels],
+        }
     a, m = block.self_attn, block.mlp
     d = a.head_dim
     n_rep, heads = a.num_key_value_groups, a.k_proj.out_features // d
@@ -254,24 +287,26 @@ def test_a_left_padded_batch_equals_its_rows_alone(model):
     assert torch.equal(generated[1:2, pad:], small.generate(ids[1:2, pad:], **GREEDY))
 
 
-@pytest.mark.parametrize("shape", ["dense", "pruned", "pruned int4"])
-def test_sizes_are_those_of_the_linear_layers_and_the_cache(model, shape, request):
-    if shape != "dense":
-        model = prune(model, random_keep(model))
-    expected, linear, per_position = sum(p.numel() for p in model.parameters()), SMALL["vocab_size"], 0
-    linear *= model.config.hidden_size
+def expected_sizes(model):
+    """Parameters, and the multiply-accumulates of one token over 100 positions."""
+    macs = SMALL["vocab_size"] * model.config.hidden_size
     for block in blocks(model):
-        linear += sum(m.in_features * m.out_features for m in block.modules() if isinstance(m, nn.Linear))
+        macs += sum(m.in_features * m.out_features for m in block.modules() if isinstance(m, nn.Linear))
     for _, kind, _, parts in each_group(model):
         if kind == "attention":
-            per_position += 2 * sum(take(m.weight, 1, piece).shape[1] for m, axis, piece in parts if axis == 1)
-    if "int4" in shape:
-        if not hasattr(model.config, "groupwise"):
-            pytest.skip("no int4 form")
-        model = to_groupwise(model, 32)
-    size = size_of(model)
-    assert size.parameters == expected
-    assert size.macs_per_token(100) == linear + 100 * per_position
+            macs += 2 * 100 * sum(take(m.weight, 1, piece).shape[1] for m, axis, piece in parts if axis == 1)
+    return sum(p.numel() for p in model.parameters()), macs
+
+
+def test_sizes_are_those_of_the_linear_layers_and_the_cache(model):
+    for shape in (model, prune(model, random_keep(model))):
+        assert (size_of(shape).parameters, size_of(shape).macs_per_token(100)) == expected_sizes(shape)
+
+
+def test_an_int4_model_has_the_sizes_of_the_float_one(llama_like):
+    small = prune(llama_like, random_keep(llama_like))
+    size = size_of(to_groupwise(small, 32))
+    assert (size.parameters, size.macs_per_token(100), size.dtype) == (*expected_sizes(small), "int4")
 
 
 @pytest.mark.parametrize("shape", ["dense", "pruned"])
@@ -293,6 +328,43 @@ def test_int4_models_compute_with_their_codes_and_load_bit_for_bit(llama_like, t
         assert_same_bits(again, small)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.generate(IDS, use_cache=True, **GREEDY), small.generate(IDS, use_cache=False, **GREEDY))
+
+
+@pytest.fixture(params=BLOOM)
+def bloom(request):
+    return build(request.param)
+
+
+def test_bloom_heads_keep_the_number_that_gives_their_slope(bloom, tmp_path):
+    groups, keep = discover(bloom), random_keep(bloom)
+    keep[(groups.kind == "attention") & (groups.unit == 0)] = False  # so that all move to lower places
+    keep[(groups.kind == "attention") & (groups.unit == 2)] = True
+    once = prune(bloom, keep)
+    second = random_keep(once, 1)
+    save(prune(once, second), tmp_path)
+    final = keep.copy()
+    final[keep] = second
+    again = load(tmp_path)
+    for layer in range(LAYERS):
+        mine = final & (groups.layer == layer) & (groups.kind == "attention")
+        assert again.config.per_layer_config[layer].kept_heads == groups.unit[mine].tolist()
+    assert again.config.n_head == bloom.config.n_head
+    torch.testing.assert_close(logits(again), logits(silenced(bloom, final)), rtol=1e-5, atol=1e-5)
+    moved = copy.deepcopy(again)
+    for block in moved.transformer.h:
+        block.kept_heads = list(range(len(block.kept_heads)))
+    assert (logits(moved) - logits(again)).abs().max() > 0.01
+
+
+def test_bloom_has_no_int4_form_and_says_so(bloom):
+    with pytest.raises(SaapError, match="'bloom'"):
+        to_groupwise(bloom, 32)
+
+
+def test_bloom_that_multiplies_past_its_linear_layers_is_refused(bloom):
+    bloom.config.slow_but_exact, bloom.config.pretraining_tp = True, 4
+    with pytest.raises(SaapError, match="slow_but_exact"):
+        discover(bloom)
 
 
 def test_the_modeling_files_load_checkpoints_without_the_package(tmp_path):
