@@ -127,6 +127,12 @@ class UnevenModel:
             use_groupwise(self.model.layers, config.groupwise["group_size"])
         self.post_init()
 
+    def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the blocks have configurations of their own and must agree with the masks."""
+        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        for block in self.model.layers:
+            block.self_attn.config._attn_implementation = self.config._attn_implementation
+
 
 @strict
 class SaapLlamaConfig(UnevenConfig, LlamaConfig):

@@ -276,6 +276,16 @@ def test_generation_with_a_cache_equals_generation_without(model):
     assert torch.equal(cached, ids)
 
 
+def test_the_attention_implementation_can_be_changed_after_loading(llama_like, tmp_path):
+    small = prune(llama_like, random_keep(llama_like))
+    save(small, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    for implementation in ("eager", "sdpa"):
+        again.set_attn_implementation(implementation)
+        assert {b.self_attn.config._attn_implementation for b in blocks(again)} == {implementation}
+        torch.testing.assert_close(logits(again), logits(small), rtol=1e-5, atol=1e-5)
+
+
 def test_a_left_padded_batch_equals_its_rows_alone(model):
     small, pad = prune(model, random_keep(model)), 4
     ids, seen = IDS.clone(), torch.ones_like(IDS)
