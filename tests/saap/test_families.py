@@ -1,6 +1,7 @@
 """Every family the same way: small random models of transformers' own classes, against slices, autograd and masks."""
 
 import copy
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -375,6 +377,62 @@ def test_bloom_that_multiplies_past_its_linear_layers_is_refused(bloom):
     bloom.config.slow_but_exact, bloom.config.pretraining_tp = True, 4
     with pytest.raises(SaapError, match="slow_but_exact"):
         discover(bloom)
+
+
+@pytest.fixture
+def baichuan(tmp_path):
+    """(a Llama, its weights as a Baichuan-7B checkpoint in two shards, with code that must not run)."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(SMALL | GATED | {"num_key_value_heads": 4}))).eval()
+    state = model.state_dict()
+    for layer in range(LAYERS):
+        path = f"model.layers.{layer}.self_attn"
+        stacked = torch.cat([state.pop(f"{path}.{letter}_proj.weight") for letter in "qkv"])
+        state |= {f"{path}.W_pack.weight": stacked, f"{path}.rotary_emb.inv_freq": torch.ones(8)}
+    names = sorted(state)
+    for number, shard in enumerate((names[::2], names[1::2])):
+        save_file({name: state[name].contiguous() for name in shard}, tmp_path / f"model-{number}.safetensors")
+    fields = {name: getattr(model.config, name) for name in ("hidden_act", "rms_norm_eps", *SMALL, *GATED)}
+    del fields["num_key_value_heads"]
+    fields |= {"model_type": "baichuan", "architectures": ["BaiChuanForCausalLM"]}
+    fields["auto_map"] = {"AutoConfig": "code.BaiChuanConfig", "AutoModelForCausalLM": "code.BaiChuanForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "code.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    return model, tmp_path
+
+
+def test_baichuan_7b_is_read_as_the_llama_it_is_and_pruned_as_one(baichuan):
+    model, folder = baichuan
+    again = load(folder)
+    assert type(again) is LlamaForCausalLM
+    assert_same_bits(again, model)
+    x = torch.randn(5, 64)
+    stacked = load_file(folder / "model-0.safetensors") | load_file(folder / "model-1.safetensors")
+    query, key, value = (x @ stacked["model.layers.2.self_attn.W_pack.weight"].T).unflatten(-1, (3, 64)).unbind(-2)
+    attention = again.model.layers[2].self_attn
+    for projection, expected in ((attention.q_proj, query), (attention.k_proj, key), (attention.v_proj, value)):
+        torch.testing.assert_close(projection(x), expected)
+    keep = random_keep(again)
+    save(prune(again, keep), folder / "small")
+    torch.testing.assert_close(logits(load(folder / "small")), logits(silenced(model, keep)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_size": 5120}, "13B"),
+        ({"max_position_embeddings": None}, "13B"),
+        ({"vocab_size": 125696}, "Baichuan 2"),
+        ({"intermediate_size": 97}, "cannot load"),
+        ({"rms_norm_eps": None}, "config.json"),
+    ],
+)
+def test_baichuans_that_are_no_llamas_or_do_not_fit_are_refused(baichuan, change, reason):
+    _, folder = baichuan
+    fields = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+    with pytest.raises(SaapError, match=reason):
+        load(folder)
 
 
 def test_the_modeling_files_load_checkpoints_without_the_package(tmp_path):
