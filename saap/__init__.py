@@ -2,7 +2,7 @@
 
     from saap import discover, load, load_tokenizer, score, fuse, fluctuation, weight_norms, asi, select, prune, save
 
-Importing it registers the uneven Llama with transformers, so `AutoModelForCausalLM.from_pretrained(folder)` works on
+Importing it registers the uneven models with transformers, so `AutoModelForCausalLM.from_pretrained(folder)` works on
 our checkpoints.
 """
 

@@ -1,5 +1,6 @@
 """Models on disk: safetensors and config.json, uneven and int4 ones included."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import saap.modeling  # noqa: F401  (registers the uneven classes with transformers)
+from saap.baichuan import llama_config, llama_state
 from saap.errors import SaapError
 from saap.families import family_of
 
@@ -26,9 +27,9 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     """The model in a local folder, in eval mode. dtype is one of `DTYPES`; int4 codes and scales stay as they are.
 
     Raises SaapError for a missing folder, a damaged or truncated file, tensors that do not fit config.json, or a
-    family we cannot prune. Never runs code from the folder, never unpickles.
+    family we cannot prune. Never runs code from the folder, never unpickles. A Baichuan-7B is read as a Llama.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
     folder = Path(folder)
     config = load_config(folder)
@@ -36,14 +37,15 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     if not list(folder.glob("*.safetensors")):
         raise SaapError(f"no *.safetensors in {folder}: save the model with save_pretrained (pickles are not read)")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=AutoConfig.from_pretrained(folder),
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": True, "output_loading_info": True}
+        if _baichuan(folder):
+            loaded: Any = LlamaForCausalLM.from_pretrained(
+                None, config=config, state_dict=llama_state(folder), **options
+            )
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, config=AutoConfig.from_pretrained(folder), use_safetensors=True, **options
+            )
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise SaapError(f"cannot load the model in {folder}: {_first_line(error)}") from error
     model, info = loaded
@@ -64,7 +66,8 @@ def load_config(folder: str | Path) -> Any:
     if not (folder / "config.json").is_file():
         raise SaapError(f"no model in {folder}: there is no config.json")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        baichuan = _baichuan(folder)
+        return llama_config(baichuan) if baichuan else AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SaapError(f"cannot read {folder}/config.json: {_first_line(error)}") from error
 
@@ -106,6 +109,12 @@ def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
     for pattern in patterns:
         for file in Path(source).glob(pattern):
             shutil.copy2(file, folder)
+
+
+def _baichuan(folder: Path) -> dict[str, Any] | None:
+    """config.json of a Baichuan, which transformers would read only with the folder's own code; None for others."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return fields if isinstance(fields, dict) and fields.get("model_type") == "baichuan" else None
 
 
 def _first_line(error: Exception) -> str:

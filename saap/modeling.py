@@ -1,4 +1,4 @@
-"""A Llama whose blocks have their own widths, in float or in group-wise int4.
+"""Llama-like models whose blocks have their own widths, in float or in group-wise int4.
 
 Needs only torch and transformers, so that a checkpoint can carry this file to people who do not have the package.
 """
@@ -9,28 +9,40 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 
-@strict
-class SaapLlamaConfig(LlamaConfig):
-    """A Llama config with `per_layer_config` (transformers' own layout) and, for int4 models, `groupwise`.
+class UnevenConfig:
+    """Before a dense config class: `per_layer_config` (transformers' own layout) and, for int4 models, `groupwise`.
 
     `groupwise` is `{"bits": 4, "group_size": G}` or None (float weights).
     """
-
-    model_type = "saap_llama"
-    groupwise: dict | None = None
 
     def validate_architecture(self) -> None:
         """Heads need not add up to the hidden size: `head_dim` is explicit."""
 
     @classmethod
-    def from_dense(cls, config: LlamaConfig, per_layer: dict[int, dict[str, int]]) -> "SaapLlamaConfig":
+    def from_dense(cls, config: Any, per_layer: dict[int, dict[str, int]]) -> Any:
         fields = config.to_dict()
         for name in ("model_type", "architectures", "per_layer_config", "transformers_version", "auto_map"):
             fields.pop(name, None)
+        if fields.get("head_dim") is None:
+            fields["head_dim"] = config.hidden_size // config.num_attention_heads
         fields["per_layer_config"] = {layer: dict(widths) for layer, widths in per_layer.items()}
         return cls(**fields)
 
@@ -96,24 +108,76 @@ def use_groupwise(layers: nn.Module, group_size: int) -> None:
             )
 
 
-class SaapLlamaForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM, block i built from `config.per_layer_config[i]`."""
+class UnevenModel:
+    """Before a dense causal model class: block i is a `layer_class` built from `config.per_layer_config[i]`."""
 
-    config_class = SaapLlamaConfig
+    config_class: Any
+    layer_class: Any
 
-    def __init__(self, config: SaapLlamaConfig) -> None:
+    def __init__(self: Any, config: Any) -> None:
         # everything but the blocks has one width: build it from a configuration without blocks
         frame: Any = config.per_layer_config[0]
         frame.num_hidden_layers = 0
-        super().__init__(frame)
+        super().__init__(frame)  # type: ignore[call-arg]
         config._attn_implementation = frame._attn_implementation
         self.config = self.model.config = config
         for index, layer_config in enumerate(config.per_layer_config):
-            self.model.layers.append(LlamaDecoderLayer(layer_config, index))  # type: ignore[arg-type]
+            self.model.layers.append(self.layer_class(layer_config, index))
         if config.groupwise:
             use_groupwise(self.model.layers, config.groupwise["group_size"])
         self.post_init()
 
+    def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the blocks have configurations of their own and must agree with the masks."""
+        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        for block in self.model.layers:
+            block.self_attn.config._attn_implementation = self.config._attn_implementation
 
-AutoConfig.register("saap_llama", SaapLlamaConfig, exist_ok=True)
-AutoModelForCausalLM.register(SaapLlamaConfig, SaapLlamaForCausalLM, exist_ok=True)
+
+@strict
+class SaapLlamaConfig(UnevenConfig, LlamaConfig):
+    model_type = "saap_llama"
+    groupwise: dict | None = None
+
+
+class SaapLlamaForCausalLM(UnevenModel, LlamaForCausalLM):
+    config_class = SaapLlamaConfig
+    layer_class = LlamaDecoderLayer
+
+
+@strict
+class SaapMistralConfig(UnevenConfig, MistralConfig):
+    model_type = "saap_mistral"
+    groupwise: dict | None = None
+
+
+class SaapMistralForCausalLM(UnevenModel, MistralForCausalLM):
+    config_class = SaapMistralConfig
+    layer_class = MistralDecoderLayer
+
+
+@strict
+class SaapQwen2Config(UnevenConfig, Qwen2Config):
+    model_type = "saap_qwen2"
+    groupwise: dict | None = None
+
+
+class SaapQwen2ForCausalLM(UnevenModel, Qwen2ForCausalLM):
+    config_class = SaapQwen2Config
+    layer_class = Qwen2DecoderLayer
+
+
+@strict
+class SaapQwen3Config(UnevenConfig, Qwen3Config):
+    model_type = "saap_qwen3"
+    groupwise: dict | None = None
+
+
+class SaapQwen3ForCausalLM(UnevenModel, Qwen3ForCausalLM):
+    config_class = SaapQwen3Config
+    layer_class = Qwen3DecoderLayer
+
+
+for _model in (SaapLlamaForCausalLM, SaapMistralForCausalLM, SaapQwen2ForCausalLM, SaapQwen3ForCausalLM):
+    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)

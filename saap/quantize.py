@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from saap.errors import SaapError
 from saap.families import family_of
-from saap.modeling import GroupwiseLinear, SaapLlamaConfig, SaapLlamaForCausalLM, use_groupwise
+from saap.modeling import GroupwiseLinear, use_groupwise
 
 LEVELS = 15  # int4
 
@@ -43,27 +43,28 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def to_groupwise(model: Any, group_size: int) -> SaapLlamaForCausalLM:
+def to_groupwise(model: Any, group_size: int) -> Any:
     """An int4 copy of a Llama-like model: every linear layer of every block, not the embeddings or the head.
 
     Raises SaapError for a family without an int4 form or an impossible group size.
     """
     if group_size < 2:
         raise SaapError(f"group_size must be at least 2, got {group_size}")
-    if "llama" not in model.config.model_type:
+    family = family_of(model.config)
+    if not family.int4:
         raise SaapError(f"group-wise int4 is not available for model family '{model.config.model_type}'")
-    config = SaapLlamaConfig.from_dense(
-        model.config, {i: _widths(c) for i, c in enumerate(model.config.per_layer_config)}
-    )
+    widths = {}
+    for layer, config in enumerate(family.block_configs(model)):
+        everything = {kind: list(range(count)) for kind, count in family.units(config).items()}
+        widths[layer] = family.widths(config, everything)
     with torch.device("meta"):
-        small = SaapLlamaForCausalLM(config)
-    blocks = family_of(model.config).blocks(model)
+        small: Any = family.uneven(model.config, widths)
     kept = {n: t.clone() for n, t in model.state_dict().items() if not n.startswith("model.layers.")}
     small.load_state_dict(kept, strict=False, assign=True)
     small.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
     use_groupwise(small.model.layers, group_size)
     small.config.groupwise = {"bits": 4, "group_size": group_size}
-    for block, source in zip(small.model.layers, blocks, strict=True):
+    for block, source in zip(small.model.layers, family.blocks(model), strict=True):
         for name, module in source.named_modules():
             if isinstance(module, nn.Linear):
                 target = block.get_submodule(name).to_empty(device=module.weight.device)
@@ -76,10 +77,6 @@ def to_groupwise(model: Any, group_size: int) -> SaapLlamaForCausalLM:
     small.tie_weights()
     small.generation_config = copy.deepcopy(model.generation_config)
     return small.eval()
-
-
-def _widths(config: SaapLlamaConfig) -> dict[str, int]:
-    return {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")}
 
 
 @torch.no_grad()

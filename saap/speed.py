@@ -3,12 +3,13 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+
+from saap.groups import block_parts
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,8 @@ def size_of(model: nn.Module) -> Size:
             dtype = "int4"
         elif isinstance(module, nn.Linear) and module is not model.get_output_embeddings():  # type: ignore[operator]
             macs += module.weight.numel()
-    width = sum(config.num_attention_heads * config.head_dim for config in _layer_configs(model))
+    width = sum(
+        linear.in_features for block in block_parts(model) for part, linear in block["attention"] if part.axis == 1
+    )
     stored = [*parameters.values(), *buffers.values()]
     return Size(count, sum(t.numel() * t.element_size() for t in stored), dtype, macs, width)
-
-
-def _layer_configs(model: nn.Module) -> list[Any]:
-    return list(model.config.per_layer_config)  # type: ignore[union-attr, arg-type]

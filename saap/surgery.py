@@ -1,6 +1,7 @@
 """A plan applied to a model: by slicing its tensors, or by masking them (the oracle of the first)."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +12,12 @@ from saap.families import family_of
 from saap.groups import Groups, block_parts, discover
 
 
-def widths(model: nn.Module, groups: Groups, keep: np.ndarray) -> dict[int, dict[str, int]]:
+def widths(model: nn.Module, groups: Groups, keep: np.ndarray) -> dict[int, dict[str, Any]]:
     """layer → the configuration fields of the pruned block, e.g. num_attention_heads, intermediate_size."""
     family = family_of(model.config)
-    kept: dict[int, dict[str, int]] = {}
+    kept: dict[int, dict[str, list[int]]] = {}
     for layer, kind, index in groups.blocks():
-        kept.setdefault(layer, {})[kind] = int(keep[index].sum())
+        kept.setdefault(layer, {})[kind] = np.flatnonzero(keep[index]).tolist()
     return {layer: family.widths(config, kept[layer]) for layer, config in enumerate(family.block_configs(model))}
 
 

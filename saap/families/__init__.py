@@ -5,9 +5,12 @@ from typing import Any
 from saap.errors import SaapError
 
 from .base import Family, Part
+from .bloom import Bloom
 from .llama import Llama
+from .mistral import Mistral
+from .qwen import Qwen2, Qwen3
 
-FAMILIES: tuple[Family, ...] = (Llama(),)
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3(), Bloom())
 
 
 def family_of(config: Any) -> Family:

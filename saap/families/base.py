@@ -23,6 +23,7 @@ class Family(ABC):
     """
 
     model_types: tuple[str, ...]
+    int4 = False  # whether the class of `uneven` understands `config.groupwise`
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> nn.ModuleList:
@@ -37,11 +38,11 @@ class Family(ABC):
         """kind → number of coupled groups in the block."""
 
     @abstractmethod
-    def widths(self, config: Any, units: dict[str, int]) -> dict[str, int]:
-        """Configuration fields of a block that keeps `units[kind]` groups of each kind."""
+    def widths(self, config: Any, kept: dict[str, list[int]]) -> dict[str, Any]:
+        """Configuration fields of a block that keeps the groups `kept[kind]`, ascending numbers below `units`."""
 
     @abstractmethod
-    def uneven(self, config: Any, per_layer: dict[int, dict[str, int]]) -> nn.Module:
+    def uneven(self, config: Any, per_layer: dict[int, dict[str, Any]]) -> nn.Module:
         """An uninitialised model with its own widths in each block; `config` is the dense model's."""
 
     def block_configs(self, model: nn.Module) -> list[Any]:

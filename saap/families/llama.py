@@ -4,17 +4,23 @@ from typing import Any
 
 from torch import nn
 
+from saap.modeling import SaapLlamaForCausalLM, UnevenModel
+
 from .base import Family, Part
 
 
 class Llama(Family):
-    model_types = ("llama", "saap_llama")
+    """Also the base of its likes: they name their own model types and uneven class, and the rest is the same."""
+
+    model_types: tuple[str, ...] = ("llama", "saap_llama")
+    int4 = True
+    model_class: type[UnevenModel] = SaapLlamaForCausalLM
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         return model.model.layers  # type: ignore[union-attr, return-value]
 
     def parts(self, config: Any) -> dict[str, list[Part]]:
-        d = config.head_dim
+        d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         n_rep = config.num_attention_heads // config.num_key_value_heads
         return {
             # transformers lays the n_rep query heads that share KV head h out next to each other, from h·n_rep on
@@ -30,15 +36,14 @@ class Llama(Family):
     def units(self, config: Any) -> dict[str, int]:
         return {"attention": config.num_key_value_heads, "mlp": config.intermediate_size}
 
-    def widths(self, config: Any, units: dict[str, int]) -> dict[str, int]:
+    def widths(self, config: Any, kept: dict[str, list[int]]) -> dict[str, Any]:
         n_rep = config.num_attention_heads // config.num_key_value_heads
         return {
-            "num_attention_heads": units["attention"] * n_rep,
-            "num_key_value_heads": units["attention"],
-            "intermediate_size": units["mlp"],
+            "num_attention_heads": len(kept["attention"]) * n_rep,
+            "num_key_value_heads": len(kept["attention"]),
+            "intermediate_size": len(kept["mlp"]),
         }
 
-    def uneven(self, config: Any, per_layer: dict[int, dict[str, int]]) -> nn.Module:
-        from saap.modeling import SaapLlamaConfig, SaapLlamaForCausalLM
-
-        return SaapLlamaForCausalLM(SaapLlamaConfig.from_dense(config, per_layer))
+    def uneven(self, config: Any, per_layer: dict[int, dict[str, Any]]) -> nn.Module:
+        small: Any = self.model_class
+        return small(small.config_class.from_dense(config, per_layer))
