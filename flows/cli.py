@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tasks.config import RunConfig
+from tasks.config import ConfigError, RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -213,7 +213,9 @@ def _check_family(settings: RunConfig) -> None:
 
     source = model_source(settings.model.path, settings.model.revision, Fingerprints(Path(settings.store)))
     if source.kind == "folder":
-        family_of(load_config(source.path))
+        model_config = load_config(source.path)
+        if not family_of(model_config).int4 and settings.recover.recipe == "groupwise":
+            raise ConfigError(f"{model_config.model_type} has no int4 recovery: set recover.recipe to 'none'")
 
 
 def _start(store: str) -> None:

@@ -60,6 +60,12 @@ def test_a_family_we_do_not_know_is_refused_by_name(config, tiny_folder, tmp_pat
     refused(saap("run", config, "--set", f"model.path={folder}"), "gpt2", "llama")
 
 
+def test_a_family_without_int4_is_refused_before_anything_runs(config, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "bloom")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bloom", "vocab_size": 512}))
+    refused(saap("run", config, "--set", f"model.path={folder}"), "bloom", "recover.recipe")
+
+
 def test_a_corrupt_checkpoint_is_refused(config, tiny_folder, tmp_path, store):
     folder = shutil.copytree(tiny_folder, tmp_path / "cut")
     weights = folder / "model.safetensors"
