@@ -1,7 +1,6 @@
 """Models on disk: safetensors and config.json, uneven and int4 ones included."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +100,6 @@ def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
     plain.load_state_dict(quantised.state_dict())
     plain.tie_weights()
     save(plain, folder, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
-
-
-def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
-    """Put the tokenizer files of one checkpoint folder beside another model."""
-    patterns = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "added_tokens.json")
-    for pattern in patterns:
-        for file in Path(source).glob(pattern):
-            shutil.copy2(file, folder)
 
 
 def _baichuan(folder: Path) -> dict[str, Any] | None:
