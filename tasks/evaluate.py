@@ -52,9 +52,10 @@ def _perplexity(
 
     column = DATA[benchmark].columns[0]
     text = [row[column] for row in read_data(data, benchmark)]
+    longest = getattr(model.config, "max_position_embeddings", None)  # ALiBi models have no limit
     rows = []
     for window in config["windows"]:
-        if window > model.config.max_position_embeddings:
+        if longest is not None and window > longest:
             continue
         found = saap.perplexity(
             model,
@@ -70,7 +71,7 @@ def _perplexity(
             {
                 **asdict(found),
                 "metric": "perplexity",
-                "protocol": f"{Path(DATA[benchmark].place)}, windows of {window}{limited}",
+                "protocol": f"{DATA[benchmark].place}, windows of {window}{limited}",
                 "papers": window == PAPERS_WINDOW,
             }
         )

@@ -185,3 +185,17 @@ def test_a_run_shows_up_readable_in_prefect(config, store, prefect_server):
         query = "select value from metrics where variant = 'pruned' and benchmark = 'arc_easy' and papers"
         ((value,),) = connection.execute(query).fetchall()
     assert rows[1]["ARC-e"] == f"{100 * value:.1f}"
+
+
+def test_a_bloom_runs_through_every_stage_but_recovery(config, store, tiny_folder, tmp_path, prefect_server):
+    from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=512, hidden_size=64, n_layer=6, n_head=4)).save_pretrained(
+        tmp_path / "bloom"
+    )
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "bloom")
+    done = executed(run(config, f"model.path={tmp_path / 'bloom'}", "recover.recipe=none"))
+    assert {stage for stage, *_ in done} == set(STAGES) - {"recover"}
+    rows = ask(store, "select variant, value from metrics where benchmark = 'wikitext2' order by variant")
+    assert [row["variant"] for row in rows] == ["dense", "pruned"]
+    assert all(1 < float(row["value"]) < 1e4 for row in rows)
