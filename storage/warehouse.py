@@ -6,6 +6,7 @@ an OS lock; DuckDB's own lock refuses a second process instead of making it wait
 
 import contextlib
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,34 +39,6 @@ create table runs (
 create table stage_runs (
     run_id varchar, position integer, stage varchar, variant varchar, benchmark varchar, key varchar, cached boolean,
     seconds double, finished_at timestamp, primary key (run_id, position));
-"""
-
-_VIEWS = """
-create view leaderboard as
-with scores as (
-    select run_id, variant,
-        case when count(*) filter (metric <> 'perplexity') = 7
-             then avg(value) filter (metric <> 'perplexity') end as average,
-        max(value) filter (benchmark = 'wikitext2') as wikitext2,
-        max(value) filter (benchmark = 'ptb') as ptb
-    from metrics where papers group by run_id, variant)
-select r.run_id, r.name, r.model, r.data, r.ratio, s.variant, s.average, s.wikitext2, s.ptb,
-    v.parameters, v.weight_bytes, v.tokens_per_s, v.decode_ratio, r.started_at
-from scores s join runs r using (run_id) left join speed v on v.run_id = s.run_id and v.variant = s.variant
-order by s.average desc nulls last;
-
-create view comparison as
-select run_id, benchmark, metric, protocol, papers,
-    max(value) filter (variant = 'dense') as dense,
-    max(value) filter (variant = 'pruned') as pruned,
-    max(value) filter (variant = 'recovered') as recovered,
-    max(stderr) filter (variant = 'dense') as dense_stderr, max(n) as n
-from metrics group by all order by run_id, benchmark, metric, protocol;
-
-create view stage_reuse as
-select stage, count(*) as uses, count(*) filter (not cached) as computed, count(*) filter (cached) as reused,
-    sum(seconds) filter (not cached) as seconds_spent, sum(seconds) filter (cached) as seconds_saved
-from stage_runs group by stage order by seconds_saved desc nulls last;
 """
 
 
@@ -124,7 +97,7 @@ class Warehouse:
             for tables in STAGE_TABLES.values():
                 for table in tables:
                     connection.execute(_create(table))
-            connection.execute(_VIEWS)
+            connection.execute(files("storage").joinpath("views.sql").read_text())
             connection.execute("insert into schema_version values (?)", [VERSION])
             for run_id in known:
                 self._load(connection, run_id)
