@@ -115,8 +115,8 @@ def sql(
 ) -> None:
     """Ask the warehouse, in DuckDB's SQL (read-only).
 
-    Tables: runs, stage_runs, groups, widths, metrics, speed, training. Views: importance (all importance tensors),
-    leaderboard, comparison (dense, pruned, recovered side by side), stage_reuse.
+    Tables: runs, stage_runs, groups, widths, metrics, speed, training, published_results. Views: importance (all
+    importance tensors), leaderboard, comparison (dense, pruned, recovered side by side), versus_published, stage_reuse.
     """
     import duckdb
 

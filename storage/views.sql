@@ -25,3 +25,35 @@ create view stage_reuse as
 select stage, count(*) as uses, count(*) filter (not cached) as computed, count(*) filter (cached) as reused,
     sum(seconds) filter (not cached) as seconds_spent, sum(seconds) filter (cached) as seconds_saved
 from stage_runs group by stage order by seconds_saved desc nulls last;
+
+-- The published tables' name of a model given as a folder or hub id; null for a model they do not have. Chat models and
+-- Vicuna 1.5 (a LLaMA-2) are other models than those of the tables.
+create macro published_model(path) as (
+    with folder as (select lower(regexp_extract(rtrim(path, '/'), '[^/]+$')) as name)
+    select case
+        when regexp_full_match(name, 'llama-(7|13|30|33|65)b(-hf)?')
+            then replace('llama-' || regexp_extract(name, '[0-9]+b'), '-30b', '-33b')
+        when regexp_full_match(name, '(meta-)?llama-?2-(7|13)b(-hf)?') then 'llama2-' || regexp_extract(name, '[0-9]+b')
+        when regexp_full_match(name, '(meta-)?llama-?3-8b(-hf)?') then 'llama3-8b'
+        when regexp_full_match(name, 'vicuna-(7|13)b(-v(0|1\.1|1\.3))?') then 'vicuna-' || regexp_extract(name, '[0-9]+b')
+    end from folder);
+
+-- a run's numbers beside every published row of the same model, ratio and tuning; accuracies in percent, as printed
+create view versus_published as
+with ours as (
+    select run_id, variant, benchmark, value * if(metric = 'perplexity', 1, 100) as value,
+        stderr * if(metric = 'perplexity', 1, 100) as stderr, n, protocol, data
+    from metrics where papers
+    union all by name
+    select run_id, variant, 'average' as benchmark, average * 100 as value from leaderboard where average is not null
+    union all by name
+    select run_id, variant, unnest(['parameters', 'memory_mib', 'tokens_per_s']) as benchmark,
+        unnest([parameters::double, weight_bytes / 1048576, tokens_per_s]) as value
+    from speed)
+select r.run_id, p.model, p.ratio, o.variant, o.benchmark, o.value, o.stderr, o.n, o.protocol, o.data,
+    p.method, p.value as published, o.value - p.value as difference, p.source, p."table", p.misprint, p.note
+from ours o join runs r using (run_id) join published_results p
+    on p.model = published_model(r.model) and p.benchmark = o.benchmark
+    and abs(p.ratio - if(o.variant = 'dense', 0, r.ratio)) < 0.005
+    and p.tuned is not distinct from case o.variant when 'pruned' then false when 'recovered' then true end
+order by r.run_id, o.variant, o.benchmark, p.method;

@@ -6,7 +6,7 @@ an OS lock; DuckDB's own lock refuses a second process instead of making it wait
 
 import contextlib
 from collections.abc import Iterator
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.tables import SCHEMAS
 
-VERSION = 1  # raise it when a table or view changes: a file of another version is rebuilt from the store
+VERSION = 2  # raise it when a table or view changes: a file of another version is rebuilt from the store
 
 # stage → the tables loaded from its artifact
 STAGE_TABLES = {
@@ -39,6 +39,9 @@ create table runs (
 create table stage_runs (
     run_id varchar, position integer, stage varchar, variant varchar, benchmark varchar, key varchar, cached boolean,
     seconds double, finished_at timestamp, primary key (run_id, position));
+create table published_results (
+    source varchar, "table" varchar, model varchar, ratio double, tuned boolean, method varchar, benchmark varchar,
+    value double, misprint boolean, note varchar);
 """
 
 
@@ -98,6 +101,8 @@ class Warehouse:
                 for table in tables:
                     connection.execute(_create(table))
             connection.execute(files("storage").joinpath("views.sql").read_text())
+            with as_file(files("storage").joinpath("published_results.csv")) as published:
+                connection.execute("insert into published_results from read_csv(?, header = true)", [str(published)])
             connection.execute("insert into schema_version values (?)", [VERSION])
             for run_id in known:
                 self._load(connection, run_id)
