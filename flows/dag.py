@@ -8,6 +8,7 @@ from typing import Any
 
 from storage.keys import Fingerprints, digest
 from tasks.config import ACCURACIES, RunConfig
+from tasks.criteria import NEEDS, SAAP
 from tasks.sources import data_fingerprint, model_source
 from tasks.step import Step
 
@@ -17,8 +18,12 @@ VERSIONS = {
     "calibrate": 1,
     "score": 1,
     "fuse": 1,
-    "fluctuation": 1,
-    "prune": 1,
+    "fluctuation": 2,
+    "gradients": 1,
+    "activations": 1,
+    "grams": 1,
+    "rank": 1,
+    "prune": 2,
     "recover": 1,
     "evaluate": 1,
     "speed": 1,
@@ -88,25 +93,47 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
         {**({"tokenizer": outside["tokenizer"]} if outside else {}), **outside_data},
         digest([source.tokenizer, fingerprint_of("calibration")]),
     )
-    importance = add(
-        "score",
-        {**config.score.model_dump(), "dtype": dtype},
-        {**inputs, "calibration": calibration},
-        outside,
-        source.weights,
-    )
-    fused = add("fuse", config.fuse.model_dump(), {"importance": importance}, {})
-    groups = add(
-        "fluctuation",
-        {**config.fluctuation.model_dump(), "dtype": dtype},
-        {**inputs, "fused": fused},
-        outside,
-        source.weights,
-    )
+    made: dict[str, Reference] = {"tokens": calibration}
+
+    def statistic(name: str) -> Reference:
+        """The stage that publishes it, added on first use: what two need is computed once."""
+        if name not in made:
+            params = config.score.model_dump() if name == "score" else {}
+            made[name] = add(
+                name, {**params, "dtype": dtype}, {**inputs, "calibration": calibration}, outside, source.weights
+            )
+        return made[name]
+
+    criterion = config.criterion.name
+    needs = SAAP if criterion == "saap" else NEEDS[criterion]
+    if criterion == "saap":
+        fused = add("fuse", config.fuse.model_dump(), {"importance": statistic("score")}, {})
+        groups = add(
+            "fluctuation",
+            {**config.fluctuation.model_dump(), "dtype": dtype},
+            {**inputs, "fused": fused},
+            outside,
+            source.weights,
+        )
+    else:
+        known = {**config.criterion.model_dump(), "seed": config.calibrate.seed}
+        groups = add(
+            "rank",
+            {"criterion": criterion, "dtype": dtype, **{option: known[option] for option in needs.options}},
+            {**inputs, **{"calibration" if s == "tokens" else s: statistic(s) for s in needs.statistics}},
+            outside,
+            source.weights,
+        )
+    cut = config.prune.model_dump(mode="json")
+    cut |= {field: getattr(needs, field) for field in ("search", "compensation") if cut[field] == "auto"}
     pruned = add(
         "prune",
-        {**config.prune.model_dump(mode="json"), "dtype": dtype},
-        {**inputs, "groups": groups},
+        {**cut, "dtype": dtype},
+        {
+            **inputs,
+            "groups": groups,
+            **({"activations": statistic("activations")} if cut["compensation"] == "bias" else {}),
+        },
         outside,
         digest([source.weights, source.tokenizer]),
     )
@@ -140,17 +167,18 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
                 variant=variant,
                 benchmark=benchmark,
             )
-    add(
-        "speed",
-        {
-            **config.speed.model_dump(),
-            "dtype": dtype,
-            "machine": machine(config.compute.device, config.compute.threads),
-        },
-        dict(variants),
-        {} if dense else {"dense": str(source.path.resolve())},
-        source.weights,
-    )
+    if config.speed.runs:
+        add(
+            "speed",
+            {
+                **config.speed.model_dump(),
+                "dtype": dtype,
+                "machine": machine(config.compute.device, config.compute.threads),
+            },
+            dict(variants),
+            {} if dense else {"dense": str(source.path.resolve())},
+            source.weights,
+        )
     return steps
 
 

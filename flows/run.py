@@ -13,18 +13,37 @@ from flows.report import result_rows
 from storage.artifacts import ArtifactStore
 from storage.runs import RunRecord, mark_killed
 from storage.warehouse import Warehouse
+from tasks.activations import activations
 from tasks.calibrate import calibrate
 from tasks.config import load_config
 from tasks.evaluate import evaluate
 from tasks.fluctuation import fluctuation
 from tasks.fuse import fuse
+from tasks.gradients import gradients
+from tasks.grams import grams
 from tasks.model import model
 from tasks.prune import prune
+from tasks.rank import rank
 from tasks.recover import recover
 from tasks.score import score
 from tasks.speed import speed
 
-TASKS = {task.name: task for task in (model, calibrate, score, fuse, fluctuation, prune, recover, evaluate, speed)}
+_TASKS = (
+    model,
+    calibrate,
+    score,
+    fuse,
+    fluctuation,
+    gradients,
+    activations,
+    grams,
+    rank,
+    prune,
+    recover,
+    evaluate,
+    speed,
+)
+TASKS = {task.name: task for task in _TASKS}
 
 
 def _flow_run_name() -> str:
@@ -53,6 +72,7 @@ def saap_run(config: str | None = None, overrides: list[str] | None = None) -> s
         name=settings.name,
         model=settings.model.path,
         data=settings.data,
+        criterion=settings.criterion.name,
         ratio=settings.prune.ratio,
         config=settings.model_dump_json(),
     )

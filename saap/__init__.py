@@ -9,6 +9,8 @@ our checkpoints.
 from saap.accuracy import ACCURACY, accuracy
 from saap.adapter import PooledAdapter, add_adapters, merge_adapters
 from saap.checkpoint import convert_gguf, load, load_tokenizer, save
+from saap.compensation import add_mean_bias
+from saap.criteria import CRITERIA
 from saap.errors import SaapError
 from saap.families import family_of
 from saap.fluctuation import asi, fluctuation
@@ -22,11 +24,13 @@ from saap.plan import removed_share, select
 from saap.quantize import dequantize, quantize, to_groupwise
 from saap.recover import recover
 from saap.speed import compare_speed, size_of
+from saap.statistics import input_grams, input_moments, taylor_sums
 from saap.surgery import mask, prune, widths
 from saap.texts import read_rows, sample_tokens
 
 __all__ = [
     "ACCURACY",
+    "CRITERIA",
     "Groups",
     "GroupwiseLinear",
     "Perplexity",
@@ -36,6 +40,7 @@ __all__ = [
     "SaapLlamaForCausalLM",
     "accuracy",
     "add_adapters",
+    "add_mean_bias",
     "asi",
     "compare_speed",
     "convert_gguf",
@@ -44,6 +49,8 @@ __all__ = [
     "family_of",
     "fluctuation",
     "fuse",
+    "input_grams",
+    "input_moments",
     "load",
     "load_tokenizer",
     "mask",
@@ -59,6 +66,7 @@ __all__ = [
     "score",
     "select",
     "size_of",
+    "taylor_sums",
     "to_groupwise",
     "use_int4_kernels",
     "weight_norms",

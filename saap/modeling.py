@@ -30,7 +30,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 class UnevenConfig:
     """Before a dense config class: `per_layer_config` (transformers' own layout) and, for int4 models, `groupwise`.
 
-    `groupwise` is `{"bits": 4, "group_size": G}` or None (float weights).
+    `groupwise` is `{"bits": 4, "group_size": G}` or None (float weights); `output_bias` says whether o_proj and
+    down_proj have a bias each: the mean of what was pruned.
     """
 
     def validate_architecture(self) -> None:
@@ -123,6 +124,10 @@ class UnevenModel:
         self.config = self.model.config = config
         for index, layer_config in enumerate(config.per_layer_config):
             self.model.layers.append(self.layer_class(layer_config, index))
+        if config.output_bias:
+            for block in self.model.layers:
+                for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+                    linear.bias = nn.Parameter(torch.zeros(linear.out_features))
         if config.groupwise:
             use_groupwise(self.model.layers, config.groupwise["group_size"])
         self.post_init()
@@ -138,6 +143,7 @@ class UnevenModel:
 class SaapLlamaConfig(UnevenConfig, LlamaConfig):
     model_type = "saap_llama"
     groupwise: dict | None = None
+    output_bias: bool = False
 
 
 class SaapLlamaForCausalLM(UnevenModel, LlamaForCausalLM):
@@ -149,6 +155,7 @@ class SaapLlamaForCausalLM(UnevenModel, LlamaForCausalLM):
 class SaapMistralConfig(UnevenConfig, MistralConfig):
     model_type = "saap_mistral"
     groupwise: dict | None = None
+    output_bias: bool = False
 
 
 class SaapMistralForCausalLM(UnevenModel, MistralForCausalLM):
@@ -160,6 +167,7 @@ class SaapMistralForCausalLM(UnevenModel, MistralForCausalLM):
 class SaapQwen2Config(UnevenConfig, Qwen2Config):
     model_type = "saap_qwen2"
     groupwise: dict | None = None
+    output_bias: bool = False
 
 
 class SaapQwen2ForCausalLM(UnevenModel, Qwen2ForCausalLM):
@@ -171,6 +179,7 @@ class SaapQwen2ForCausalLM(UnevenModel, Qwen2ForCausalLM):
 class SaapQwen3Config(UnevenConfig, Qwen3Config):
     model_type = "saap_qwen3"
     groupwise: dict | None = None
+    output_bias: bool = False
 
 
 class SaapQwen3ForCausalLM(UnevenModel, Qwen3ForCausalLM):

@@ -53,7 +53,7 @@ def all_runs(root: Path) -> list[str]:
 
 def read_run(root: Path, run_id: str) -> dict[str, Any]:
     run: dict[str, Any] = json.loads((root / "runs" / run_id / "run.json").read_text())
-    return run
+    return {"criterion": "saap"} | run  # runs from before there was a choice do not say
 
 
 def read_stages(root: Path, run_id: str) -> Iterator[dict[str, Any]]:

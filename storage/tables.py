@@ -47,10 +47,25 @@ SCHEMAS: dict[str, pa.Schema] = {
     "groups": _schema(
         *_GROUP,
         ("parameters", pa.int64(), "parameters removed with the group"),
-        ("weight_norm_sq", pa.float64(), "sum of squares of the group's weights"),
+        ("rank_score", pa.float64(), "what the criterion ranks by: the lowest go first"),
+        ("weight_norm_sq", pa.float64(), "sum of squares of the group's weights; this and the rest of criterion saap"),
         ("mean_fused", pa.float64(), "mean over the samples of the fused importance"),
         ("fluctuation", pa.float64(), "M (eq. 10)"),
         ("asi", pa.float64(), "adaptive stability indicator (eq. 11)"),
+    ),
+    "taylor": _schema(
+        *_GROUP,
+        ("vectorize", pa.float64(), "sum over rows of |sum of weight times mean gradient|"),
+        ("param_first", pa.float64(), "sum of |weight times mean gradient|"),
+        ("param_mix", pa.float64(), "the same with the second-order term inside"),
+    ),
+    "moments": _schema(
+        ("layer", pa.int32(), "decoder block, from 0"),
+        ("kind", KIND, "attention (inputs of o_proj) or mlp (of down_proj)"),
+        ("channel", pa.int32(), "input channel, from 0"),
+        ("mean", pa.float64(), "over all calibration tokens"),
+        ("variance", pa.float64(), "over all calibration tokens, unbiased"),
+        ("norm", pa.float64(), "square root of the sum of squares"),
     ),
     "plan": _schema(*_GROUP, ("kept", pa.bool_(), "whether the group stays")),
     "widths": _schema(

@@ -19,11 +19,12 @@ from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.tables import SCHEMAS
 
-VERSION = 2  # raise it when a table or view changes: a file of another version is rebuilt from the store
+VERSION = 3  # raise it when a table or view changes: a file of another version is rebuilt from the store
 
 # stage → the tables loaded from its artifact
 STAGE_TABLES = {
     "fluctuation": ("groups",),
+    "rank": ("groups",),
     "prune": ("widths",),
     "recover": ("training",),
     "evaluate": ("metrics",),
@@ -34,8 +35,8 @@ _SQL_TYPES = {"int32": "INTEGER", "int64": "BIGINT", "double": "DOUBLE", "float"
 _TABLES = """
 create table schema_version (version integer);
 create table runs (
-    run_id varchar primary key, name varchar, model varchar, data varchar, ratio double, started_at timestamp,
-    finished_at timestamp, status varchar, error varchar, config varchar);
+    run_id varchar primary key, name varchar, model varchar, data varchar, criterion varchar, ratio double,
+    started_at timestamp, finished_at timestamp, status varchar, error varchar, config varchar);
 create table stage_runs (
     run_id varchar, position integer, stage varchar, variant varchar, benchmark varchar, key varchar, cached boolean,
     seconds double, finished_at timestamp, primary key (run_id, position));
@@ -97,9 +98,8 @@ class Warehouse:
         known = runs.all_runs(self.root)
         with duckdb.connect(str(fresh)) as connection:
             connection.execute(_TABLES)
-            for tables in STAGE_TABLES.values():
-                for table in tables:
-                    connection.execute(_create(table))
+            for table in dict.fromkeys(table for tables in STAGE_TABLES.values() for table in tables):
+                connection.execute(_create(table))
             connection.execute(files("storage").joinpath("views.sql").read_text())
             with as_file(files("storage").joinpath("published_results.csv")) as published:
                 connection.execute("insert into published_results from read_csv(?, header = true)", [str(published)])
@@ -116,9 +116,9 @@ class Warehouse:
         connection.begin()
         try:
             connection.execute(
-                "insert or replace into runs values (?, ?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?, ?)",
+                "insert or replace into runs values (?, ?, ?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?, ?)",
                 [
-                    *(run[c] for c in ("run_id", "name", "model", "data", "ratio")),
+                    *(run[c] for c in ("run_id", "name", "model", "data", "criterion", "ratio")),
                     _microseconds(run["started_at"]),
                     _microseconds(run["finished_at"]),
                     run["status"],

@@ -5,9 +5,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from storage.tables import read_table
 from tasks.step import Step
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -40,6 +42,15 @@ def _load(folder: Path, tokenizer: Path, dtype: str, device: str, float_weights:
 
     model = load(folder, dtype=dtype, device=device)
     return (dequantize(model) if float_weights else model), load_tokenizer(tokenizer)
+
+
+def calibration_tokens(step: Step) -> "torch.Tensor":
+    """The calibration sequences, int64 (samples, length), of the step's input `calibration`."""
+    import torch
+
+    calibration = read_table(step.folder("calibration"), "calibration")
+    samples = int(calibration["sample"][-1]) + 1
+    return torch.from_numpy(calibration["token"].astype("int64")).view(samples, -1)
 
 
 def forget() -> None:

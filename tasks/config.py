@@ -59,10 +59,22 @@ class Fluctuation(Section):
     )
 
 
+class Criterion(Section):
+    name: Literal["saap", "llm_pruner", "wanda_sp", "flap", "hywia", "magnitude", "random"] = Field(
+        "saap", description="what ranks the groups; [score], [fuse], [fluctuation] are saap's"
+    )
+    variant: Literal["vectorize", "param_first", "param_mix"] = Field("param_first", description="of llm_pruner")
+
+
 class Prune(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="share of all prunable parameters to remove")
-    search: Literal["global", "uniform"] = Field("global", description="one budget for all blocks, or a share of each")
-    direction: Literal["lowest", "highest"] = Field("lowest", description="end of the ASI that is removed")
+    search: Literal["auto", "global", "uniform"] = Field(
+        "auto", description="one budget for all blocks, a share of each, or as the criterion was published"
+    )
+    direction: Literal["lowest", "highest"] = Field("lowest", description="end of the ranking that is removed")
+    compensation: Literal["auto", "none", "bias"] = Field(
+        "auto", description="what was removed comes back as its mean (bias), not at all, or as the criterion has it"
+    )
     protect: tuple[int, ...] = Field((0, 1, 2, -1), description="blocks left whole; negative: from the end")
     align: Positive = Field(32, description="MLP channels are kept in multiples of this")
 
@@ -97,7 +109,7 @@ class Evaluate(Section):
 class Speed(Section):
     prompt_tokens: Positive = Field(128, description="tokens of the prompt")
     new_tokens: Annotated[int, Field(ge=2)] = Field(128, description="tokens generated")
-    runs: Positive = Field(10, description="timed runs")
+    runs: Annotated[int, Field(ge=0)] = Field(10, description="timed runs; 0 leaves the stage out")
     warmup: Annotated[int, Field(ge=0)] = Field(3, description="runs before timing")
 
 
@@ -118,6 +130,7 @@ class RunConfig(Section):
     score: Score = Field(default_factory=Score)
     fuse: Fuse = Field(default_factory=Fuse)
     fluctuation: Fluctuation = Field(default_factory=Fluctuation)
+    criterion: Criterion = Field(default_factory=Criterion)
     prune: Prune = Field(default_factory=Prune)
     recover: Recover = Field(default_factory=Recover)
     evaluate: Evaluate = Field(default_factory=Evaluate)

@@ -18,6 +18,7 @@ def fluctuation(step: Step, folder: Path) -> dict[str, Any]:
     groups, norms = saap.discover(model), saap.weight_norms(model)
     fused = read_samples(step.folder("fused"), "fused")["fused"]
     moved = saap.fluctuation(fused, norms, fluctuation=config["fluctuation"])
+    asi = saap.asi(moved, groups, asi_scope=config["asi_scope"])
     write_table(
         folder,
         "groups",
@@ -26,7 +27,8 @@ def fluctuation(step: Step, folder: Path) -> dict[str, Any]:
             "weight_norm_sq": norms,
             "mean_fused": fused.mean(0),
             "fluctuation": moved,
-            "asi": saap.asi(moved, groups, asi_scope=config["asi_scope"]),
+            "asi": asi,
+            "rank_score": asi,
         },
     )
     return {"groups": len(groups)}

@@ -6,6 +6,7 @@ from typing import Any
 from storage.tables import read_table, write_table
 from tasks.compute import checkpoint
 from tasks.stage import stage_task
+from tasks.statistics import read_statistic
 from tasks.step import Step
 
 
@@ -16,9 +17,8 @@ def prune(step: Step, folder: Path) -> dict[str, Any]:
     config = step.config()
     model, tokenizer = checkpoint(step, "model")
     groups = saap.discover(model)
-    asi = read_table(step.folder("groups"), "groups")["asi"]
     keep = saap.select(
-        asi,
+        read_table(step.folder("groups"), "groups")["rank_score"],
         groups,
         config["ratio"],
         search=config["search"],
@@ -43,6 +43,8 @@ def prune(step: Step, folder: Path) -> dict[str, Any]:
         ],
     )
     small = saap.prune(model, keep)
+    if config["compensation"] == "bias":
+        saap.add_mean_bias(small, model, keep, read_statistic(step, "activations"))
     saap.save(small, folder, tokenizer)
     return {
         "removed_of_prunable": round(saap.removed_share(groups, keep), 6),

@@ -3,28 +3,24 @@
 from pathlib import Path
 from typing import Any
 
-from storage.tables import read_table, sample_writer
-from tasks.compute import checkpoint, settings
+from storage.tables import sample_writer
+from tasks.compute import calibration_tokens, checkpoint, settings
 from tasks.stage import stage_task
 from tasks.step import Step
 
 
 @stage_task("score")
 def score(step: Step, folder: Path) -> dict[str, Any]:
-    import torch
-
     from saap import discover
     from saap.importance import score_batches
 
     config = step.config()
     model, _ = checkpoint(step, "model")
-    calibration = read_table(step.folder("calibration"), "calibration")
-    samples = int(calibration["sample"][-1]) + 1
-    tokens = torch.from_numpy(calibration["token"].astype("int64")).view(samples, -1)
+    tokens = calibration_tokens(step)
     groups = discover(model)
     with sample_writer(folder, "importance", vars(groups)) as writer:
         for vector, element in score_batches(
             model, tokens, config["hessian"], config["vector_unit"], settings(step)["batch_size"]
         ):
             writer.write(vector=vector, element=element)
-    return {"samples": samples, "groups": len(groups)}
+    return {"samples": len(tokens), "groups": len(groups)}

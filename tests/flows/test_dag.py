@@ -8,6 +8,7 @@ import pytest
 from flows.dag import VERSIONS, build
 from flows.sweep import combinations
 from tasks.config import ConfigError, RunConfig, check_config, default_toml, load_config
+from tasks.criteria import NEEDS
 
 
 @pytest.fixture
@@ -46,6 +47,12 @@ DENSE = {"evaluate dense arc_easy", "evaluate dense wikitext2"}
         ("evaluate.benchmarks=['arc_easy']", {label for label in PRUNED | DENSE if "wiki" in label}),
         ("speed.runs=3", {"speed"}),
         ("recover.recipe='none'", {"recover", "speed"} | RECOVERED),
+        ("speed.runs=0", {"speed"}),
+        ("criterion.variant='vectorize'", set()),
+        ("prune.search='global'", set()),
+        ("prune.search='uniform'", {"prune", "recover", "speed"} | PRUNED),
+        ("prune.compensation='bias'", {"activations", "prune", "recover", "speed"} | PRUNED),
+        ("criterion.name='random'", {"score", "fuse", "fluctuation", "rank", "prune", "recover", "speed"} | PRUNED),
     ],
 )
 def test_a_setting_changes_the_keys_of_its_stage_and_of_those_after_it_only(settings, override, expected):
@@ -77,6 +84,36 @@ def test_a_new_code_version_of_a_stage_makes_it_and_what_follows_anew(settings, 
     monkeypatch.setitem(VERSIONS, "prune", VERSIONS["prune"] + 1)
     after = keys(settings)
     assert {label for label in before if before[label] != after[label]} == {"prune", "recover", "speed"} | PRUNED
+
+
+def steps_of(settings, *overrides):
+    return {(step.stage, step.key) for step in build(settings(*overrides))}
+
+
+def test_all_criteria_at_all_ratios_share_one_step_a_kind_of_statistics(settings):
+    runs = [
+        steps_of(settings, f"criterion.name='{name}'", f"prune.ratio={ratio}")
+        for name in ("saap", *NEEDS)
+        for ratio in (0.2, 0.35, 0.5)
+    ]
+    stages = [stage for stage, _ in set().union(*runs)]
+    for statistic in {"calibrate", "score", "gradients", "activations"}:
+        assert stages.count(statistic) == 1
+    assert stages.count("rank") == len(NEEDS)
+    assert stages.count("prune") == len(runs)
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_criterion_is_ranked_anew_when_its_own_options_change_and_prunes_as_published(settings, name):
+    def rank(*overrides):
+        return next(s for s in build(settings(f"criterion.name='{name}'", *overrides)) if s.stage == "rank")
+
+    assert (rank().key != rank("criterion.variant='vectorize'").key) == (name == "llm_pruner")
+    assert (rank().key != rank("calibrate.seed=1").key) == (name != "magnitude")
+    assert rank().key == rank("prune.ratio=0.4").key
+    assert (rank().key != rank("score.hessian='fisher'").key) == ("score" in NEEDS[name].statistics)
+    cut = next(s for s in build(settings(f"criterion.name='{name}'")) if s.stage == "prune").config()
+    assert (cut["search"], cut["compensation"]) == (NEEDS[name].search, NEEDS[name].compensation)
 
 
 def test_every_step_comes_after_the_steps_it_takes(settings):

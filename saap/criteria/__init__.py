@@ -1,0 +1,41 @@
+"""The criteria that rank coupled groups, beside SAAP's own chain (score → fuse → fluctuation).
+
+A criterion is a function
+
+    criterion(model, **statistics, **options) -> float64 (N,)
+
+one number a group in the order of `discover(model)`, lowest removed first; N groups. What it needs it names as
+arguments; a pipeline computes each statistic once and caches it:
+
+    score        (vector, element), float32 (D, N): the per-sample importances of `saap.score`
+    gradients    TaylorSums (saap/statistics.py): sums over summed gradients
+    activations  {(layer, kind): Moments} of the inputs of o_proj and down_proj
+    grams        {(layer, kind): XᵀX} of the same inputs, float32 (in, in)
+    tokens       int64 (D, T), the calibration text itself
+    seed         int
+
+A new one is a file here, a row in `CRITERIA`, one in `tasks/criteria.py` (what it needs, which search it was published
+with), and its name in `tasks/config.py`. It does not change the model it is given.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .flap import flap
+from .hywia import hywia
+from .llm_pruner import llm_pruner
+from .magnitude import magnitude
+from .random import random
+from .wanda_sp import wanda_sp
+
+CRITERIA: dict[str, Callable[..., np.ndarray]] = {
+    "llm_pruner": llm_pruner,
+    "wanda_sp": wanda_sp,
+    "flap": flap,
+    "hywia": hywia,
+    "magnitude": magnitude,
+    "random": random,
+}
+
+__all__ = ["CRITERIA"]

@@ -1,0 +1,25 @@
+"""FLAP (An et al., arXiv 2312.11983): how much a channel fluctuates, weighted by what it is multiplied with."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from saap.statistics import Block, Moments, output_matrices
+
+
+@torch.no_grad()
+def flap(model: nn.Module, activations: dict[Block, Moments]) -> np.ndarray:
+    """Var(x_j)·‖W_:,j‖² of column j of o_proj and down_proj (WIFV), z-scored per layer and kind, mean over a head.
+
+    Published with one global order over heads and channels, each at its cost in parameters (AL-AM: `search =
+    "global"`), and with the mean of what was removed added as a bias (`prune.compensation = "bias"`).
+    Our reading: the variance is over all calibration tokens; the mean over a head's columns follows its code.
+    """
+    scores = []
+    for layer, kind, part, linear in output_matrices(model):
+        square = linear.weight.float().square().sum(0, dtype=torch.float64).cpu().numpy()
+        metric = activations[layer, kind].variance * square
+        spread = metric.std()
+        z = (metric - metric.mean()) / (spread if spread > 0 else 1.0)
+        scores.append(z.reshape(-1, part.width).mean(1))
+    return np.concatenate(scores)

@@ -1,0 +1,25 @@
+"""Magnitude: what needs no data at all."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from saap.groups import KINDS, block_parts
+
+
+@torch.no_grad()
+def magnitude(model: nn.Module) -> np.ndarray:
+    """Mean |w| over all weights of the group: a mean, so that heads and channels share a scale.
+
+    The l1 norm of LLM-Pruner's comparisons, divided by the size of the group; same share of every block.
+    """
+    scores = []
+    for kinds in block_parts(model):
+        for kind in KINDS:
+            total, size = np.zeros(1), 0
+            for part, linear in kinds[kind]:
+                rows = linear.weight.float().abs().sum(1 - part.axis, dtype=torch.float64)
+                total = total + rows.view(-1, part.width).sum(1).cpu().numpy()
+                size += part.width * linear.weight.shape[1 - part.axis]
+            scores.append(total / size)
+    return np.concatenate(scores)

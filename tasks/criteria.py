@@ -1,0 +1,27 @@
+"""What each criterion needs, known without importing it (torch): `saap.criteria.CRITERIA` holds the functions."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Needs:
+    """statistics and options are the arguments of the criterion's function; search and compensation its 'auto'.
+
+    A statistic is the name of the stage that publishes it, except 'tokens': those of calibrate.
+    """
+
+    statistics: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    search: str = "uniform"
+    compensation: str = "none"
+
+
+SAAP = Needs(search="global")  # its statistics go through fuse and fluctuation
+NEEDS: dict[str, Needs] = {
+    "llm_pruner": Needs(("gradients",), ("variant",)),
+    "wanda_sp": Needs(("activations",)),
+    "flap": Needs(("activations",), search="global", compensation="bias"),
+    "hywia": Needs(("score",)),
+    "magnitude": Needs(),
+    "random": Needs((), ("seed",)),
+}

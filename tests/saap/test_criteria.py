@@ -1,0 +1,168 @@
+"""Each criterion against a few lines of numpy written from its paper's formula, and on a planted problem."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+import saap
+from saap import CRITERIA, discover, input_moments, select, taylor_sums
+from tasks.config import Criterion
+from tasks.criteria import NEEDS
+
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 512, (6, 16), generator=torch.Generator().manual_seed(2))
+
+
+def statistics_of(model, tokens):
+    return {
+        "score": lambda: saap.score(model, tokens),
+        "gradients": lambda: taylor_sums(model, tokens),
+        "activations": lambda: input_moments(model, tokens),
+        "grams": lambda: saap.input_grams(model, tokens),
+        "tokens": lambda: tokens,
+        "seed": lambda: SEED,
+        "variant": lambda: "param_mix",
+    }
+
+
+def ranking(name, model, tokens):
+    known = statistics_of(model, tokens)
+    needs = NEEDS[name]
+    return CRITERIA[name](model, **{need: known[need]() for need in (*needs.statistics, *needs.options)})
+
+
+def test_the_tables_of_criteria_agree():
+    names = Criterion.model_fields["name"].annotation.__args__
+    assert set(names) == {"saap", *CRITERIA} == {"saap", *NEEDS}
+    for name, function in CRITERIA.items():
+        parameters = list(inspect.signature(function).parameters)
+        assert parameters == ["model", *NEEDS[name].statistics, *NEEDS[name].options], name
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_ranking_has_a_finite_number_a_group_and_leaves_the_model_alone(name, tiny_llama, tokens):
+    model = tiny_llama()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    score = ranking(name, model, tokens)
+    assert score.shape == (len(discover(model)),)
+    assert np.isfinite(score).all()
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", sorted(set(CRITERIA) - {"random"}))
+def test_channels_and_heads_made_useless_are_found(name, tiny_llama, tokens):
+    """A third of the channels and one KV head of each free block get weights a thousand times smaller."""
+    model = tiny_llama(n_kv=4)
+    planted = np.zeros(len(discover(model)), bool)
+    with torch.no_grad():
+        for layer, kind, index in discover(model).blocks():
+            block = model.model.layers[layer]
+            if layer not in (2, 3, 4):
+                continue
+            if kind == "mlp":
+                useless = np.arange(layer, 96, 3)
+                for linear in (block.mlp.gate_proj, block.mlp.up_proj):
+                    linear.weight[useless] *= 1e-3
+                block.mlp.down_proj.weight[:, useless] *= 1e-3
+            else:
+                useless = np.array([layer - 1])
+                rows = slice(16 * (layer - 1), 16 * layer)
+                for linear in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+                    linear.weight[rows] *= 1e-3
+                block.self_attn.o_proj.weight[:, rows] *= 1e-3
+            planted[index[useless]] = True
+    groups = discover(model)
+    score = ranking(name, model, tokens)
+    for _, _, index in groups.blocks():
+        if planted[index].any():
+            assert score[index][planted[index]].max() < score[index][~planted[index]].min()
+    ratio = groups.parameters[planted].sum() / groups.parameters.sum()
+    keep = select(score, groups, ratio, search=NEEDS[name].search, protect=(0, 1, -1), align=1)
+    assert (~keep == planted).mean() > 0.95
+
+
+def columns(model):
+    """(layer, kind, weight of the output matrix in float64, columns a group) by name, heads before channels."""
+    for layer, block in enumerate(model.model.layers):
+        yield layer, "attention", block.self_attn.o_proj.weight.detach().double().numpy(), 64 // 2
+        yield layer, "mlp", block.mlp.down_proj.weight.detach().double().numpy(), 1
+
+
+def collect(model, tokens):
+    seen = {}
+    for layer, block in enumerate(model.model.layers):
+        for kind, linear in (("attention", block.self_attn.o_proj), ("mlp", block.mlp.down_proj)):
+            linear.register_forward_pre_hook(
+                lambda _, args, key=(layer, kind): seen.update({key: args[0].flatten(0, 1).double().numpy()})
+            )
+    with torch.no_grad():
+        model(tokens)
+    return seen
+
+
+def test_wanda_sp_is_the_mean_of_weight_times_input_norm(tiny_llama, tokens):
+    x = collect(tiny_llama(), tokens)
+    wanted = []
+    for layer, kind, w, width in columns(tiny_llama()):
+        metric = np.abs(w) * np.linalg.norm(x[layer, kind], axis=0)
+        wanted += [metric.mean(0)[start : start + width].sum() for start in range(0, w.shape[1], width)]
+    np.testing.assert_allclose(ranking("wanda_sp", tiny_llama(), tokens), wanted, rtol=1e-4)
+
+
+def test_flap_is_the_standardised_fluctuation_of_the_inputs(tiny_llama, tokens):
+    x = collect(tiny_llama(), tokens)
+    wanted = []
+    for layer, kind, w, width in columns(tiny_llama()):
+        inputs = x[layer, kind]
+        m = ((inputs - inputs.mean(0)) ** 2).sum(0) / (len(inputs) - 1) * np.linalg.norm(w, axis=0) ** 2
+        z = (m - m.mean()) / np.sqrt(((m - m.mean()) ** 2).mean())
+        wanted += [z[start : start + width].mean() for start in range(0, w.shape[1], width)]
+    np.testing.assert_allclose(ranking("flap", tiny_llama(), tokens), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_llm_pruner_gives_the_variant_it_is_asked_for(tiny_llama, tokens):
+    model = tiny_llama()
+    sums = taylor_sums(model, tokens)
+    for variant in ("vectorize", "param_first", "param_mix"):
+        assert np.array_equal(CRITERIA["llm_pruner"](model, sums, variant), getattr(sums, variant))
+    with pytest.raises(saap.SaapError, match="variant"):
+        CRITERIA["llm_pruner"](model, sums, "element")
+
+
+def test_hywia_gives_each_group_its_own_mix(tiny_llama, tokens):
+    """Where the two importances agree the mix does not matter; where they differ the larger weighs more than half."""
+    model = tiny_llama()
+    groups = discover(model)
+    rng = np.random.default_rng(0)
+    vector = rng.uniform(0.5, 2, (3, len(groups))).astype(np.float32)
+    same = CRITERIA["hywia"](model, (vector, 7 * vector))
+    for _, _, index in groups.blocks():
+        mean = vector[:, index].mean(0, dtype=float)
+        np.testing.assert_allclose(same[index], mean / mean.mean(), rtol=1e-5)
+    element = rng.uniform(0.5, 2, vector.shape).astype(np.float32)
+    mixed = CRITERIA["hywia"](model, (vector, element))
+    for _, _, index in groups.blocks():
+        c, f = (v[:, index].mean(0, dtype=float) / v[:, index].mean(0, dtype=float).mean() for v in (vector, element))
+        assert (mixed[index] >= (c + f) / 2 - 1e-9).all()
+        assert (mixed[index] <= np.maximum(c, f) + 1e-9).all()
+
+
+def test_magnitude_is_the_mean_absolute_weight_and_random_repeats_itself(tiny_llama, tokens):
+    model = tiny_llama()
+    score, groups = ranking("magnitude", model, tokens), discover(model)
+    mlp = model.model.layers[3].mlp
+    weights = torch.cat([mlp.gate_proj.weight[11], mlp.up_proj.weight[11], mlp.down_proj.weight[:, 11]])
+    at = np.flatnonzero((groups.layer == 3) & (groups.kind == "mlp") & (groups.unit == 11))[0]
+    assert score[at] == pytest.approx(float(weights.abs().mean()), rel=1e-5)
+    random = CRITERIA["random"]
+    assert np.array_equal(random(model, 1), random(model, 1))
+    assert not np.array_equal(random(model, 1), random(model, 2))
