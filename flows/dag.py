@@ -23,8 +23,8 @@ VERSIONS = {
     "activations": 1,
     "grams": 1,
     "rank": 1,
-    "prune": 2,
-    "recover": 1,
+    "prune": 3,
+    "recover": 2,
     "evaluate": 1,
     "speed": 1,
 }

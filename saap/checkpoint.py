@@ -1,7 +1,7 @@
 """Models on disk: safetensors and config.json, uneven and int4 ones included."""
 
-import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,12 +11,17 @@ from torch import nn
 from saap.baichuan import llama_config, llama_state
 from saap.errors import SaapError
 from saap.families import family_of
+from saap.untrusted import check_sizes, first_line, read_fields
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
-    """Write model (and tokenizer) as safetensors and JSON; loading them again gives the same bits."""
+    """Write model (and tokenizer) as safetensors and JSON; loading them again gives the same bits.
+
+    An uneven model brings its modelling file with it, named in config.json's auto_map: without this package
+    `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it.
+    """
     model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -26,27 +31,28 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     """The model in a local folder, in eval mode. dtype is one of `DTYPES`; int4 codes and scales stay as they are.
 
     Raises SaapError for a missing folder, a damaged or truncated file, tensors that do not fit config.json, or a
-    family we cannot prune. Never runs code from the folder, never unpickles. A Baichuan-7B is read as a Llama.
+    family we cannot prune. Never runs code from the folder, never unpickles, never looks outside it; takes no memory
+    before config.json and the files' headers agree. A Baichuan-7B is read as a Llama.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     folder = Path(folder)
     config = load_config(folder)
-    family_of(config)
-    if not list(folder.glob("*.safetensors")):
-        raise SaapError(f"no *.safetensors in {folder}: save the model with save_pretrained (pickles are not read)")
+    if dtype not in DTYPES:
+        raise SaapError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}")
+    check_sizes(config, folder)
     try:
         options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": True, "output_loading_info": True}
-        if _baichuan(folder):
+        if _baichuan(read_fields(folder)):
             loaded: Any = LlamaForCausalLM.from_pretrained(
                 None, config=config, state_dict=llama_state(folder), **options
             )
         else:
             loaded = AutoModelForCausalLM.from_pretrained(
-                folder, config=AutoConfig.from_pretrained(folder), use_safetensors=True, **options
+                folder, config=config, use_safetensors=True, trust_remote_code=False, **options
             )
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
-        raise SaapError(f"cannot load the model in {folder}: {_first_line(error)}") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, LookupError) as error:
+        raise SaapError(f"cannot load the model in {folder}: {first_line(error)}") from error
     model, info = loaded
     # checkpoints of the first Llama carry the rotary frequencies, which are computed
     unexpected = [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
@@ -58,17 +64,25 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
 
 
 def load_config(folder: str | Path) -> Any:
-    """The transformers config of a local folder. Raises SaapError if there is none or it cannot be read."""
+    """The transformers config of a local folder.
+
+    Raises SaapError if there is none, it cannot be read, or is of a family we do not know.
+    """
     from transformers import AutoConfig
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise SaapError(f"no model in {folder}: there is no config.json")
+    fields = read_fields(folder)
     try:
-        baichuan = _baichuan(folder)
-        return llama_config(baichuan) if baichuan else AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SaapError(f"cannot read {folder}/config.json: {_first_line(error)}") from error
+        if _baichuan(fields):
+            return llama_config(fields)
+        family_of(SimpleNamespace(model_type=str(fields.get("model_type"))))
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except SaapError:
+        raise
+    except Exception as error:  # transformers lets many kinds through, and all are the file's fault
+        raise SaapError(f"cannot read {folder}/config.json: {first_line(error)}") from error
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -76,9 +90,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SaapError(f"no tokenizer in {folder}: {_first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise SaapError(f"no tokenizer in {folder} that can be read: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -102,11 +116,6 @@ def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
     save(plain, folder, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
 
 
-def _baichuan(folder: Path) -> dict[str, Any] | None:
-    """config.json of a Baichuan, which transformers would read only with the folder's own code; None for others."""
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return fields if isinstance(fields, dict) and fields.get("model_type") == "baichuan" else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _baichuan(fields: dict[str, Any]) -> bool:
+    """Whether config.json is that of a Baichuan, which transformers would read only with the folder's own code."""
+    return fields.get("model_type") == "baichuan"

@@ -190,3 +190,6 @@ class SaapQwen3ForCausalLM(UnevenModel, Qwen3ForCausalLM):
 for _model in (SaapLlamaForCausalLM, SaapMistralForCausalLM, SaapQwen2ForCausalLM, SaapQwen3ForCausalLM):
     AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
     AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
+    # save_pretrained copies this file into the checkpoint and names it in config.json
+    _model.config_class.register_for_auto_class()
+    _model.register_for_auto_class("AutoModelForCausalLM")

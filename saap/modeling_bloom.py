@@ -80,3 +80,6 @@ class SaapBloomForCausalLM(BloomForCausalLM):
 
 AutoConfig.register("saap_bloom", SaapBloomConfig, exist_ok=True)
 AutoModelForCausalLM.register(SaapBloomConfig, SaapBloomForCausalLM, exist_ok=True)
+# save_pretrained copies this file into the checkpoint and names it in config.json
+SaapBloomConfig.register_for_auto_class()
+SaapBloomForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -2,10 +2,6 @@
 
 import copy
 import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +22,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import saap
 from saap import (
     GroupwiseLinear,
     SaapError,
@@ -423,7 +418,7 @@ def test_baichuan_7b_is_read_as_the_llama_it_is_and_pruned_as_one(baichuan):
         ({"hidden_size": 5120}, "13B"),
         ({"max_position_embeddings": None}, "13B"),
         ({"vocab_size": 125696}, "Baichuan 2"),
-        ({"intermediate_size": 97}, "cannot load"),
+        ({"intermediate_size": 97}, "do not fit"),
         ({"rms_norm_eps": None}, "config.json"),
     ],
 )
@@ -433,22 +428,3 @@ def test_baichuans_that_are_no_llamas_or_do_not_fit_are_refused(baichuan, change
     (folder / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
     with pytest.raises(SaapError, match=reason):
         load(folder)
-
-
-def test_the_modeling_files_load_checkpoints_without_the_package(tmp_path):
-    package = Path(saap.__file__).parent
-    program = f"import sys, torch\nfrom transformers import AutoModelForCausalLM\nids = torch.tensor({IDS.tolist()})\n"
-    for file in package.glob("modeling*.py"):
-        shutil.copy(file, tmp_path / f"alone_{file.name}")
-        program += f"import alone_{file.stem}\n"
-    program += "assert not any(name.split('.')[0] == 'saap' for name in sys.modules)\n"
-    for number, case in enumerate(CASES):
-        small = prune(build(case), random_keep(build(case)))
-        save(small, tmp_path / str(number))
-        torch.save(logits(small), tmp_path / f"{number}.pt")
-        program += f"model = AutoModelForCausalLM.from_pretrained('{number}')\n"
-        program += f"torch.testing.assert_close(model(ids).logits, torch.load('{number}.pt'))\n"
-    (tmp_path / "program.py").write_text(program)
-    start = "import sys; sys.path.insert(0, '.'); exec(open('program.py').read())"
-    done = subprocess.run([sys.executable, "-I", "-c", start], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
