@@ -22,6 +22,8 @@ NEEDS: dict[str, Needs] = {
     "wanda_sp": Needs(("activations",)),
     "flap": Needs(("activations",), search="global", compensation="bias"),
     "hywia": Needs(("score",)),
+    "loraprune": Needs(("tokens",), ("seed",)),
+    "lorashear": Needs(("tokens",), ("seed",), search="global"),
     "magnitude": Needs(),
     "random": Needs((), ("seed",)),
 }

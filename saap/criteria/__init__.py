@@ -25,6 +25,8 @@ import numpy as np
 from .flap import flap
 from .hywia import hywia
 from .llm_pruner import llm_pruner
+from .loraprune import loraprune
+from .lorashear import lorashear
 from .magnitude import magnitude
 from .random import random
 from .wanda_sp import wanda_sp
@@ -34,6 +36,8 @@ CRITERIA: dict[str, Callable[..., np.ndarray]] = {
     "wanda_sp": wanda_sp,
     "flap": flap,
     "hywia": hywia,
+    "loraprune": loraprune,
+    "lorashear": lorashear,
     "magnitude": magnitude,
     "random": random,
 }

@@ -162,7 +162,7 @@ def test_magnitude_is_the_mean_absolute_weight_and_random_repeats_itself(tiny_ll
     mlp = model.model.layers[3].mlp
     weights = torch.cat([mlp.gate_proj.weight[11], mlp.up_proj.weight[11], mlp.down_proj.weight[:, 11]])
     at = np.flatnonzero((groups.layer == 3) & (groups.kind == "mlp") & (groups.unit == 11))[0]
-    assert score[at] == pytest.approx(float(weights.abs().mean()), rel=1e-5)
+    assert score[at] == pytest.approx(float(weights.detach().abs().mean()), rel=1e-5)
     random = CRITERIA["random"]
     assert np.array_equal(random(model, 1), random(model, 1))
     assert not np.array_equal(random(model, 1), random(model, 2))

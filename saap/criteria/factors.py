@@ -1,0 +1,85 @@
+"""LoRA factors trained for a moment on the calibration text: what `loraprune` and `lorashear` look at."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from saap.families import Part
+from saap.groups import KINDS, block_parts
+
+RANK, ALPHA = 8, 16.0
+LEARNING_RATE = 1e-3
+EPOCHS = 2
+BATCH = 4  # samples a step; part of the result, so not the batch size of the machine
+
+
+@dataclass(frozen=True)
+class Factor:
+    """W + s·B·A at one matrix of the groups: a float32 (rank, in), b float32 (out, rank) from zero, s = ALPHA/RANK."""
+
+    layer: int
+    kind: str
+    part: Part
+    linear: nn.Linear
+    a: nn.Parameter
+    b: nn.Parameter
+
+
+@contextmanager
+def lora_factors(model: nn.Module, seed: int) -> Iterator[list[Factor]]:
+    """While open, every matrix of every group has LoRA factors beside its frozen weight; afterwards nothing is left."""
+    generator = torch.Generator().manual_seed(seed)
+    factors: list[Factor] = []
+    with ExitStack() as stack:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                stack.callback(parameter.requires_grad_, True)
+        for layer, kinds in enumerate(block_parts(model)):
+            for kind in KINDS:
+                for part, linear in kinds[kind]:
+                    out, width = linear.weight.shape
+                    device = linear.weight.device
+                    a = nn.Parameter((torch.randn(RANK, width, generator=generator) / width**0.5).to(device))
+                    b = nn.Parameter(torch.zeros(out, RANK, device=device))
+                    factors.append(Factor(layer, kind, part, linear, a, b))
+                    stack.callback(linear.register_forward_hook(_adder(a, b)).remove)
+        yield factors
+
+
+def _adder(a: nn.Parameter, b: nn.Parameter):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0]
+        return output + (ALPHA / RANK) * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+    return hook
+
+
+def training_steps(
+    model: nn.Module, factors: list[Factor], tokens: torch.Tensor, seed: int, name: str
+) -> Iterator[int]:
+    """Train the factors on tokens int64 (D, T); yields each step's number between its backward pass and its update."""
+    parameters = [p for factor in factors for p in (factor.a, factor.b)]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(EPOCHS)])
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    model.eval()
+    for step, chosen in enumerate(tqdm(order.split(BATCH), desc=name, unit="step")):
+        ids = tokens[chosen].to(device)
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            logits = model(ids, use_cache=False).logits[:, :-1].float()
+            F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        yield step
+        optimizer.step()
+
+
+def steps_of(samples: int) -> int:
+    """How many steps `training_steps` makes of so many samples."""
+    return -(-samples * EPOCHS // BATCH)
