@@ -7,6 +7,7 @@ from saap.groups import Groups
 
 SEARCHES = ("global", "uniform")
 DIRECTIONS = ("lowest", "highest")
+KINDS_SHARE = ("pooled", "equal", "mlp")
 PROTECTED = (0, 1, 2, -1)
 
 
@@ -17,6 +18,7 @@ def select(
     *,
     search: str = "global",
     direction: str = "lowest",
+    kinds: str = "pooled",
     protect: tuple[int, ...] = PROTECTED,
     align: int = 32,
 ) -> np.ndarray:
@@ -28,6 +30,8 @@ def select(
         search: 'global': all unprotected groups ordered together, removed until the parameter budget is met;
             'uniform': the same share of every unprotected block.
         direction: which end of the score is removed. 'highest' is the literal text of the paper.
+        kinds: how heads and channels share the budget: 'pooled': as their scores have it; 'equal': the same share of
+            the unprotected parameters of each (of each block already in a uniform search); 'mlp': channels only.
         protect: blocks left whole; negative numbers count from the end.
         align: a block's MLP keeps a multiple of this many channels (or all of them), the best-scored ones; the
             budget is met within half a step a block.
@@ -35,8 +39,8 @@ def select(
     Every block keeps at least one attention group and one step of channels.
     Raises SaapError for a bad argument, a score that is not finite, or a ratio out of reach.
     """
-    if search not in SEARCHES or direction not in DIRECTIONS:
-        raise SaapError(f"search must be one of {SEARCHES} and direction one of {DIRECTIONS}")
+    if search not in SEARCHES or direction not in DIRECTIONS or kinds not in KINDS_SHARE:
+        raise SaapError(f"search must be one of {SEARCHES}, direction of {DIRECTIONS}, kinds of {KINDS_SHARE}")
     if not 0 < ratio < 1:
         raise SaapError(f"ratio must lie between 0 and 1 (both excluded), got {ratio}")
     if align < 1:
@@ -48,16 +52,18 @@ def select(
         if not -layers <= layer < layers:
             raise SaapError(f"protect names block {layer}, but the model has {layers} blocks")
     protected = np.isin(groups.layer, [layer % layers for layer in protect])
+    if kinds == "mlp":
+        protected |= groups.kind == "attention"
     worth = score if direction == "lowest" else -score
     free = int(groups.parameters[~protected].sum())
     budget = ratio * int(groups.parameters.sum())
     if budget >= free:
         share = free / int(groups.parameters.sum())
         raise SaapError(
-            f"ratio {ratio} cannot be reached: the unprotected blocks hold {share:.3f} of the prunable parameters; "
-            "lower the ratio or protect fewer blocks"
+            f"ratio {ratio} cannot be reached: what may be pruned holds {share:.3f} of the prunable parameters; lower "
+            "the ratio, protect fewer blocks" + (", or let heads go too (kinds)" if kinds == "mlp" else "")
         )
-    counts = _global if search == "global" else _uniform
+    counts = _uniform if search == "uniform" else _each_kind if kinds == "equal" else _global
     return _keep_best(worth, groups, counts(worth, groups, budget, protected, align))
 
 
@@ -107,6 +113,16 @@ def _global(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndar
         steps = counts[block] // align + (1 if rank < up else 0)
         counts[block] = min(max(steps, 1) * align, sizes[block])
     return counts
+
+
+def _each_kind(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int) -> Counts:
+    """Heads first, then channels, which can be cut finer, to what is left of the budget."""
+    heads, cost = groups.kind == "attention", groups.parameters
+    share = budget / cost[~protected].sum()
+    attention = _global(worth, groups, share * cost[~protected & heads].sum(), protected | ~heads, align)
+    spent = cost[heads & ~_keep_best(worth, groups, attention)].sum()
+    mlp = _global(worth, groups, budget - spent, protected | heads, align)
+    return {block: (attention if block[1] == "attention" else mlp)[block] for block in mlp}
 
 
 def _uniform(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int) -> Counts:

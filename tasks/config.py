@@ -72,6 +72,9 @@ class Prune(Section):
         "auto", description="one budget for all blocks, a share of each, or as the criterion was published"
     )
     direction: Literal["lowest", "highest"] = Field("lowest", description="end of the ranking that is removed")
+    kinds: Literal["pooled", "equal", "mlp"] = Field(
+        "pooled", description="heads and channels in one order, the same share of each, or channels only"
+    )
     compensation: Literal["auto", "none", "bias"] = Field(
         "auto", description="what was removed comes back as its mean (bias), not at all, or as the criterion has it"
     )

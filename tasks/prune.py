@@ -23,6 +23,7 @@ def prune(step: Step, folder: Path) -> dict[str, Any]:
         config["ratio"],
         search=config["search"],
         direction=config["direction"],
+        kinds=config["kinds"],
         protect=tuple(config["protect"]),
         align=config["align"],
     )

@@ -104,6 +104,35 @@ def test_global_search_in_single_channels_equals_removing_one_after_another(seed
     assert (select(score, groups, ratio, protect=protect, align=1) == keep).all()
 
 
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("search", ["global", "uniform"])
+def test_channels_only_leaves_every_head_and_meets_the_budget(seed, search):
+    groups, align = make_groups(6, 4, 256), (1, 8, 32)[seed % 3]
+    score = np.random.default_rng(seed).normal(size=len(groups)) - 5 * (groups.kind == "attention")
+    keep = select(score, groups, 0.25, search=search, kinds="mlp", protect=(0,), align=align)
+    assert keep[groups.kind == "attention"].all()
+    assert abs(groups.parameters[~keep].sum() - 0.25 * groups.parameters.sum()) <= 5 * align / 2 * COST["mlp"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_equal_share_takes_of_each_kind_what_its_size_says_whatever_the_scores_scales(seed):
+    groups, align = make_groups(7, 8, 256), (1, 8, 32)[seed % 3]
+    score = np.random.default_rng(seed).normal(size=len(groups)) * np.where(groups.kind == "attention", 1e-3, 1e3)
+    keep = select(score, groups, 0.3, kinds="equal", protect=(0, -1), align=align)
+    heads = groups.kind == "attention"
+    share = 0.3 * 7 / 5  # of the five free blocks
+    removed, wanted = (groups.parameters[heads & ~keep].sum(), share * groups.parameters[heads].sum() * 5 / 7)
+    assert abs(removed - wanted) <= COST["attention"] / 2
+    assert abs(groups.parameters[~keep].sum() - 0.3 * groups.parameters.sum()) <= (5 * align + 1) / 2 * COST["mlp"]
+    order = np.argsort(score[heads & free_groups(groups)])
+    gone = ~keep[heads & free_groups(groups)][order]
+    assert gone.sum() == np.flatnonzero(gone).max() + 1  # across blocks: the lowest heads of all
+
+
+def free_groups(groups):
+    return (groups.layer > 0) & (groups.layer < groups.layer.max())
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_uniform_search_removes_the_same_share_of_every_free_block(seed):
     rng = np.random.default_rng(seed)
@@ -153,6 +182,8 @@ def test_a_ratio_out_of_reach_is_refused(search, short):
         (0.1, {"align": 0}),
         (0.1, {"search": "local"}),
         (0.1, {"direction": "lower"}),
+        (0.1, {"kinds": "heads"}),
+        (0.3, {"kinds": "mlp"}),  # two of six blocks are free
     ],
 )
 def test_bad_arguments_are_refused(ratio, settings):
