@@ -75,13 +75,28 @@ def sweep(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption 
     settings = load_config(config, overrides)
     runs = combinations(str(config))
     _start(settings.store)
-    console.print(f"{len(runs)} runs: " + "; ".join(", ".join(chosen) for chosen in runs), highlight=False)
+    console.print(f"{len(runs)} runs, the last of them {', '.join(runs[-1])}", highlight=False)
     with _prefect(Path(settings.store)):
         from flows.sweep import saap_sweep
 
-        run_ids = saap_sweep(str(config.resolve()), list(overrides))
-    for run_id in run_ids:
-        _print_run(Path(settings.store), run_id, settings.data)
+        saap_sweep(str(config.resolve()), list(overrides))
+    _print_comparison(config, overrides)
+
+
+@app.command()
+def compare(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    store: RunStoreOption = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw it into this PNG, PDF or SVG too.", show_default=False)
+    ] = None,
+) -> None:
+    """Print what a sweep found: mean and spread over its calibration seeds, the paper's numbers beside them.
+
+    Computes nothing: it shows what the store holds of the sweep, also while it runs.
+    """
+    _print_comparison(config, _overrides(set_, store), figure)
 
 
 @app.command()
@@ -262,6 +277,25 @@ def _print_run(store: Path, run_id: str, data: str) -> None:
         )
     root = store.resolve()
     console.print(f"files: {root}   warehouse: {root / 'warehouse.duckdb'}", highlight=False, soft_wrap=True)
+
+
+def _print_comparison(config: Path, overrides: tuple[str, ...], figure: Path | None = None) -> None:
+    from flows.compare import compare, table
+
+    found = compare(str(config), overrides)
+    _print_table(*table(found), title=config.stem)
+    console.print(
+        "perplexities (↓) at 128 tokens, accuracies in %, mean ± standard deviation over the seeds of the calibration",
+        style="dim",
+        highlight=False,
+    )
+    if found.missing:
+        console.print(f"{found.missing} of {found.runs} runs are not complete: saap sweep {config}", highlight=False)
+    if figure is not None:
+        from flows.figure import draw
+
+        draw(found, figure)
+        console.print(f"drawn: {figure.resolve()}", highlight=False, soft_wrap=True)
 
 
 def _print_table(columns: list[str], rows: Any, title: str | None = None) -> None:

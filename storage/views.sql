@@ -26,6 +26,55 @@ select stage, count(*) as uses, count(*) filter (not cached) as computed, count(
     sum(seconds) filter (not cached) as seconds_spent, sum(seconds) filter (cached) as seconds_saved
 from stage_runs group by stage order by seconds_saved desc nulls last;
 
+-- One row a run and variant: what was found, and the settings that sweeps vary. settings is the whole configuration
+-- without what leaves the result alone and without the seed: runs that agree in it differ in their calibration sample.
+create view ablations as
+with cost as (
+    select run_id, sum(seconds) as seconds_to_rank from stage_runs
+    where stage in ('score', 'gradients', 'activations', 'grams', 'fuse', 'fluctuation', 'rank') group by run_id)
+select l.run_id, l.name, l.model, l.data, l.criterion, r.config->>'$.criterion.variant' as criterion_variant, l.ratio,
+    l.variant, l.average, l.wikitext2, l.ptb, c.seconds_to_rank,
+    r.config->>'$.fuse.fusion' as fusion, r.config->>'$.fluctuation.fluctuation' as fluctuation,
+    r.config->>'$.fluctuation.asi_scope' as asi_scope, r.config->>'$.prune.direction' as direction,
+    r.config->>'$.prune.search' as search, r.config->>'$.prune.kinds' as kinds,
+    r.config->>'$.prune.compensation' as compensation, r.config->>'$.recover.recipe' as recipe,
+    (r.config->>'$.calibrate.count')::integer as samples, (r.config->>'$.calibrate.seed')::integer as seed,
+    json_merge_patch(r.config, '{"name": null, "store": null, "compute": null, "calibrate": {"seed": null}}') as settings
+from leaderboard l join runs r using (run_id) left join cost c using (run_id);
+
+-- the same, over the seeds: mean and sample standard deviation of each number; a run made twice counts once
+create view criteria as
+with once as (
+    select distinct on (settings, variant, seed) * from ablations where variant <> 'dense'
+    order by settings, variant, seed, run_id desc)
+select model, data, criterion, criterion_variant, ratio, variant, count(*) as seeds,
+    avg(wikitext2) as wikitext2, stddev_samp(wikitext2) as wikitext2_spread,
+    avg(ptb) as ptb, stddev_samp(ptb) as ptb_spread,
+    avg(average) as average, stddev_samp(average) as average_spread,
+    avg(seconds_to_rank) as seconds_to_rank,
+    fusion, fluctuation, asi_scope, direction, search, kinds, compensation, recipe, samples, settings
+from once group by all order by model, data, ratio, variant, wikitext2;
+
+-- the same beside the paper's LLaMA-7B, which is for the eye only unless the model is that one; accuracies in percent.
+-- Its tables X to XII are of recovered models: they stand beside our pruned ones too, and tuned says so.
+create view criteria_published as
+with ours as (
+    select *, unnest(['wikitext2', 'ptb', 'average']) as benchmark,
+        unnest([wikitext2, ptb, 100 * average]) as ours,
+        unnest([wikitext2_spread, ptb_spread, 100 * average_spread]) as ours_spread,
+        if(criterion <> 'saap', [criterion], ['saap',
+            'saap/fusion=' || if(fusion in ('vector', 'element'), 'separate', fusion),
+            if(fluctuation = 'mean', 'saap/without_asi', 'saap/with_asi'),
+            'saap/' || recipe]) as methods
+    from criteria)
+select o.model, o.data, o.criterion, o.ratio, o.variant, o.fusion, o.fluctuation, o.recipe, o.samples, o.seeds,
+    o.benchmark, o.ours, o.ours_spread, p.value as published, p.method, p."table", p.tuned, p.misprint, o.settings
+from ours o join published_results p
+    on p.model = 'llama-7b' and p."table" in ('I', 'X', 'XI', 'XII') and p.benchmark = o.benchmark
+    and list_contains(o.methods, p.method) and abs(p.ratio - o.ratio) < 0.005
+    and (p.tuned = (o.variant = 'recovered') or p.method like 'saap/%')
+where o.ours is not null order by o.benchmark, o.ratio, p."table", p.method, o.ours;
+
 -- The published tables' name of a model given as a folder or hub id; null for a model they do not have. Chat models and
 -- Vicuna 1.5 (a LLaMA-2) are other models than those of the tables.
 create macro published_model(path) as (

@@ -1,0 +1,192 @@
+"""The runs of a sweep side by side: means and spreads over its calibration seeds, the paper's numbers beside them.
+
+Read from the artifacts that the sweep's own keys name: no other run can slip in, and what is missing shows.
+"""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flows.dag import build
+from flows.sweep import combinations
+from storage.artifacts import ArtifactStore
+from storage.tables import read_table
+from storage.warehouse import Warehouse
+from tasks.config import ACCURACIES, load_config, parse_value
+from tasks.step import Step
+
+RANKING = ("score", "gradients", "activations", "grams", "fuse", "fluctuation", "rank")  # what a criterion costs
+MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
+PAPER_MODEL = "llama-7b"
+# axis → value → the paper's name of it (published_results.method)
+_PAPER = {
+    "criterion.name": {name: name for name in ("saap", "llm_pruner", "wanda_sp", "loraprune", "lorashear")},
+    "fuse.fusion": {
+        "vector": "saap/fusion=separate",
+        "element": "saap/fusion=separate",
+        "weighted": "saap/fusion=weighted",
+        "adaptive": "saap/fusion=adaptive",
+    },
+    "fluctuation.fluctuation": {"mean": "saap/without_asi", "var_weight": "saap/with_asi"},
+    "recover.recipe": {name: f"saap/{name}" for name in ("lora", "qlora", "groupwise")},
+}
+
+
+@dataclass
+class Row:
+    """One setting of the axes and one variant. values: measure → a number a calibration seed; accuracies in percent."""
+
+    chosen: tuple[str, ...]
+    ratio: float
+    variant: str
+    runs: int = 0
+    values: dict[str, list[float]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)  # of ranking
+    published: dict[str, float] = field(default_factory=dict)  # measure → the paper's number
+    misprint: bool = False
+
+    def mean(self, measure: str) -> float | None:
+        found = self.values.get(measure)
+        return statistics.fmean(found) if found else None
+
+    def spread(self, measure: str) -> float | None:
+        """Sample standard deviation over the seeds; None with fewer than two."""
+        found = self.values.get(measure, [])
+        return statistics.stdev(found) if len(found) > 1 else None
+
+
+@dataclass
+class Comparison:
+    """axes: what the sweep varies, but for ratio and seed; rows in the order of the sweep, dense first."""
+
+    axes: list[str]
+    rows: list[Row]
+    missing: int  # runs without all their numbers
+    runs: int
+
+
+def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
+    """What the store holds of a sweep. Raises ConfigError for a file without a [sweep] table."""
+    sweep = combinations(config)
+    rows: dict[tuple[Any, ...], Row] = {}
+    axes: list[str] = []
+    missing, store = 0, Path()
+    for chosen in sweep:
+        values = {path: parse_value(text) for path, _, text in (choice.partition("=") for choice in chosen)}
+        axes = [path for path in values if path not in ("prune.ratio", "calibrate.seed")]
+        setting = tuple(str(values[path]) for path in axes)
+        settings = load_config(config, (*chosen, *overrides))
+        store = Path(settings.store)
+        steps = build(settings)
+        artifacts = ArtifactStore(store)
+        manifests = {step.key: artifacts.inspect(step.stage, step.key)[0] for step in steps}
+        missing += any(manifest is None for manifest in manifests.values())
+        seconds = [manifests[s.key]["seconds"] for s in steps if s.stage in RANKING and manifests[s.key]]  # type: ignore[index]
+        for variant, found in _measured(artifacts, steps, manifests):
+            dense = variant == "dense"
+            key = (variant,) if dense else (variant, settings.prune.ratio, setting)
+            if key not in rows:
+                rows[key] = Row(
+                    ("",) * len(axes) if dense else setting, 0.0 if dense else settings.prune.ratio, variant
+                )
+                rows[key].published, rows[key].misprint = _published(store, rows[key], axes)
+            row = rows[key]
+            if dense and row.runs:
+                continue
+            row.runs += 1
+            row.seconds.append(sum(seconds))
+            for measure, value in found.items():
+                row.values.setdefault(measure, []).append(value)
+    order = {"dense": 0, "pruned": 1, "recovered": 2}
+    ordered = sorted(rows.values(), key=lambda row: (order[row.variant], row.ratio))
+    return Comparison(axes, ordered, missing, len(sweep))
+
+
+def _measured(
+    artifacts: ArtifactStore, steps: list[Step], manifests: dict[str, dict[str, Any] | None]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """(variant, measure → value) of one run, as far as it is there."""
+    found: dict[str, dict[str, float]] = {}
+    for step in steps:
+        manifest = manifests[step.key]
+        if manifest is None:
+            continue
+        folder = artifacts.path(step.stage, step.key)
+        if step.stage == "evaluate":
+            table = read_table(folder, "metrics")
+            for benchmark, value in zip(
+                table["benchmark"][table["papers"]], table["value"][table["papers"]], strict=True
+            ):
+                scale = 100 if benchmark in ACCURACIES else 1
+                found.setdefault(str(step.variant), {})[str(benchmark)] = scale * float(value)
+        elif step.stage == "prune":
+            found.setdefault("pruned", {})["parameters"] = float(manifest["summary"]["parameters"])
+        elif step.stage == "speed":
+            table = read_table(folder, "speed")
+            for index, variant in enumerate(table["variant"]):
+                for measure in ("parameters", "weight_bytes", "tokens_per_s"):
+                    found.setdefault(str(variant), {})[measure] = float(table[measure][index])
+    for variant, values in found.items():
+        if all(benchmark in values for benchmark in ACCURACIES):
+            values["average"] = sum(values[benchmark] for benchmark in ACCURACIES) / len(ACCURACIES)
+        yield variant, values
+
+
+def _published(store: Path, row: Row, axes: list[str]) -> tuple[dict[str, float], bool]:
+    """The paper's numbers for LLaMA-7B that answer to this row, and whether they are marked as misprints."""
+    names = [_PAPER[axis][value] for axis, value in zip(axes, row.chosen, strict=True) if value in _PAPER.get(axis, {})]
+    if len(names) != 1 or not Warehouse(store).file.exists():
+        return {}, False
+    with Warehouse(store).reading() as connection:
+        found = connection.execute(
+            "select benchmark, value, misprint from published_results where model = ? and method = ? "
+            "and abs(ratio - ?) < 0.005 and (tuned = ? or method like 'saap/%') "
+            "and \"table\" in ('I', 'X', 'XI', 'XII')",
+            [PAPER_MODEL, names[0], row.ratio, row.variant == "recovered"],
+        ).fetchall()
+    scale = {"memory_mib": ("weight_bytes", 1 << 20)}
+    numbers = {scale.get(b, (b, 1))[0]: scale.get(b, (b, 1))[1] * value for b, value, _ in found}
+    return {m: numbers[m] for m in MEASURES if m in numbers}, any(misprint for *_, misprint in found)
+
+
+_COLUMNS = {
+    "wikitext2": ("Wiki2↓", 1.0),
+    "ptb": ("PTB↓", 1.0),
+    "average": ("avg", 1.0),
+    "parameters": ("params M", 1e-6),
+    "weight_bytes": ("MB", 1e-6),
+    "tokens_per_s": ("tok/s", 1.0),
+}
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of text: mean ± spread over the seeds; 'paper' is LLaMA-7B as printed, for the eye only."""
+    shown = [m for m in MEASURES if any(m in row.values for row in comparison.rows)]
+    published = any(row.published for row in comparison.rows)
+    columns = [*map(axis_name, comparison.axes), "ratio", "variant", "seeds", *(_COLUMNS[m][0] for m in shown)]
+    rows = []
+    for row in comparison.rows:
+        cells = [*row.chosen, f"{row.ratio:g}" if row.ratio else "", row.variant, str(row.runs)]
+        cells += [_cell(row.mean(m), row.spread(m), _COLUMNS[m][1]) for m in shown]
+        cells.append(_cell(statistics.fmean(row.seconds), None, 1.0) if row.variant != "dense" else "")
+        if published:
+            numbers = ", ".join(f"{_COLUMNS[m][0]} {v * _COLUMNS[m][1]:g}" for m, v in row.published.items())
+            cells.append(numbers + (" (misprint)" if row.misprint else ""))
+        rows.append(cells)
+    return [*columns, "s to rank", *([f"paper, {PAPER_MODEL}"] if published else [])], rows
+
+
+def axis_name(path: str) -> str:
+    """'criterion' for criterion.name, 'fusion' for fuse.fusion."""
+    section, _, last = path.rpartition(".")
+    return section if last in ("name", "path") else last
+
+
+def _cell(mean: float | None, spread: float | None, scale: float) -> str:
+    if mean is None:
+        return "–"
+    digits = 0 if abs(mean * scale) >= 1000 else 1
+    text = f"{mean * scale:.{digits}f}" if abs(mean * scale) < 1e5 else f"{mean * scale:.2e}"
+    return text if not spread else f"{text} ± {spread * scale:.{digits}f}"
