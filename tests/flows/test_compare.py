@@ -1,0 +1,151 @@
+"""A sweep over criteria, ratios and seeds, run for real on a tiny model: what it shares, its table and its figure."""
+
+import statistics
+
+import pytest
+from matplotlib.image import imread
+
+from flows.compare import compare, table
+from flows.figure import draw
+from storage.artifacts import ArtifactStore
+from storage.errors import StorageError
+from storage.warehouse import Warehouse
+from tests.flows.conftest import saap
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_folder, tmp_path_factory, prefect_server):
+    """(config, store) of a finished sweep."""
+    from flows.sweep import saap_sweep
+
+    folder = tmp_path_factory.mktemp("sweep")
+    file = folder / "criteria.toml"
+    file.write_text(f"""
+name = "criteria"
+store = "{folder / "store"}"
+model.path = "{tiny_folder}"
+calibrate = {{ count = 4, length = 16 }}
+prune = {{ align = 8, protect = [0, -1] }}
+recover = {{ recipe = "none" }}
+evaluate = {{ benchmarks = ["wikitext2"], windows = [128], max_tokens = 512 }}
+speed = {{ runs = 0 }}
+compute = {{ device = "cpu", threads = 1 }}
+[sweep]
+"criterion.name" = ["flap", "wanda_sp"]
+"prune.ratio" = [0.2, 0.5]
+"calibrate.seed" = [0, 1]
+""")
+    assert len(saap_sweep(str(file))) == 8
+    return file, folder / "store"
+
+
+def ask(store, query):
+    with Warehouse(store).reading() as connection:
+        return connection.execute(query).fetchall()
+
+
+def test_a_sweep_reads_the_model_once_for_each_kind_of_statistics_and_seed(swept):
+    found = dict(ask(swept[1], "select stage, (uses, computed)::varchar from stage_reuse"))
+    assert found["calibrate"] == found["activations"] == "(8, 2)"
+    assert found["rank"] == "(8, 4)"
+    assert found["prune"] == "(8, 8)"
+    assert found["evaluate"] == "(16, 9)"  # each pruned model, and the dense one
+    assert found.keys() == {"calibrate", "activations", "rank", "prune", "evaluate"}
+
+
+def test_the_pruned_checkpoint_of_flap_carries_its_biases_and_that_of_wanda_sp_none(swept):
+    from saap import load
+
+    store = ArtifactStore(swept[1])
+    biased = {}
+    for stage, key in store.all():
+        if stage == "prune":
+            manifest, _ = store.inspect(stage, key)
+            model = load(store.path(stage, key))
+            biased[manifest["params"]["compensation"]] = model.model.layers[2].mlp.down_proj.bias
+    assert biased["bias"].abs().max() > 0
+    assert biased["none"] is None
+
+
+def test_the_comparison_is_the_mean_and_the_spread_over_the_seeds(swept):
+    file, store = swept
+    runs = ask(store, "select criterion, ratio, wikitext2 from leaderboard where variant = 'pruned'")
+    comparison = compare(str(file))
+    assert (comparison.axes, comparison.missing, comparison.runs) == (["criterion.name"], 0, 8)
+    assert [row.variant for row in comparison.rows] == ["dense"] + ["pruned"] * 4
+    for row in comparison.rows[1:]:
+        values = [v for criterion, ratio, v in runs if (criterion, ratio) == (row.chosen[0], row.ratio)]
+        assert len(values) == 2
+        assert row.mean("wikitext2") == pytest.approx(statistics.mean(values))
+        assert row.spread("wikitext2") == pytest.approx(statistics.stdev(values))
+    views = ask(store, "select criterion, ratio, seeds, wikitext2, wikitext2_spread, seconds_to_rank from criteria")
+    assert len(views) == 4
+    for criterion, ratio, seeds, mean, spread, seconds in views:
+        row = next(r for r in comparison.rows if (r.chosen, r.ratio) == ((criterion,), ratio))
+        assert (seeds, mean, spread) == (2, *(pytest.approx(f("wikitext2")) for f in (row.mean, row.spread)))
+        assert seconds == pytest.approx(statistics.mean(row.seconds))
+
+    columns, rows = table(comparison)
+    assert columns[0] == "criterion"
+    wanda = dict(zip(columns, next(r for r in rows if r[0] == "wanda_sp" and r[1] == "0.5"), strict=True))
+    assert "Wiki2↓ 223.46" in wanda["paper, llama-7b"]
+    published = ask(
+        store, "select published, tuned from criteria_published where criterion = 'wanda_sp' and ratio = 0.5"
+    )
+    assert published == [(223.46, False)]
+
+
+def test_runs_that_are_not_there_are_counted_not_invented(swept, tmp_path):
+    file, _ = swept
+    more = tmp_path / "more.toml"
+    more.write_text(file.read_text().replace('"calibrate.seed" = [0, 1]', '"calibrate.seed" = [0, 1, 2]'))
+    comparison = compare(str(more))
+    assert (comparison.missing, comparison.runs) == (4, 12)
+    assert [row.runs for row in comparison.rows] == [1, 2, 2, 2, 2]
+
+
+def test_the_command_prints_the_table_and_draws_a_figure_with_every_setting(swept, tmp_path):
+    file, _ = swept
+    done = saap("compare", file, "--figure", tmp_path / "figure.png")
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("flap", "wanda_sp", "dense", "Wiki2↓", "s to rank", "figure.png"))
+    picture = imread(tmp_path / "figure.png")
+    assert min(picture.shape[:2]) > 300
+    assert picture[..., :3].std() > 0.02
+    draw(compare(str(file)), tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    for label in ("flap", "wanda_sp", "ratio 0.2", "ratio 0.5", "dense", "paper, llama-7b, 0.5", "criterion"):
+        assert f"<!-- {label} -->" in text, label
+
+
+def test_a_figure_of_nothing_or_into_nowhere_is_refused(swept, tmp_path):
+    comparison = compare(str(swept[0]))
+    with pytest.raises(StorageError, match="cannot write"):
+        draw(comparison, tmp_path / "no" / "folder.png")
+    with pytest.raises(StorageError, match="cannot write"):
+        draw(comparison, tmp_path / "figure.docx")
+    comparison.rows = [row for row in comparison.rows if row.variant == "dense"]
+    with pytest.raises(StorageError, match="nothing to draw"):
+        draw(comparison, tmp_path / "figure.png")
+
+
+def test_every_sweep_in_configs_is_valid_and_shares_its_statistics(request):
+    from flows.dag import build
+    from flows.sweep import combinations
+    from tasks.config import load_config
+
+    files = sorted((request.config.rootpath / "configs").glob("*.toml"))
+    sweeps = [file for file in files if "[sweep]" in file.read_text()]
+    assert len(sweeps) >= 8
+    for file in sweeps:
+        runs = combinations(str(file))
+        assert f"saap sweep configs/{file.name}" in file.read_text()
+        samples = {tuple(choice for choice in chosen if choice.startswith("calibrate.")) for chosen in runs}
+        steps = {
+            (step.stage, step.key)
+            for chosen in runs
+            for step in build(load_config(file, (*chosen, 'model.path="smollm2-135m"', 'data="mini"')))
+        }
+        stages = [stage for stage, _ in steps]
+        for statistic in ("score", "activations", "gradients", "grams"):
+            assert stages.count(statistic) <= len(samples), file.name
