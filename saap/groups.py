@@ -78,6 +78,14 @@ def discover(model: nn.Module) -> Groups:
     return Groups(*(np.concatenate(a) for a in (layers, kinds, units, parameters)))
 
 
+def weight_of(linear: nn.Linear, device: torch.device | None = None) -> torch.Tensor:
+    """Its weight; one that accelerate keeps on the CPU or on disk is fetched from there (to `device`, if given)."""
+    weight: torch.Tensor = linear.weight.detach()
+    if weight.is_meta and hasattr(linear, "_hf_hook"):
+        weight = linear._hf_hook.weights_map["weight"]  # type: ignore[union-attr, index]
+    return weight if device is None else weight.to(device)
+
+
 @torch.no_grad()
 def weight_norms(model: nn.Module) -> np.ndarray:
     """float64 (N,): ‖W‖², the sum of squares of all weights (biases apart) of each coupled group."""
@@ -86,7 +94,7 @@ def weight_norms(model: nn.Module) -> np.ndarray:
         for kind in KINDS:
             total: torch.Tensor | None = None
             for part, linear in parts[kind]:
-                square = linear.weight.float().square().sum(1 - part.axis, dtype=torch.float64)
+                square = weight_of(linear).float().square().sum(1 - part.axis, dtype=torch.float64)
                 square = square.view(-1, part.width).sum(1)
                 total = square if total is None else total + square
             norms.append(total.cpu().numpy())  # type: ignore[union-attr]

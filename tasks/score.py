@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.tables import sample_writer
-from tasks.compute import calibration_tokens, checkpoint, settings
+from tasks.compute import calibration_tokens, checkpoint
 from tasks.stage import stage_task
 from tasks.step import Step
 
@@ -19,8 +19,6 @@ def score(step: Step, folder: Path) -> dict[str, Any]:
     tokens = calibration_tokens(step)
     groups = discover(model)
     with sample_writer(folder, "importance", vars(groups)) as writer:
-        for vector, element in score_batches(
-            model, tokens, config["hessian"], config["vector_unit"], settings(step)["batch_size"]
-        ):
+        for vector, element in score_batches(model, tokens, config["hessian"], config["vector_unit"]):
             writer.write(vector=vector, element=element)
     return {"samples": len(tokens), "groups": len(groups)}

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from saap import SaapError, score
+from saap import SaapError, importance, score
 
+BACKWARD = importance._backward
 TOKENS = torch.randint(0, 512, (5, 17), generator=torch.Generator().manual_seed(1))
 
 
@@ -84,14 +85,46 @@ def test_scores_equal_plain_autograd_for_other_shapes(tiny_llama, config):
     assert_close(score(model, TOKENS[:2]), plain_scores(model, TOKENS[:2]))
 
 
-def test_bfloat16_scores_are_near_those_of_the_same_weights_in_float32(tiny_llama):
-    """Bounds in the norm of a sample: bfloat16 keeps 8 bits, and the vector score is a sum that cancels."""
-    half = tiny_llama(seed=3).bfloat16()
-    found = score(half, TOKENS)
+@pytest.mark.parametrize(("dtype", "bounds"), [("bfloat16", (0.03, 0.02)), ("float16", (4e-3, 2e-3))])
+def test_half_precision_scores_are_near_those_of_the_same_weights_in_float64(tiny_llama, dtype, bounds):
+    """Bounds in the norm of a sample: 8 or 11 bits are kept, and the vector score is a sum that cancels."""
+    half = tiny_llama(seed=3).to(getattr(torch, dtype))
+    assert max(errors_of(score(half, TOKENS), plain_scores(half, TOKENS)) / bounds) < 1
+
+
+def errors_of(found, exact):
+    """The largest relative error of a sample, in norm, of vector and element."""
+    return np.array([
+        (np.linalg.norm(mine - plain, axis=1) / np.linalg.norm(plain, axis=1)).max()
+        for mine, plain in zip(found, exact, strict=True)
+    ])  # fmt: skip
+
+
+def test_float16_gradients_that_would_be_zero_are_kept_by_scaling_the_loss(tiny_llama, monkeypatch):
+    """A small last norm and head make all gradients small, as a long sequence and a well trained model do."""
+    half = tiny_llama(seed=3)
+    with torch.no_grad():
+        half.model.norm.weight.mul_(1e-3)
+        half.lm_head.weight.mul_(1e-3)
+    half = half.half()
     exact = plain_scores(half, TOKENS)
-    for name, bound, mine, plain in zip(("vector", "element"), (0.03, 0.02), found, exact, strict=True):
-        error = np.linalg.norm(mine - plain, axis=1) / np.linalg.norm(plain, axis=1)
-        assert error.max() < bound, f"{name}: {error}"
+    assert max(errors_of(score(half, TOKENS), exact)) < 0.01
+    monkeypatch.setattr(importance, "LOSS_SCALES", (1.0,))
+    unscaled = score(half, TOKENS)
+    assert min(errors_of(unscaled, exact)) > 0.1
+    assert ((unscaled[1] == 0) & (exact[1] > 0)).any()
+
+
+def test_a_sample_whose_scaled_gradients_overflow_is_done_again_and_no_other(tiny_llama, monkeypatch):
+    half = tiny_llama(seed=3).half()
+    monkeypatch.setattr(importance, "LOSS_SCALES", (2.0**8, 1.0))
+    plain = score(half, TOKENS)
+    calls = []
+    monkeypatch.setattr(importance, "_backward", lambda m, batch, scale: calls.append((len(batch), scale))
+                        or BACKWARD(m, batch, scale))  # fmt: skip
+    monkeypatch.setattr(importance, "LOSS_SCALES", (2.0**40, 2.0**8, 1.0))
+    assert all(np.array_equal(a, b) for a, b in zip(score(half, TOKENS), plain, strict=True))
+    assert calls == [(5, 2.0**40), (5, 2.0**8)]
 
 
 @pytest.mark.parametrize("broken", [False, True])

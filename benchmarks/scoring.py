@@ -1,0 +1,224 @@
+"""Scoring against the straightforward way: agreement, time, and memory, alternating in one process.
+
+    python benchmarks/scoring.py                          # the embedded SmolLM2-135M, 50 × 128 tokens
+    python benchmarks/scoring.py --model /models/llama    # any local folder of a family we know
+    python benchmarks/scoring.py --llama-7b               # on a GPU: LLaMA-7B's shape, random bfloat16 weights
+
+The straightforward way: batch 1, one backward pass a sample with the gradients of all weights, and the sums over the
+groups afterwards. The floor: three forward passes (forward, gradients of activations, gradients of weights). Peaks are
+what is held above the weights: on a GPU the allocator's, on a CPU the resident memory's. Prints tables and, as its last
+line, one JSON object.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import saap
+from saap.groups import KINDS, block_parts
+from saap.importance import samples_at_once
+
+
+def straightforward(model: nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(vector, element), float32 (D, N), as `saap.score` gives them."""
+    parts = block_parts(model)
+    device = next(model.parameters()).device
+    vectors, elements = [], []
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for ids in tokens.to(device)[:, None]:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        vector, element = [], []
+        for kinds in parts:
+            for kind in KINDS:
+                coarse, fine = [], []
+                for part, linear in kinds[kind]:
+                    # the gradient is not needed again: its memory takes the products
+                    s = linear.weight.grad.mul_(linear.weight.detach())
+                    coarse.append(s.sum(1 - part.axis, dtype=torch.float32).abs().view(-1, part.width).sum(1))
+                    second = s.addcmul_(s, s, value=-0.5).abs_()
+                    fine.append(second.sum(1 - part.axis, dtype=torch.float32).view(-1, part.width).sum(1))
+                vector.append(torch.stack(coarse).sum(0))
+                element.append(torch.stack(fine).sum(0))
+        vectors.append(torch.cat(vector).cpu())
+        elements.append(torch.cat(element).cpu())
+        model.zero_grad()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return torch.stack(vectors).numpy(), torch.stack(elements).numpy()
+
+
+def forward(model: nn.Module, tokens: torch.Tensor) -> None:
+    """One forward pass a sample, logits and loss included, with the batch size scoring has."""
+    device = next(model.parameters()).device
+    size = samples_at_once(model, tokens.shape[1])
+    with torch.no_grad():
+        for ids in tokens.to(device).split(size):
+            model(ids, labels=ids, use_cache=False)
+
+
+def seconds(action: Callable[[], object]) -> float:
+    _synchronise()
+    start = time.perf_counter()
+    action()
+    _synchronise()
+    return time.perf_counter() - start
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_above(action: Callable[[], object], device: torch.device) -> int:
+    """The most bytes held during the action beyond those held before it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
+    before = _status("VmRSS")
+    action()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"no {field} in /proc/self/status: memory on a CPU is measured on Linux only")
+
+
+def the_model(arguments: argparse.Namespace) -> nn.Module:
+    """The model to score, on its device, with no gradients asked of it."""
+    if arguments.llama_7b:
+        if not torch.cuda.is_available():
+            raise SystemExit("--llama-7b needs a CUDA device and torch sees none here: nothing was measured")
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            model: nn.Module = LlamaForCausalLM(LlamaConfig())  # the defaults are LLaMA-7B's
+        torch.set_default_dtype(torch.float32)
+    else:
+        folder = arguments.model or _embedded()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = saap.load(folder, device=device, dtype=arguments.dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _embedded() -> str:
+    from storage.keys import Fingerprints
+    from tasks.sources import model_source
+
+    folder = tempfile.mkdtemp()
+    saap.convert_gguf(model_source("smollm2-135m", None, Fingerprints(Path(folder))).path, folder)
+    return folder
+
+
+def fewer_blocks(model: nn.Module) -> tuple[nn.Module, int]:
+    """The same model with the first half of its blocks, which it shares."""
+    import copy
+
+    memo = {id(parameter): parameter for parameter in model.parameters()}
+    half = copy.deepcopy(model, memo)
+    blocks = saap.family_of(model.config).blocks(half)
+    del blocks[len(blocks) // 2 :]
+    half.config.num_hidden_layers = len(blocks)
+    return half, len(blocks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a local model folder (default: the embedded SmolLM2-135M)")
+    parser.add_argument(
+        "--llama-7b", action="store_true", help="LLaMA-7B's shape with random bfloat16 weights, GPU only"
+    )
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--samples", type=int, default=50)
+    parser.add_argument("--length", type=int, default=128, help="tokens a sample")
+    parser.add_argument("--rounds", type=int, default=3, help="times each side is timed, in turn")
+    arguments = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"
+
+    model = the_model(arguments)
+    device = next(model.parameters()).device
+    blocks = len(block_parts(model))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (arguments.samples, arguments.length), generator=generator)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{model.config.model_type}, {blocks} blocks, {weights / 1e9:.2f} GB of {model.dtype} weights")
+    print(f"{arguments.samples} × {arguments.length} tokens, {arguments.rounds} rounds, {where}")
+    if device.type == "cpu":
+        print("no GPU was used")
+
+    forward(model, tokens[:1])
+    peaks = {
+        "ours": peak_above(lambda: saap.score(model, tokens[:8]), device) / weights,
+        "straightforward": peak_above(lambda: straightforward(model, tokens[:2]), device) / weights,
+    }
+
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    taken: dict[str, list[float]] = {"straightforward": [], "ours": [], "forward": []}
+    for _ in range(arguments.rounds):
+        taken["straightforward"].append(seconds(lambda: found.update(straightforward=straightforward(model, tokens))))
+        taken["ours"].append(seconds(lambda: found.update(ours=saap.score(model, tokens))))
+        taken["forward"].append(seconds(lambda: forward(model, tokens)))
+    errors = [
+        float(np.max(np.linalg.norm(mine - plain, axis=1) / np.linalg.norm(plain, axis=1)))
+        for mine, plain in zip(found["ours"], found["straightforward"], strict=True)
+    ]
+    time_ratios = np.divide(taken["straightforward"], taken["ours"])
+    floor_ratios = np.divide(taken["ours"], taken["forward"]) / 3
+
+    half, half_blocks = fewer_blocks(model)
+    few = max(1, arguments.samples // 4)
+    growth = {
+        f"{few} samples, {blocks} blocks": (few, blocks, seconds(lambda: saap.score(model, tokens[:few]))),
+        f"{2 * few} samples, {blocks} blocks": (2 * few, blocks, seconds(lambda: saap.score(model, tokens[: 2 * few]))),
+        f"{2 * few} samples, {half_blocks} blocks": (
+            2 * few,
+            half_blocks,
+            seconds(lambda: saap.score(half, tokens[: 2 * few])),
+        ),
+    }
+
+    print(f"\n{'':<18}{'seconds':>10}{'spread':>9}{'peak above weights':>21}")
+    for side, times in taken.items():
+        middle = float(np.median(times))
+        peak = f"{peaks[side]:.2f} × weights" if side in peaks else ""
+        print(f"{side:<18}{middle:>10.2f}{(max(times) - min(times)) / middle:>9.0%}{peak:>21}")
+    for what, ratios in (("straightforward / ours", time_ratios), ("ours / 3 forwards", floor_ratios)):
+        print(f"{what:<24} {np.median(ratios):.2f} (paired; {min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"largest relative error of a sample: vector {errors[0]:.1e}, element {errors[1]:.1e}\n")
+    for what, (samples, layers, time_taken) in growth.items():
+        print(f"{what:<26} {time_taken:6.2f} s   {1000 * time_taken / samples / layers:6.2f} ms a sample and block")
+    figures = {
+        "time_ratio": float(np.median(time_ratios)),
+        "floor_ratio": float(np.median(floor_ratios)),
+        "peak_above_weights_ratio": peaks["ours"],
+        "straightforward_peak_ratio": peaks["straightforward"],
+        "max_relative_error": max(errors),
+        "seconds": float(np.median(taken["ours"])),
+        "seconds_by_samples": {str(n): t for n, k, t in growth.values() if k == blocks},
+        "seconds_by_blocks": {str(k): t for n, k, t in growth.values() if n == 2 * few},
+    }
+    rounded = {k: v if isinstance(v, dict) else float(f"{v:.4g}") for k, v in figures.items()}
+    print(json.dumps({**rounded, "device": where, "weight_bytes": weights}))
+
+
+if __name__ == "__main__":
+    main()
