@@ -16,7 +16,7 @@ from tasks.step import Step
 VERSIONS = {
     "model": 1,
     "calibrate": 1,
-    "score": 1,
+    "score": 2,
     "fuse": 1,
     "fluctuation": 2,
     "gradients": 1,

@@ -5,18 +5,15 @@ the activations gives, at every linear layer, its input x and the gradient δ of
 by tile, reduced at once, and thrown away. So memory is weights + activations + one tile.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
+from saap.backward import backward, is_offloaded, watch_gradients
 from saap.errors import SaapError
-from saap.families import family_of
 from saap.groups import KINDS, block_parts, weight_of
 from saap.salience import TILE, channel_sums
 
@@ -24,7 +21,6 @@ from saap.salience import TILE, channel_sums
 # backward grows with them (40 kB a token and block of a model 576 wide, 130 kB of one 4,096 wide in 16 bits). Weights
 # that are fetched block by block are worth more tokens, of which only the inputs of blocks are kept.
 TOKENS_AT_ONCE = {"cpu": 128, "cuda": 512, "offloaded": 8192}
-LOGITS = 1 << 22  # at a time: 16 MB of float32
 
 # The loss of a float16 model is scaled, by powers of two so that undoing it is exact: its gradients of 1e-8 would be
 # zero in float16. Where the scaled ones overflow the sample is done again with the next scale.
@@ -33,8 +29,7 @@ LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 HESSIANS = ("none", "fisher")
 VECTOR_UNITS = ("row", "group")
 
-Place = tuple[int, str, str]  # layer, kind, matrix
-Sums = dict[Place, tuple[torch.Tensor, torch.Tensor]]
+Sums = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]  # (layer, matrix) → its `channel_sums`
 
 
 def score(
@@ -85,40 +80,49 @@ def score_batches(
     parts = block_parts(model)
     batch_size = batch_size or samples_at_once(model, tokens.shape[1])
     scales = LOSS_SCALES if model.dtype == torch.float16 else (1.0,)
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        with tqdm(total=len(tokens), desc="score", unit="sample") as bar:
-            for start in range(0, len(tokens), batch_size):
-                batch = tokens[start : start + batch_size]
-                numbers = torch.arange(start, start + len(batch))
-                vector, element = _score_batch(model, batch, numbers, parts, hessian, vector_unit, scales)
-                yield vector.numpy(), element.numpy()
-                bar.update(len(batch))
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    with tqdm(total=len(tokens), desc="score", unit="sample") as bar:
+        for start in range(0, len(tokens), batch_size):
+            batch = tokens[start : start + batch_size]
+            numbers = torch.arange(start, start + len(batch))
+            vector, element = _score_batch(model, batch, numbers, parts, hessian, vector_unit, scales)
+            yield vector.numpy(), element.numpy()
+            bar.update(len(batch))
 
 
 def samples_at_once(model: nn.Module, length: int) -> int:
     """How many samples of that length `score` takes in one pass."""
-    devices = {p.device.type for p in model.parameters()}
-    where = "offloaded" if "meta" in devices else "cpu" if devices == {"cpu"} else "cuda"
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    where = "offloaded" if is_offloaded(model) else "cpu" if on_cpu else "cuda"
     return max(1, TOKENS_AT_ONCE[where] // length)
 
 
 def _score_batch(model, batch, numbers, parts, hessian, vector_unit, scales):  # type: ignore[no-untyped-def]
     """float32 (D, N), twice; numbers: those of the samples, for messages."""
+    members = [
+        ((layer, part.matrix), part.axis, linear)
+        for layer, kinds in enumerate(parts)
+        for kind in KINDS
+        for part, linear in kinds[kind]
+    ]
     sums: Sums = {}
-    with _watched(parts, sums, hessian, scales[0]):
-        _backward(model, batch, scales[0])
+    # one place for all tiles, taken before the activations: among them it would leave holes in a CPU's heap
+    tiles = torch.empty(2, TILE)
+
+    def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
+        place, axis, linear = members[index]
+        work = tiles if delta.device == tiles.device else None
+        sums[place] = channel_sums(
+            weight_of(linear, delta.device), delta, x, axis, hessian=hessian, scale=scales[0], tiles=work
+        )
+
+    with watch_gradients([linear for *_, linear in members], see):
+        backward(model, batch, scales[0])
     vector, element = [], []
     for layer, kinds in enumerate(parts):
         for kind in KINDS:
             coarse, fine = [], []
             for part, _ in kinds[kind]:
-                signed, absolute = (t.unflatten(1, (-1, part.width)) for t in sums[layer, kind, part.matrix])
+                signed, absolute = (t.unflatten(1, (-1, part.width)) for t in sums[layer, part.matrix])
                 coarse.append((signed.abs() if vector_unit == "row" else signed).sum(-1))
                 fine.append(absolute.sum(-1))
             vector.append(torch.stack(coarse).sum(0).abs().cpu())
@@ -135,96 +139,13 @@ def _score_batch(model, batch, numbers, parts, hessian, vector_unit, scales):  #
     return vectors, elements
 
 
-@contextmanager
-def _watched(parts: list[dict], sums: Sums, hessian: str, scale: float) -> Iterator[None]:
-    """While it holds, the backward pass of a model leaves the `channel_sums` of its linear layers in `sums`."""
-    # one place for all tiles, taken before the activations, which would leave the allocator with holes
-    tiles = torch.empty(2, TILE)
-
-    def hook(place: Place, axis: int) -> Callable:
-        def forward_hook(linear: nn.Linear, inputs: tuple, output: torch.Tensor) -> None:
-            if not output.requires_grad:
-                return  # a forward pass that will be repeated
-            x = inputs[0].detach()
-
-            def backward_hook(delta: torch.Tensor) -> None:
-                weight = weight_of(linear, delta.device)
-                work = tiles if delta.device == tiles.device else None
-                sums[place] = channel_sums(weight, delta, x, axis, hessian=hessian, scale=scale, tiles=work)
-
-            output.register_hook(backward_hook)
-
-        return forward_hook
-
-    handles = [
-        linear.register_forward_hook(hook((layer, kind, part.matrix), part.axis))
-        for layer, kinds in enumerate(parts)
-        for kind, members in kinds.items()
-        for part, linear in members
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _backward(model: nn.Module, batch: torch.Tensor, scale: float) -> None:
-    """Forward, and back to the embeddings, of scale·Σ_d L_d for tokens (D, T), a piece of the logits at a time."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    ids = batch.to(embedding.weight.device if not embedding.weight.is_meta else "cpu")
-    offloaded = any(parameter.is_meta for parameter in model.parameters())
-    with torch.enable_grad(), _recomputed(model) if offloaded else nullcontext():
-        states = embedding(ids).detach().requires_grad_()
-        last = model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
-    predicting, targets = last.detach()[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(last.device)
-    chunks = -(-targets.numel() * head.out_features // LOGITS)
-    pieces = [
-        _logits_gradient(head, h, t, scale / (ids.shape[1] - 1))
-        for h, t in zip(predicting.chunk(chunks), targets.chunk(chunks), strict=True)
-    ]
-    gradient = torch.zeros_like(last)
-    gradient[:, :-1] = torch.cat(pieces).view_as(gradient[:, :-1])
-    last.backward(gradient)
-
-
-def _logits_gradient(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> torch.Tensor:
-    """factor·∂/∂hidden of the summed cross-entropy of head(hidden), (tokens, H): factor·(softmax − one-hot)·W."""
-    surplus = torch.softmax(head(hidden).float(), -1)
-    surplus[torch.arange(len(targets), device=targets.device), targets] -= 1
-    weight = weight_of(head, hidden.device)
-    return surplus.mul_(factor).to(weight.dtype) @ weight
-
-
-@contextmanager
-def _recomputed(model: nn.Module) -> Iterator[None]:
-    """While it holds, a forward pass keeps only the inputs of blocks, on the CPU; the backward repeats each block."""
-    blocks = family_of(model.config).blocks(model)
-    own = [block.__dict__.get("forward") for block in blocks]  # accelerate replaces it
-    for block in blocks:
-        block.forward = partial(_checkpointed, block.forward)
-    try:
-        with torch.autograd.graph.save_on_cpu():
-            yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-def _checkpointed(forward: Callable, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
-    # reentrant: the first pass builds no graph, which would hold on to the weights it used
-    return checkpoint(partial(forward, **kwargs), hidden, *args, use_reentrant=True, preserve_rng_state=False)
-
-
 def _not_finite(parts: list[dict], sums: Sums, numbers: torch.Tensor) -> str:
     """One bad weight spoils the scores of every matrix: name the first that holds one, else the first bad score."""
     first_bad = ""
     for layer, kinds in enumerate(parts):
-        for kind, members in kinds.items():
+        for members in kinds.values():
             for part, linear in members:
-                signed, element = sums[layer, kind, part.matrix]
+                signed, element = sums[layer, part.matrix]
                 finite = (signed.isfinite() & element.isfinite()).all(1)
                 if finite.all():
                     continue

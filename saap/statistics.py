@@ -5,15 +5,15 @@ to groups (`output_matrices`), so whose inputs are what the groups write.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from saap.backward import backward, watch_gradients
 from saap.errors import SaapError
 from saap.families import Part
 from saap.groups import KINDS, block_parts
@@ -148,38 +148,6 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
                     raise SaapError(f"the score of layer {layer}, {part.matrix} is not finite: use float32")
                 found[name][-1] += rows.double().view(-1, part.width).sum(1).cpu()
     return TaylorSums(**{name: torch.cat(sums).numpy() for name, sums in found.items()})
-
-
-def backward(model: nn.Module, batch: torch.Tensor) -> None:
-    """Backward pass of the sum over batch int64 (B, T) of each sequence's mean next-token cross-entropy.
-
-    From the logits to the embeddings, for hooks to look at: no parameter gets a gradient.
-    """
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    ids = batch.to(embedding.weight.device)
-    with torch.enable_grad():
-        states = embedding(ids).detach().requires_grad_()
-        logits = model(inputs_embeds=states, use_cache=False).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="sum")
-        torch.autograd.backward(loss / (ids.shape[1] - 1), inputs=[states])
-
-
-@contextmanager
-def watch_gradients(linears: list[nn.Linear], see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
-    """While open, a backward pass calls see(index, x, δ) for each linear: its input and its output's gradient."""
-
-    def hook(index: int) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
-        def forward(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            x = inputs[0].detach()
-            output.register_hook(lambda delta: see(index, x, delta.detach()))
-
-        return forward
-
-    with ExitStack() as stack:
-        for index, linear in enumerate(linears):
-            handle = linear.register_forward_hook(hook(index))
-            stack.callback(handle.remove)
-        yield
 
 
 @torch.no_grad()

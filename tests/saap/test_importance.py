@@ -6,7 +6,7 @@ import torch
 
 from saap import SaapError, importance, score
 
-BACKWARD = importance._backward
+BACKWARD = importance.backward
 TOKENS = torch.randint(0, 512, (5, 17), generator=torch.Generator().manual_seed(1))
 
 
@@ -120,7 +120,7 @@ def test_a_sample_whose_scaled_gradients_overflow_is_done_again_and_no_other(tin
     monkeypatch.setattr(importance, "LOSS_SCALES", (2.0**8, 1.0))
     plain = score(half, TOKENS)
     calls = []
-    monkeypatch.setattr(importance, "_backward", lambda m, batch, scale: calls.append((len(batch), scale))
+    monkeypatch.setattr(importance, "backward", lambda m, batch, scale: calls.append((len(batch), scale))
                         or BACKWARD(m, batch, scale))  # fmt: skip
     monkeypatch.setattr(importance, "LOSS_SCALES", (2.0**40, 2.0**8, 1.0))
     assert all(np.array_equal(a, b) for a, b in zip(score(half, TOKENS), plain, strict=True))

@@ -1,0 +1,105 @@
+"""The backward pass that scores need: to the embeddings, with no gradient of a weight, in little memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from saap.families import family_of
+from saap.groups import weight_of
+
+LOGITS = 1 << 22  # at a time: 16 MB of float32
+
+
+def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
+    """Backward pass of scale·Σ_d L_d, L_d the mean next-token cross-entropy of row d of batch, int64 (D, T).
+
+    For hooks to look at: no parameter gets a gradient. The logits are made in pieces and never kept. Where weights are
+    not on their device (accelerate's offload), the forward pass keeps only the inputs of blocks, on the CPU, and the
+    backward pass repeats each block.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    ids = batch.to("cpu" if embedding.weight.is_meta else embedding.weight.device)
+    with _frozen(model):
+        with torch.enable_grad(), _recomputed(model) if is_offloaded(model) else nullcontext():
+            states = embedding(ids).detach().requires_grad_()
+            last = model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
+        predicting, targets = last.detach()[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(last.device)
+        chunks = -(-targets.numel() * head.out_features // LOGITS)
+        pieces = [
+            _logits_gradient(head, hidden, wanted, scale / (ids.shape[1] - 1))
+            for hidden, wanted in zip(predicting.chunk(chunks), targets.chunk(chunks), strict=True)
+        ]
+        gradient = torch.zeros_like(last)
+        gradient[:, :-1] = torch.cat(pieces).view_as(gradient[:, :-1])
+        last.backward(gradient)
+
+
+@contextmanager
+def watch_gradients(linears: list[nn.Linear], see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """While open, a backward pass calls see(index, x, δ) for each linear: its input and its output's gradient."""
+
+    def hook(index: int) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
+        def forward(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            if output.requires_grad:  # not in a forward pass that will be repeated
+                x = inputs[0].detach()
+                output.register_hook(lambda delta: see(index, x, delta.detach()))
+
+        return forward
+
+    with ExitStack() as stack:
+        for index, linear in enumerate(linears):
+            handle = linear.register_forward_hook(hook(index))
+            stack.callback(handle.remove)
+        yield
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights of the model on the CPU or on disk, away from the device that computes."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _logits_gradient(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> torch.Tensor:
+    """factor·∂/∂hidden of the summed cross-entropy of head(hidden), (tokens, H): factor·(softmax − one-hot)·W."""
+    surplus = torch.softmax(head(hidden).float(), -1)
+    surplus[torch.arange(len(targets), device=targets.device), targets] -= 1
+    weight = weight_of(head, hidden.device)
+    return surplus.mul_(factor).to(weight.dtype) @ weight
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """While open, no parameter asks for a gradient, so that nothing is kept to compute one."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _recomputed(model: nn.Module) -> Iterator[None]:
+    """While open, a forward pass keeps only the inputs of blocks, on the CPU; its backward pass repeats each block."""
+    blocks = family_of(model.config).blocks(model)
+    own = [block.__dict__.get("forward") for block in blocks]  # accelerate's, around the class's
+    for block in blocks:
+        block.forward = partial(_checkpointed, block.forward)
+    try:
+        with torch.autograd.graph.save_on_cpu():
+            yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _checkpointed(forward: Callable, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
+    # reentrant: the first pass builds no graph, which would hold on to the weights it used
+    return checkpoint(partial(forward, **kwargs), hidden, *args, use_reentrant=True, preserve_rng_state=False)
