@@ -131,7 +131,8 @@ def sql(
     """Ask the warehouse, in DuckDB's SQL (read-only).
 
     Tables: runs, stage_runs, groups, widths, metrics, speed, training, published_results. Views: importance (all
-    importance tensors), leaderboard, comparison (dense, pruned, recovered side by side), versus_published, stage_reuse.
+    importance tensors), leaderboard, comparison (dense, pruned, recovered side by side), criteria (over calibration
+    seeds), criteria_published, ablations, versus_published, stage_reuse.
     """
     import duckdb
 
