@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from saap.backward import backward, watch_gradients
+from saap.backward import backward, is_offloaded, watch_gradients
 from saap.errors import SaapError
 from saap.families import Part
 from saap.groups import KINDS, block_parts
@@ -106,8 +106,10 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
     """LLM-Pruner's importances over tokens int64 (D, T), from one backward pass a sample.
 
     Holds two float32 numbers for every weight of the blocks (LLM-Pruner's own needs), and no gradient of the rest.
-    Raises SaapError when a score is not finite.
+    Raises SaapError when a score is not finite, and for a model whose weights are partly away from its device.
     """
+    if is_offloaded(model):
+        raise SaapError("summed gradients (criterion llm_pruner) need a model whose weights are all on its device")
     parts = block_parts(model)
     members = [
         (layer, kind, part, linear)
@@ -155,7 +157,8 @@ def _forward(
     model: nn.Module, tokens: torch.Tensor, batch_size: int, see: Callable[[Block, torch.Tensor], None], name: str
 ) -> None:
     """Run the blocks on the tokens; see gets the input of every output matrix as (tokens of the batch, in)."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    device = torch.device("cpu") if embedding.is_meta else embedding.device
     with ExitStack() as stack:
         for layer, kind, _, linear in output_matrices(model):
             block = (layer, kind)

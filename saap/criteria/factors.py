@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from saap.backward import is_offloaded
+from saap.errors import SaapError
 from saap.families import Part
 from saap.groups import KINDS, block_parts
 
@@ -32,7 +34,12 @@ class Factor:
 
 @contextmanager
 def lora_factors(model: nn.Module, seed: int) -> Iterator[list[Factor]]:
-    """While open, every matrix of every group has LoRA factors beside its frozen weight; afterwards nothing is left."""
+    """While open, every matrix of every group has LoRA factors beside its frozen weight; afterwards nothing is left.
+
+    Raises SaapError for a model whose weights are partly away from its device.
+    """
+    if is_offloaded(model):
+        raise SaapError("criteria that train LoRA factors need a model whose weights are all on its device")
     generator = torch.Generator().manual_seed(seed)
     factors: list[Factor] = []
     with ExitStack() as stack:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from saap.groups import weight_of
 from saap.statistics import Block, Moments, output_matrices
 
 
@@ -17,7 +18,7 @@ def flap(model: nn.Module, activations: dict[Block, Moments]) -> np.ndarray:
     """
     scores = []
     for layer, kind, part, linear in output_matrices(model):
-        square = linear.weight.float().square().sum(0, dtype=torch.float64).cpu().numpy()
+        square = weight_of(linear).float().square().sum(0, dtype=torch.float64).cpu().numpy()
         metric = activations[layer, kind].variance * square
         spread = metric.std()
         z = (metric - metric.mean()) / (spread if spread > 0 else 1.0)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.groups import KINDS, block_parts
+from saap.groups import KINDS, block_parts, weight_of
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def magnitude(model: nn.Module) -> np.ndarray:
         for kind in KINDS:
             total, size = np.zeros(1), 0
             for part, linear in kinds[kind]:
-                rows = linear.weight.float().abs().sum(1 - part.axis, dtype=torch.float64)
+                rows = weight_of(linear).float().abs().sum(1 - part.axis, dtype=torch.float64)
                 total = total + rows.view(-1, part.width).sum(1).cpu().numpy()
                 size += part.width * linear.weight.shape[1 - part.axis]
             scores.append(total / size)

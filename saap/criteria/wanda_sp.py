@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from saap.groups import weight_of
 from saap.statistics import Block, Moments, output_matrices
 
 
@@ -16,6 +17,6 @@ def wanda_sp(model: nn.Module, activations: dict[Block, Moments]) -> np.ndarray:
     """
     scores = []
     for layer, kind, part, linear in output_matrices(model):
-        column = linear.weight.float().abs().mean(0, dtype=torch.float64).cpu().numpy()
+        column = weight_of(linear).float().abs().mean(0, dtype=torch.float64).cpu().numpy()
         scores.append((column * activations[layer, kind].norm).reshape(-1, part.width).sum(1))
     return np.concatenate(scores)

@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import saap
 from saap import CRITERIA, discover, input_moments, select, taylor_sums
@@ -166,3 +167,14 @@ def test_magnitude_is_the_mean_absolute_weight_and_random_repeats_itself(tiny_ll
     random = CRITERIA["random"]
     assert np.array_equal(random(model, 1), random(model, 1))
     assert not np.array_equal(random(model, 1), random(model, 2))
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_weights_that_accelerate_keeps_elsewhere_are_fetched_or_the_criterion_says_it_cannot(name, tiny_llama, tokens):
+    away = cpu_offload(tiny_llama(), execution_device="cpu")
+    assert away.model.layers[2].mlp.down_proj.weight.is_meta
+    if name in ("llm_pruner", "loraprune", "lorashear"):
+        with pytest.raises(saap.SaapError, match="all on its device"):
+            ranking(name, away, tokens)
+    else:
+        np.testing.assert_allclose(ranking(name, away, tokens), ranking(name, tiny_llama(), tokens), rtol=1e-5)
