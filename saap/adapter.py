@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from saap.modeling import GroupwiseLinear
 
@@ -13,6 +12,8 @@ class PooledAdapter(nn.Module):
     """y = x·Ŵ + s·(pool(x)·A)·B: x is summed within each group of inputs, so the update is constant on a group.
 
     base: the frozen int4 layer, L = ⌈in/group_size⌉ groups. a (rank, L), b (out, rank), zero at first; s = alpha/rank.
+    A·B is multiplied out first: it has only out × L entries, and then one product with pool(x) does, with only pool(x)
+    to keep for the backward pass.
     """
 
     def __init__(self, base: GroupwiseLinear, rank: int, alpha: float) -> None:
@@ -23,14 +24,13 @@ class PooledAdapter(nn.Module):
         self.b = nn.Parameter(torch.zeros(base.out_features, rank, device=scale.device))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
+    def update(self) -> torch.Tensor:
+        """s·B·A, float32 (out, groups): what the zeros are to change by."""
+        with torch.autocast(self.a.device.type, enabled=False):
+            return self.scaling * (self.b.float() @ self.a.float())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        groups, size = self.a.shape[1], self.base.group_size
-        if groups * size != x.shape[-1]:
-            pooled = F.pad(x, (0, groups * size - x.shape[-1])).unflatten(-1, (groups, size)).sum(-1)
-        else:
-            pooled = x.unflatten(-1, (groups, size)).sum(-1)
-        update = F.linear(F.linear(pooled, self.a.to(x.dtype)), self.b.to(x.dtype))
-        return self.base(x) + self.scaling * update
+        return self.base(x, self.update())
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype = torch.float16) -> GroupwiseLinear:
@@ -39,7 +39,7 @@ class PooledAdapter(nn.Module):
         The zeros stay floats; `dtype` is how they are kept (checkpoints: float16).
         """
         zero: torch.Tensor = self.base.zero  # type: ignore[assignment]
-        self.base.zero = (zero.float() + self.scaling * (self.b.float() @ self.a.float())).to(dtype)
+        self.base.zero = (zero.float() + self.update()).to(dtype)
         return self.base
 
 

@@ -3,6 +3,7 @@
 Needs only torch and transformers, so that a checkpoint can carry this file to people who do not have the package.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 class UnevenConfig:
     """Before a dense config class: `per_layer_config` (transformers' own layout) and, for int4 models, `groupwise`.
 
-    `groupwise` is `{"bits": 4, "group_size": G}` or None (float weights); `output_bias` says whether o_proj and
-    down_proj have a bias each: the mean of what was pruned.
+    `groupwise` is `{"bits": b, "group_size": G}`, `{"bits": b, "groups": L}` or None (float weights); `output_bias`
+    says whether o_proj and down_proj have a bias each: the mean of what was pruned.
     """
 
     def validate_architecture(self) -> None:
@@ -49,41 +50,75 @@ class UnevenConfig:
 
 
 class GroupwiseLinear(nn.Module):
-    """A linear layer stored as int4: w[o, i] = scale[o, g]·code[o, i] + zero[o, g], g = i // group_size.
+    """A linear layer stored in a few bits: w[o, i] = scale[o, g]·code[o, i] + zero[o, g], g = i // group_size.
 
-    Buffers: codes uint8 (out, ⌈in/2⌉), input 2j in the low and 2j+1 in the high half of byte j;
-    scale and zero (out, ⌈in/group_size⌉) float16; the last group may be shorter.
+    Buffers: codes uint8 (out, ⌈in·bits/8⌉), each row a stream of bits with the lowest first (at 4 bits: input 2j in the
+    low and 2j+1 in the high half of byte j); scale and zero (out, ⌈in/group_size⌉) float16; the last group may be
+    shorter.
     """
 
-    def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool = False) -> None:
+    def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool = False, bits: int = 4) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        self.in_features, self.out_features, self.group_size, self.bits = in_features, out_features, group_size, bits
         groups = -(-in_features // group_size)
-        self.register_buffer("codes", torch.zeros(out_features, -(-in_features // 2), dtype=torch.uint8))
+        self.register_buffer("codes", torch.zeros(out_features, -(-in_features * bits // 8), dtype=torch.uint8))
         self.register_buffer("scale", torch.zeros(out_features, groups, dtype=torch.float16))
         self.register_buffer("zero", torch.zeros(out_features, groups, dtype=torch.float16))
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
 
     def unpacked(self) -> torch.Tensor:
-        """The codes, uint8 (out, in), each 0…15."""
+        """The codes, uint8 (out, in), each 0 … 2^bits − 1."""
         codes: torch.Tensor = self.codes  # type: ignore[assignment]
-        return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, : self.in_features]
+        step = self.bits if 8 % self.bits == 0 else 1  # bits that never straddle two bytes
+        places, parts = torch.arange(0, 8, step, dtype=torch.uint8, device=codes.device), self.bits // step
+        stream = (codes.unsqueeze(-1) >> places & (2**step - 1)).flatten(1)[:, : self.in_features * parts]
+        return (stream.unflatten(1, (self.in_features, parts)) << places[:parts]).sum(-1, dtype=torch.uint8)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights the codes stand for, (out, in), computed in float32."""
         scale: torch.Tensor = self.scale  # type: ignore[assignment]
         zero: torch.Tensor = self.zero  # type: ignore[assignment]
-        groups, width = scale.shape[1], scale.shape[1] * self.group_size
-        codes = self.unpacked().float()
-        if width != self.in_features:
-            codes = F.pad(codes, (0, width - self.in_features))
-        codes = codes.view(-1, groups, self.group_size)
+        codes = self._by_group(_decode(self, torch.float32, 0))
         weight = torch.addcmul(zero.float().unsqueeze(-1), codes, scale.float().unsqueeze(-1))
-        return weight.view(-1, width)[:, : self.in_features].to(dtype)
+        return weight.flatten(1)[:, : self.in_features].to(dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def centred(self, dtype: torch.dtype) -> torch.Tensor:
+        """scale·(code − 2^(bits−1)), (out, in): the weights but for what is constant on a group."""
+        scale: torch.Tensor = self.scale  # type: ignore[assignment]
+        codes = self._by_group(_decode(self, dtype, 2 ** (self.bits - 1)))
+        return codes.mul_(scale.to(dtype).unsqueeze(-1)).flatten(1)[:, : self.in_features]
+
+    def offset(self, dtype: torch.dtype) -> torch.Tensor:
+        """zero + 2^(bits−1)·scale, (out, groups): what `centred` leaves out, small beside the weights."""
+        scale: torch.Tensor = self.scale  # type: ignore[assignment]
+        zero: torch.Tensor = self.zero  # type: ignore[assignment]
+        return (zero.float() + 2 ** (self.bits - 1) * scale.float()).to(dtype)
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, in) summed within each group, (…, groups)."""
+        return self._by_group(x).sum(-1)
+
+    def _by_group(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, in) → (…, groups, group_size), the last group filled with zeros."""
+        missing = -self.in_features % self.group_size
+        return (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, self.group_size))
+
+    def forward(self, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
+        """x·Wᵀ + bias; `update` (out, groups) is added to the zeros, which is what an adapter learns.
+
+        In float32 exactly with `weight()`. In half precision what is constant on a group meets the pooled inputs, so
+        that the small update keeps its own exponent.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         y = _DequantisedMatmul.apply(x, self)
-        return y if self.bias is None else y + self.bias
+        constants = [] if x.dtype == torch.float32 else [self.offset(x.dtype)]
+        constants += [] if update is None else [update.to(x.dtype)]
+        if constants:
+            pooled = self.pool(x)
+            for constant in constants:
+                y += F.linear(pooled, constant)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _DequantisedMatmul(torch.autograd.Function):
@@ -92,21 +127,45 @@ class _DequantisedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, linear: GroupwiseLinear) -> torch.Tensor:
         ctx.linear = linear
-        return F.linear(x, linear.weight(x.dtype))
+        return F.linear(x, _matrix(linear, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad @ ctx.linear.weight(grad.dtype), None
+        return grad @ _matrix(ctx.linear, grad.dtype), None
 
 
-def use_groupwise(layers: nn.Module, group_size: int) -> None:
-    """Replace every linear layer below `layers` by an empty GroupwiseLinear of its shape."""
+def _matrix(linear: GroupwiseLinear, dtype: torch.dtype) -> torch.Tensor:
+    return linear.weight() if dtype == torch.float32 else linear.centred(dtype)
+
+
+def _decode(linear: GroupwiseLinear, dtype: torch.dtype, minus: int) -> torch.Tensor:
+    """code − minus, (out, in): all codes of a byte in one look-up, where a byte holds whole codes."""
+    codes: torch.Tensor = linear.codes  # type: ignore[assignment]
+    if 8 % linear.bits or dtype.itemsize * 8 // linear.bits > 8:
+        return linear.unpacked().to(dtype).sub_(minus)
+    table = _table(linear.bits, minus, dtype, codes.device)
+    return table.index_select(0, codes.int().flatten()).view(dtype).view(len(codes), -1)[:, : linear.in_features]
+
+
+@lru_cache
+def _table(bits: int, minus: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """For each of the 256 bytes the codes in it, less `minus`, as the bytes of one integer."""
+    byte = torch.arange(256, device=device).unsqueeze(-1)
+    codes = (byte >> torch.arange(0, 8, bits, device=device) & (2**bits - 1)) - minus
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return codes.to(dtype).view(integers[codes.shape[1] * dtype.itemsize]).flatten()
+
+
+def use_groupwise(layers: nn.Module, bits: int = 4, group_size: int | None = None, groups: int | None = None) -> None:
+    """Replace every linear layer below `layers` by an empty GroupwiseLinear of its shape.
+
+    Either group_size, the inputs that share a scale, or groups, the number of scales a row has.
+    """
     for name, module in list(layers.named_modules()):
         if isinstance(module, nn.Linear):
-            layers.set_submodule(
-                name,
-                GroupwiseLinear(module.in_features, module.out_features, group_size, module.bias is not None),
-            )
+            size = group_size or -(-module.in_features // (groups or 1))
+            bias = module.bias is not None
+            layers.set_submodule(name, GroupwiseLinear(module.in_features, module.out_features, size, bias, bits))
 
 
 class UnevenModel:
@@ -129,7 +188,7 @@ class UnevenModel:
                 for linear in (block.self_attn.o_proj, block.mlp.down_proj):
                     linear.bias = nn.Parameter(torch.zeros(linear.out_features))
         if config.groupwise:
-            use_groupwise(self.model.layers, config.groupwise["group_size"])
+            use_groupwise(self.model.layers, **config.groupwise)
         self.post_init()
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
