@@ -22,7 +22,8 @@ from saap.modeling import GroupwiseLinear, SaapLlamaConfig, SaapLlamaForCausalLM
 from saap.perplexity import Perplexity, perplexity
 from saap.plan import removed_share, select
 from saap.quantize import dequantize, quantize, to_groupwise
-from saap.recover import recover
+from saap.recipes import RECIPES, Groupwise, Lora, Qlora, Recipe
+from saap.recover import Training, recover
 from saap.speed import compare_speed, size_of
 from saap.statistics import input_grams, input_moments, taylor_sums
 from saap.surgery import mask, prune, widths
@@ -31,13 +32,19 @@ from saap.texts import read_rows, sample_tokens
 __all__ = [
     "ACCURACY",
     "CRITERIA",
+    "RECIPES",
     "Groups",
+    "Groupwise",
     "GroupwiseLinear",
+    "Lora",
     "Perplexity",
     "PooledAdapter",
+    "Qlora",
+    "Recipe",
     "SaapError",
     "SaapLlamaConfig",
     "SaapLlamaForCausalLM",
+    "Training",
     "accuracy",
     "add_adapters",
     "add_mean_bias",

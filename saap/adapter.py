@@ -1,6 +1,7 @@
 """The pooled low-rank adapter over group-wise int4, and its exact merge (SAAP eq. 12, QA-LoRA)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -43,13 +44,18 @@ class PooledAdapter(nn.Module):
         return self.base
 
 
-def add_adapters(model: nn.Module, rank: int, alpha: float) -> list[nn.Parameter]:
-    """Put an adapter over every GroupwiseLinear, in place; everything else is frozen. Returns what is to be trained."""
+def add_adapters(
+    model: nn.Module, rank: int, alpha: float, wanted: Callable[[str], bool] = lambda path: True
+) -> list[nn.Parameter]:
+    """Put an adapter over every wanted GroupwiseLinear, in place; everything else is frozen.
+
+    Returns what is to be trained.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     trained: list[nn.Parameter] = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, GroupwiseLinear):
+        if isinstance(module, GroupwiseLinear) and wanted(name):
             adapter = PooledAdapter(module, rank, alpha)
             model.set_submodule(name, adapter)
             trained += [adapter.a, adapter.b]

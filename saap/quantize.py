@@ -11,9 +11,8 @@ from saap.errors import SaapError
 from saap.families import family_of
 from saap.modeling import GroupwiseLinear, use_groupwise
 
-def quantize(
-    weight: torch.Tensor, group_size: int, bits: int = 4
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+
+def quantize(weight: torch.Tensor, group_size: int, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Asymmetric min–max quantisation of a weight (out, in), in groups of `group_size` inputs.
 
     Returns codes uint8 (out, in), each 0 … n = 2^bits − 1, scale and zero float16 (out, ⌈in/group_size⌉):

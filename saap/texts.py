@@ -88,14 +88,16 @@ WITHOUT_INPUT = (
 )
 
 
-def alpaca_example(row: dict[str, str], tokenizer: Any, max_length: int) -> dict[str, Any]:
+def alpaca_example(row: dict[str, str], tokenizer: Any, max_length: int, whole_text: bool = False) -> dict[str, Any]:
     """One Alpaca row in the Alpaca prompt format: input_ids, and labels, −100 on the prompt (loss on the answer).
 
-    Ends with the end-of-sequence token; cut at max_length tokens.
+    whole_text: loss on the prompt too. Ends with the end-of-sequence token; cut at max_length tokens. The first label
+    is −100, since nothing comes before it.
     """
     prompt = (WITH_INPUT if row["input"] else WITHOUT_INPUT).format(**row)
     head = tokenizer(prompt)["input_ids"]
     tail = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     ids = (head + tail)[:max_length]
-    labels = ([-100] * len(head) + tail)[:max_length]
+    unlabelled = 1 if whole_text else len(head)
+    labels = ([-100] * unlabelled + (head + tail)[unlabelled:])[:max_length]
     return {"input_ids": ids, "labels": labels, "length": len(ids)}

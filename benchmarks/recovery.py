@@ -1,0 +1,175 @@
+"""What the three recovery recipes cost: training tokens a second and peak memory, on the same pruned model.
+
+    python benchmarks/recovery.py                     # SmolLM2-135M's shape; on a GPU, Llama-3.2-1B's
+    python benchmarks/recovery.py --shape llama-1b --length 512
+
+Random weights in bfloat16, pruned by 20 % with random scores: speed and memory do not depend on the values. One optimiser
+step of each recipe in turn (loss on half of the tokens, as on Alpaca), after one unmeasured; the peak of each is measured
+in a process of its own, above what that process held before it made the model. Prints a table and, as its last line, one
+JSON object.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+    },
+    "llama-1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+    },
+}
+
+
+def pruned_model(shape: str, device: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from saap import discover, prune, select
+
+    torch.manual_seed(0)
+    config = LlamaConfig(tie_word_embeddings=True, max_position_embeddings=2048, **SHAPES[shape])
+    dense = LlamaForCausalLM(config).bfloat16().to(device)
+    groups = discover(dense)
+    return prune(dense, select(np.random.default_rng(0).random(len(groups)), groups, 0.2))
+
+
+def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
+    """A function that makes one optimiser step of a recipe and returns its seconds."""
+    from saap import RECIPES
+    from saap.loss import Student
+
+    device = arguments.device
+    model = RECIPES[name](rank=arguments.rank).prepare(pruned_model(arguments.shape, device))
+    student = Student(model).train()
+    learned = [p for p in student.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(learned, lr=1e-4)
+    ids = torch.randint(0, 32000, (arguments.batch, arguments.length), device=device)
+    labels = torch.where(torch.arange(arguments.length, device=device) < arguments.length // 2, -100, ids)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    def step() -> float:
+        wait(device)
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16):
+            loss = student(**batch)["loss"]
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        wait(device)
+        return time.perf_counter() - start
+
+    step.learned = sum(p.numel() for p in learned)  # type: ignore[attr-defined]
+    return step
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_of(name: str, arguments: argparse.Namespace) -> int:
+    """Peak bytes of two optimiser steps, weights included. On a CPU: resident memory above that of the imports."""
+    steps_of(name, argparse.Namespace(**(vars(arguments) | {"shape": "smollm2-135m"})))()  # imports, threads, buffers
+    gc.collect()
+    before = resident("VmRSS")
+    step = steps_of(name, arguments)
+    gc.collect()
+    if arguments.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    step()
+    step()
+    return torch.cuda.max_memory_allocated() if arguments.device == "cuda" else resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.shape = arguments.shape or ("llama-1b" if arguments.device == "cuda" else "smollm2-135m")
+    if arguments.peak_of:
+        print(peak_of(arguments.peak_of, arguments))
+        return
+
+    names = ("groupwise", "lora", "qlora")
+    # a fixed threshold: large tensors go back to the system when they are freed, so that the peak is what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    peaks = {}
+    for name in names:
+        command = [sys.executable, *sys.argv, "--shape", arguments.shape, "--peak-of", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        peaks[name] = int(done.stdout.split()[-1])
+    steps = {name: steps_of(name, arguments) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(arguments.repeats + 1):
+        for name, step in steps.items():
+            took = step()
+            if repeat:
+                seconds[name].append(took)
+
+    tokens = arguments.batch * arguments.length
+    where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{arguments.shape}, 20 % pruned, {arguments.batch} × {arguments.length} tokens a step, bfloat16, on {where}")
+    if arguments.device == "cpu":
+        print("no GPU here: nothing is claimed about one")
+    print(f"{'recipe':<12}{'tokens/s':>10}{'spread':>9}{'peak MB':>10}{'trained':>10}")
+    for name in names:
+        low, middle, high = np.percentile(seconds[name], [25, 50, 75])
+        learned = steps[name].learned / 1e6  # type: ignore[attr-defined]
+        print(
+            f"{name:<12}{tokens / middle:>10.0f}{(high - low) / middle:>9.0%}{peaks[name] / 1e6:>10.0f}{learned:>9.1f}M"
+        )
+
+    def faster(than: str) -> float:
+        return float(np.median(np.array(seconds[than]) / np.array(seconds["groupwise"])))
+
+    figures = {
+        "groupwise_over_qlora_speed": round(faster("qlora"), 3),
+        "groupwise_over_lora_speed": round(faster("lora"), 3),
+        "groupwise_peak_smallest": int(peaks["groupwise"] == min(peaks.values())),
+        "peak_bytes": peaks,
+        "device": where,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

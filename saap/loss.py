@@ -1,0 +1,92 @@
+"""The training loss, computed a piece of the vocabulary matrix product at a time, with a teacher if there is one."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+LOGITS_AT_ONCE = 2**24  # float32 numbers: 64 MB
+
+
+class Student(nn.Module):
+    """A causal model as the trainer sees it: from a batch to the loss over the tokens that have a label.
+
+    teacher: a frozen model of the same tokenizer; then the loss is (1 − share)·cross-entropy + share·KL(teacher ‖ model).
+    The vocabulary product is made for labelled tokens only.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None = None, share: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.share = model, share
+        self.__dict__["teacher"] = teacher  # not a submodule: neither trained, nor wrapped, nor saved
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        """The summed loss over `num_items_in_batch`, the labels of all batches of the step (those of this one if None).
+
+        A label is predicted from the tokens before it, so the first of a row must be −100.
+        """
+        targets = labels[:, 1:]
+        chosen = targets != -100
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        hidden = self.model.base_model(**batch).last_hidden_state[:, :-1][chosen]
+        teacher = None
+        if self.teacher is not None and self.training:
+            with torch.no_grad():
+                theirs = self.teacher.base_model(**batch).last_hidden_state[:, :-1][chosen]
+            teacher = theirs, self.teacher.get_output_embeddings().weight
+        head = self.model.get_output_embeddings().weight  # type: ignore[operator]
+        total = _FrozenHeadLoss.apply(hidden, head, targets[chosen], teacher, self.share)
+        return {"loss": total / (chosen.sum() if num_items_in_batch is None else num_items_in_batch)}
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Σ over tokens of (1 − s)·CE + s·KL for logits = hidden·headᵀ, never holding more than a few rows of logits.
+
+    The head does not learn, so the gradient with respect to `hidden` is made on the way: with p the softmax and q the
+    teacher's, ∂/∂logits = p − (1 − s)·onehot − s·q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        teacher: tuple[torch.Tensor, torch.Tensor] | None,
+        share: float,
+    ) -> torch.Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+        weight, rows = head.to(dtype), max(1, LOGITS_AT_ONCE // len(head))
+        share = share if teacher is not None else 0.0
+        total = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            log_p = F.linear(hidden[part].to(dtype), weight).float().log_softmax(-1)
+            target = targets[part].unsqueeze(-1)
+            total -= (1 - share) * log_p.gather(-1, target).sum()
+            q = None
+            if teacher is not None:
+                q = F.linear(teacher[0][part], teacher[1].to(teacher[0].dtype)).float().softmax(-1)
+                total += share * (torch.xlogy(q, q) - q * log_p).sum()
+            if gradient is not None:
+                change = log_p.exp_()
+                change.scatter_add_(-1, target, torch.full_like(target, share - 1, dtype=change.dtype))
+                if q is not None:
+                    change.sub_(q, alpha=share)
+                gradient[part] = change.to(dtype) @ weight
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+        return (None if ctx.gradient is None else ctx.gradient * grad), None, None, None, None
