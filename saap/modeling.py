@@ -88,11 +88,11 @@ class GroupwiseLinear(nn.Module):
         codes = self._by_group(_decode(self, dtype, 2 ** (self.bits - 1)))
         return codes.mul_(scale.to(dtype).unsqueeze(-1)).flatten(1)[:, : self.in_features]
 
-    def offset(self, dtype: torch.dtype) -> torch.Tensor:
-        """zero + 2^(bits−1)·scale, (out, groups): what `centred` leaves out, small beside the weights."""
+    def offset(self) -> torch.Tensor:
+        """zero + 2^(bits−1)·scale, float32 (out, groups): what `centred` leaves out, small beside the weights."""
         scale: torch.Tensor = self.scale  # type: ignore[assignment]
         zero: torch.Tensor = self.zero  # type: ignore[assignment]
-        return (zero.float() + 2 ** (self.bits - 1) * scale.float()).to(dtype)
+        return torch.add(zero.float(), scale.float(), alpha=2 ** (self.bits - 1))
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in) summed within each group, (…, groups)."""
@@ -104,20 +104,17 @@ class GroupwiseLinear(nn.Module):
         return (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, self.group_size))
 
     def forward(self, x: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
-        """x·Wᵀ + bias; `update` (out, groups) is added to the zeros, which is what an adapter learns.
+        """x·Wᵀ + bias; `update`, float32 (out, groups), is added to the zeros: it is what an adapter learns.
 
-        In float32 exactly with `weight()`. In half precision what is constant on a group meets the pooled inputs, so
-        that the small update keeps its own exponent.
+        In float32 exactly with `weight()`. In half precision what is constant on a group is a product with the pooled
+        inputs, of the sum of zeros and update in float32.
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y = _DequantisedMatmul.apply(x, self)
-        constants = [] if x.dtype == torch.float32 else [self.offset(x.dtype)]
-        constants += [] if update is None else [update.to(x.dtype)]
-        if constants:
-            pooled = self.pool(x)
-            for constant in constants:
-                y += F.linear(pooled, constant)
+        constant = update if x.dtype == torch.float32 else self.offset() if update is None else self.offset() + update
+        if constant is not None:
+            y += F.linear(self.pool(x), constant.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
