@@ -3,10 +3,10 @@
     python benchmarks/recovery.py                     # SmolLM2-135M's shape; on a GPU, Llama-3.2-1B's
     python benchmarks/recovery.py --shape llama-1b --length 512
 
-Random weights in bfloat16, pruned by 20 % with random scores: speed and memory do not depend on the values. One optimiser
-step of each recipe in turn (loss on half of the tokens, as on Alpaca), after one unmeasured; the peak of each is measured
-in a process of its own, above what that process held before it made the model. Prints a table and, as its last line, one
-JSON object.
+Random weights in bfloat16, pruned by 20 % with random scores: speed and memory do not depend on the values. One
+optimiser step of each recipe in turn (loss on half of the tokens, as on Alpaca), after one unmeasured; the peak of each
+is measured in a process of its own, above what that process held before it made the model. Prints a table and, as its
+last line, one JSON object.
 """
 
 import argparse

@@ -231,7 +231,9 @@ def _check_family(settings: RunConfig) -> None:
     if source.kind == "folder":
         model_config = load_config(source.path)
         if not family_of(model_config).int4 and settings.recover.recipe == "groupwise":
-            raise ConfigError(f"{model_config.model_type} has no int4 recovery: set recover.recipe to 'none'")
+            raise ConfigError(
+                f"{model_config.model_type} has no int4 recovery: set recover.recipe to 'lora', 'qlora' or 'none'"
+            )
 
 
 def _start(store: str) -> None:

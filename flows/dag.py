@@ -139,12 +139,14 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
     )
     variants: dict[str, Reference | None] = {"dense": dense, "pruned": pruned}
     if config.recover.recipe != "none":
+        distilled = config.recover.distill > 0
+        teacher, teacher_folder = of_model("teacher") if distilled else ({}, {})
         variants["recovered"] = add(
             "recover",
             {**config.recover.model_dump(), "dtype": dtype},
-            {"checkpoint": pruned, "tokenizer": pruned},
-            outside_data,
-            fingerprint_of("recovery"),
+            {**teacher, "checkpoint": pruned, "tokenizer": pruned},
+            {**teacher_folder, **outside_data},
+            digest([source.weights if distilled else None, fingerprint_of("recovery")]),
         )
     for variant, reference in variants.items():
         for benchmark in config.evaluate.benchmarks:

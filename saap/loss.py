@@ -12,14 +12,14 @@ LOGITS_AT_ONCE = 2**24  # float32 numbers: 64 MB
 class Student(nn.Module):
     """A causal model as the trainer sees it: from a batch to the loss over the tokens that have a label.
 
-    teacher: a frozen model of the same tokenizer; then the loss is (1 − share)·cross-entropy + share·KL(teacher ‖ model).
-    The vocabulary product is made for labelled tokens only.
+    teacher: a frozen model of the same tokenizer; the loss is then (1 − share)·CE + share·KL(teacher ‖ model).
+    Logits are made for labelled tokens only.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None = None, share: float = 0.0) -> None:
+    def __init__(self, model: Any, teacher: Any = None, share: float = 0.0) -> None:
         super().__init__()
         self.model, self.share = model, share
-        self.__dict__["teacher"] = teacher  # not a submodule: neither trained, nor wrapped, nor saved
+        self._teacher = (teacher,)  # not a submodule: neither trained, nor wrapped, nor saved
 
     def forward(
         self,
@@ -33,17 +33,18 @@ class Student(nn.Module):
 
         A label is predicted from the tokens before it, so the first of a row must be −100.
         """
+        model: Any = self.model  # a causal model of transformers
         targets = labels[:, 1:]
         chosen = targets != -100
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        hidden = self.model.base_model(**batch).last_hidden_state[:, :-1][chosen]
-        teacher = None
-        if self.teacher is not None and self.training:
+        hidden = model.base_model(**batch).last_hidden_state[:, :-1][chosen]
+        (teacher,), taught = self._teacher, None
+        if teacher is not None and self.training:
             with torch.no_grad():
-                theirs = self.teacher.base_model(**batch).last_hidden_state[:, :-1][chosen]
-            teacher = theirs, self.teacher.get_output_embeddings().weight
-        head = self.model.get_output_embeddings().weight  # type: ignore[operator]
-        total = _FrozenHeadLoss.apply(hidden, head, targets[chosen], teacher, self.share)
+                theirs = teacher.base_model(**batch).last_hidden_state[:, :-1][chosen]
+            taught = theirs, teacher.get_output_embeddings().weight
+        head = model.get_output_embeddings().weight
+        total = _FrozenHeadLoss.apply(hidden, head, targets[chosen], taught, self.share)
         return {"loss": total / (chosen.sum() if num_items_in_batch is None else num_items_in_batch)}
 
 

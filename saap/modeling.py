@@ -156,11 +156,14 @@ def _table(bits: int, minus: int, dtype: torch.dtype, device: torch.device) -> t
 def use_groupwise(layers: nn.Module, bits: int = 4, group_size: int | None = None, groups: int | None = None) -> None:
     """Replace every linear layer below `layers` by an empty GroupwiseLinear of its shape.
 
-    Either group_size, the inputs that share a scale, or groups, the number of scales a row has.
+    Either group_size, the inputs that share a scale, or groups, the number of scales a row has. Raises ValueError for
+    sizes that cannot be.
     """
+    if not 2 <= bits <= 8 or (group_size is None) == (groups is None) or (group_size or groups or 0) < 1:
+        raise ValueError(f"no group-wise form has {bits} bits, group_size {group_size} and groups {groups}")
     for name, module in list(layers.named_modules()):
         if isinstance(module, nn.Linear):
-            size = group_size or -(-module.in_features // (groups or 1))
+            size = -(-module.in_features // groups) if groups else group_size or 0
             bias = module.bias is not None
             layers.set_submodule(name, GroupwiseLinear(module.in_features, module.out_features, size, bias, bits))
 

@@ -78,7 +78,7 @@ def to_groupwise(
     kept = {n: t if consume else t.clone() for n, t in model.state_dict().items() if not n.startswith("model.layers.")}
     small.load_state_dict(kept, strict=False, assign=True)
     small.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
-    form = {"bits": bits, **({"group_size": group_size} if groups is None else {"groups": groups})}
+    form: dict[str, Any] = {"bits": bits, **({"group_size": group_size} if groups is None else {"groups": groups})}
     use_groupwise(small.model.layers, **form)
     small.config.groupwise = form
     for block, source in zip(small.model.layers, family.blocks(model), strict=True):
@@ -88,7 +88,7 @@ def to_groupwise(
                 codes, scale, zero = quantize(module.weight, target.group_size, bits)
                 target.codes, target.scale, target.zero = pack(codes, bits), scale, zero
                 if consume:
-                    module.weight = None
+                    module.weight = None  # type: ignore[assignment]
                 if module.bias is not None:
                     target.bias = nn.Parameter(module.bias.clone(), requires_grad=False)
             elif not list(module.children()):

@@ -1,4 +1,4 @@
-"""What is trained to recover a pruned model: three ways to prepare it and to make one plain checkpoint of the result."""
+"""What is trained to recover a pruned model: three ways to prepare it, and to make a plain checkpoint of the result."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,7 +78,12 @@ class Lora(Recipe):
 
         targets = [path for path, _ in self.layers(model) if self.aims_at(path)]
         model.requires_grad_(False)
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=0.0, target_modules=targets)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # a float will do
+            lora_dropout=0.0,
+            target_modules=targets,
+        )
         model = inject_adapter_in_model(config, model)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -92,8 +97,9 @@ class Lora(Recipe):
         dtype = model.get_output_embeddings().weight.dtype
         for path, module in list(model.named_modules()):
             if isinstance(module, LoraLayer):
-                base: Any = module.get_base_layer()
-                weight = _float_weight(base).float() + module.get_delta_weight("default").float()  # type: ignore[operator]
+                layer: Any = module
+                base = layer.get_base_layer()
+                weight = _float_weight(base).float() + layer.get_delta_weight("default").float()
                 model.set_submodule(path, _linear(weight.to(dtype), base.bias))
         return model.eval()
 
@@ -111,11 +117,13 @@ class Qlora(Lora):
 
         for path, module in list(self.layers(model)):
             weight = module.weight.detach()
-            four = bnb.nn.Linear4bit(
+            four: Any = bnb.nn.Linear4bit(
                 module.in_features, module.out_features, module.bias is not None, quant_type="nf4", device="meta"
             )
-            four.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(weight.device)
-            four.bias = module.bias
+            # bitsandbytes' CPU kernel reads the wrong scale where a row ends in the middle of a block of 64
+            block = 32 if weight.device.type == "cpu" and module.in_features % 64 == 32 else 64
+            codes: Any = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", blocksize=block)
+            four.weight, four.bias = codes.to(weight.device), module.bias
             model.set_submodule(path, four)
         model.is_loaded_in_4bit = True  # how peft knows
         return super().prepare(model)
@@ -146,5 +154,6 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return linear

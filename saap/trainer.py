@@ -84,10 +84,14 @@ def train(
         model=student,
         args=arguments,
         train_dataset=_Examples(examples),
-        eval_dataset=_Examples(sorted(held_out, key=lambda e: e["length"])),
+        eval_dataset=_Examples(held_out),
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         callbacks=callbacks,
     )
+    if trainer.is_fsdp_enabled:
+        raise SaapError("recovery runs data-parallel, not under FSDP: what is trained is small, what is frozen is int4")
+    trainer.student = student
+    trainer.held_out = [_inputs(e) for e in sorted(held_out, key=lambda e: e["length"])]
     trainer.order = _Order([e["length"] for e in examples], training.batch_size, training.seed)
     trainer.add_callback(_Progress(trainer))
     trainer.remove_callback(PrinterCallback)
@@ -102,22 +106,20 @@ def train(
 class _AdapterTrainer(Trainer):
     """Saves and restores the adapters only: nothing else ever changes."""
 
+    student: Student
+    held_out: list[dict[str, Any]]
     order: "_Order"
     tokens: Any = 0
     began = 0.0
 
-    def _adapters(self, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        wanted = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        state = dict(self.model.named_parameters()) if state is None else state
-        return {name: t.detach().contiguous() for name, t in state.items() if name in wanted}
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or "")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._adapters(state_dict), folder / ADAPTERS)
+        learned = {name: p.detach() for name, p in self.student.named_parameters() if p.requires_grad}
+        save_file(learned, folder / ADAPTERS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / ADAPTERS), strict=False)
+        self.student.load_state_dict(load_file(Path(resume_from_checkpoint) / ADAPTERS), strict=False)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -139,13 +141,11 @@ class _AdapterTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss over all labelled tokens of the held-out examples, without the teacher; on every process."""
-        model = self.model_wrapped if self.is_fsdp_enabled else self.model
-        model.eval()
+        self.student.eval()
         size, total, count = self.args.per_device_train_batch_size, 0.0, 0
-        for start in range(0, len(self.eval_dataset), size):
-            rows = [self.eval_dataset[i] for i in range(start, min(start + size, len(self.eval_dataset)))]
-            batch = self._prepare_inputs(self.data_collator(rows))
-            total += float(model(**batch, num_items_in_batch=1)["loss"])
+        for start in range(0, len(self.held_out), size):
+            batch = self._prepare_inputs(self.data_collator(self.held_out[start : start + size]))
+            total += float(self.student(**batch, num_items_in_batch=1)["loss"])
             count += int((batch["labels"] != -100).sum())
         metrics = {"eval_loss": total / count}
         self.log(metrics)
@@ -214,4 +214,8 @@ class _Examples(torch.utils.data.Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: self.examples[index][name] for name in ("input_ids", "labels")}
+        return _inputs(self.examples[index])
+
+
+def _inputs(example: dict[str, Any]) -> dict[str, Any]:
+    return {name: example[name] for name in ("input_ids", "labels")}

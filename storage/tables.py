@@ -79,8 +79,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     "training": _schema(
         ("step", pa.int32(), "optimiser step, from 1"),
         ("epoch", pa.float64(), "passes over the data"),
-        ("loss", pa.float64(), "mean training loss, nats a response token"),
+        ("loss", pa.float64(), "mean training loss, nats a labelled token"),
         ("learning_rate", pa.float64(), "learning rate of the step"),
+        ("tokens_per_s", pa.float64(), "tokens trained on a second, padding not counted"),
+        ("held_out_loss", pa.float64(), "mean loss on the held-out rows after the step; null where not measured"),
     ),
     "metrics": _schema(
         ("benchmark", pa.string(), "one of the nine"),

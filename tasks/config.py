@@ -83,20 +83,44 @@ class Prune(Section):
 
 
 class Recover(Section):
-    recipe: Literal["groupwise", "none"] = Field("groupwise", description="int4 fine-tuning, or no recovery")
+    recipe: Literal["groupwise", "lora", "qlora", "none"] = Field(
+        "groupwise", description="group-wise codes that merge exactly; peft's LoRA; LoRA over NF4; or no recovery"
+    )
     examples: Positive | None = Field(
         None, description="instruction rows to train on, the first so many; all if absent"
     )
+    bits: Annotated[int, Field(ge=2, le=8)] = Field(4, description="of a groupwise code")
     group_size: Annotated[int, Field(ge=2)] = Field(32, description="inputs that share a scale and a zero")
+    groups: Positive | None = Field(
+        None, description="scales a row has, whatever its width; takes the place of group_size"
+    )
     rank: Positive = Field(64, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="adapters are scaled by alpha / rank")
+    targets: tuple[str, ...] = Field((), description='layers with an adapter, e.g. ["q_proj", "v_proj"]; all if empty')
     epochs: Annotated[float, Field(gt=0)] = Field(2.0, description="passes over the rows")
     batch_size: Positive = Field(128, description="examples an optimiser step")
-    micro_batch_size: Positive = Field(8, description="examples at once on the device")
+    micro_batch_size: Positive = Field(8, description="examples at once on a device")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="AdamW")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(100, description="optimiser steps of linear warm-up")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="learning rate after the warm-up")
     max_length: Annotated[int, Field(ge=8)] = Field(256, description="tokens an example is cut at")
-    save_steps: Positive = Field(50, description="optimiser steps between checkpoints to resume from")
+    loss_on: Literal["response", "text"] = Field("response", description="loss on the answer, or on the prompt too")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="of the arithmetic in training; float16 on a GPU only"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for activations, a third more time")
+    distill: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share in the loss of KL(dense model ‖ this one), the rest is cross-entropy"
+    )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.04, description="share of the rows, the last ones, to choose the best checkpoint by"
+    )
+    patience: Positive | None = Field(
+        None, description="stop when the held-out loss has not fallen so many times in a row; never if absent"
+    )
+    save_steps: Positive = Field(
+        50, description="optimiser steps between checkpoints to resume from, and held-out losses"
+    )
     seed: int = Field(0, description="data order and adapter initialisation")
 
 
@@ -122,6 +146,9 @@ class Compute(Section):
     device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1 …")
     threads: Positive | None = Field(None, description="CPU threads; all cores if absent")
     batch_size: Positive = Field(8, description="sequences at once in evaluation")
+    launch: str | None = Field(
+        None, description="train in several processes: arguments of `accelerate launch`, e.g. '--multi_gpu'"
+    )
 
 
 class RunConfig(Section):

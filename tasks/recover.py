@@ -1,12 +1,12 @@
-"""Train the pruned model back as an int4 model."""
+"""Train the pruned model back, by one of the recipes."""
 
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from storage.artifacts import ArtifactStore
 from storage.tables import write_table
-from tasks.compute import checkpoint, forget
+from tasks.compute import forget, settings
 from tasks.sources import read_data
 from tasks.stage import stage_task
 from tasks.step import Step
@@ -14,15 +14,29 @@ from tasks.step import Step
 
 @stage_task("recover")
 def recover(step: Step, folder: Path) -> dict[str, Any]:
-    import saap
+    from saap import RECIPES, Training
+    from saap.launch import Job, launched, run
 
-    config = step.config()
-    model, tokenizer = checkpoint(step, "checkpoint")
+    config, compute = step.config(), settings(step)
     forget()
-    rows = read_data(step.outside_value("data"), "recovery")[: config["examples"]]
-    options = {name: config[name] for name in config if name not in ("examples", "recipe", "dtype")}
-    work = ArtifactStore(step.store).work(step.stage, step.key)
-    recovered, steps = saap.recover(model, rows, tokenizer, work, **options)
-    saap.save(recovered, folder, tokenizer)
-    write_table(folder, "training", [asdict(s) for s in steps])
-    return {"steps": steps[-1].step, "first_loss": round(steps[0].loss, 4), "last_loss": round(steps[-1].loss, 4)}
+    recipe = RECIPES[config["recipe"]]
+    job = Job(
+        checkpoint=str(step.folder("checkpoint")),
+        tokenizer=str(step.folder("tokenizer")),
+        teacher=str(step.folder("teacher")) if config["distill"] else None,
+        rows=read_data(step.outside_value("data"), "recovery")[: config["examples"]],
+        work=str(ArtifactStore(step.store).work(step.stage, step.key)),
+        output=str(folder),
+        recipe=config["recipe"],
+        options={f.name: config[f.name] for f in fields(recipe)},
+        training={f.name: config[f.name] for f in fields(Training)},
+        dtype=config["dtype"],
+        device=compute["device"],
+    )
+    steps = launched(job, compute["launch"]) if compute["launch"] else run(job)
+    write_table(folder, "training", steps)
+    summary = {"steps": steps[-1]["step"]}
+    for name in ("loss", "held_out_loss"):
+        values = [round(row[name], 4) for row in steps if row[name] is not None]
+        summary |= {f"first_{name}": values[0], f"last_{name}": values[-1]} if values else {}
+    return summary

@@ -46,6 +46,7 @@ DENSE = {"evaluate dense arc_easy", "evaluate dense wikitext2"}
         ("evaluate.windows=[64]", {label for label in PRUNED | DENSE if "wiki" in label}),
         ("evaluate.benchmarks=['arc_easy']", {label for label in PRUNED | DENSE if "wiki" in label}),
         ("speed.runs=3", {"speed"}),
+        ("recover.distill=0.5", {"recover", "speed"} | RECOVERED),
         ("recover.recipe='none'", {"recover", "speed"} | RECOVERED),
         ("speed.runs=0", {"speed"}),
         ("criterion.variant='vectorize'", set()),

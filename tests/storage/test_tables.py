@@ -35,7 +35,10 @@ def test_every_column_of_every_table_says_what_it_is(name):
 
 
 def test_columns_and_rows_write_the_same_file(tmp_path):
-    rows = [{"step": i, "epoch": i / 2, "loss": 1.5, "learning_rate": 1e-4} for i in (1, 2)]
+    rows = [
+        {"step": i, "epoch": i / 2, "loss": 1.5, "learning_rate": 1e-4, "tokens_per_s": 9.0, "held_out_loss": None}
+        for i in (1, 2)
+    ]
     write_table(tmp_path, "training", rows)
     first = pq.read_table(tmp_path / "training.parquet")
     write_table(tmp_path, "training", {name: [row[name] for row in rows] for name in rows[0]})

@@ -1,0 +1,96 @@
+"""Recovery from folder to folder, in this process or in several that accelerate's launcher starts.
+
+accelerate launch --multi_gpu -m saap.launch JOB.json
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from saap.errors import SaapError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `run` is to do. checkpoint, tokenizer, teacher, work, output: folders; options: fields of the recipe."""
+
+    checkpoint: str
+    tokenizer: str
+    teacher: str | None
+    rows: list[dict[str, str]]
+    work: str
+    output: str
+    recipe: str
+    options: dict[str, Any]
+    training: dict[str, Any]
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def run(job: Job) -> list[dict[str, Any]]:
+    """Load, recover and save; in several processes, the first one saves. Returns the training steps as dicts."""
+    from saap.checkpoint import load, load_tokenizer, save
+    from saap.recipes import RECIPES
+    from saap.recover import Training, recover
+
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if job.device == "cuda" and "LOCAL_RANK" in os.environ else job.device
+    teacher = load(job.teacher, dtype=job.dtype, device=device) if job.teacher else None
+    tokenizer = load_tokenizer(job.tokenizer)
+    recipe = RECIPES[job.recipe](**{**job.options, "targets": tuple(job.options.get("targets", ()))})
+    recovered, steps = recover(
+        load(job.checkpoint, dtype=job.dtype, device=device),
+        job.rows,
+        tokenizer,
+        job.work,
+        recipe,
+        Training(**job.training),
+        teacher,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        save(recovered, job.output, tokenizer)
+    return [asdict(step) for step in steps]
+
+
+def launched(job: Job, arguments: str) -> list[dict[str, Any]]:
+    """`run` in the processes of `accelerate launch ARGUMENTS`. Raises SaapError when they fail; they say why."""
+    file, answer = Path(job.work) / "job.json", Path(job.work) / "steps.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    answer.unlink(missing_ok=True)
+    file.write_text(json.dumps({"job": asdict(job), "answer": str(answer), "parent": os.getpid()}))
+    command = [sys.executable, "-m", "accelerate.commands.launch", *shlex.split(arguments), "-m", "saap.launch"]
+    environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if job.device == "cpu" else {})}
+    code = subprocess.run([*command, str(file)], env=environment).returncode
+    if code or not answer.is_file():
+        raise SaapError(f"`accelerate launch {arguments}` failed ({code}); its processes say why above")
+    steps: list[dict[str, Any]] = json.loads(answer.read_text())
+    return steps
+
+
+def _die_with(parent: int) -> None:
+    """End this process when the one that asked for it is gone: nobody else may work in the folder meanwhile."""
+    while os.path.exists(f"/proc/{parent}"):
+        time.sleep(1)
+    os._exit(1)
+
+
+def main() -> None:
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    if os.path.exists("/proc"):
+        threading.Thread(target=_die_with, args=(asked["parent"],), daemon=True).start()
+    try:
+        steps = run(Job(**asked["job"]))
+    except SaapError as error:
+        sys.exit(f"error: {error}")
+    if os.environ.get("RANK", "0") == "0":
+        Path(asked["answer"]).write_text(json.dumps(steps))
+
+
+if __name__ == "__main__":
+    main()
