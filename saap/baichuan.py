@@ -1,6 +1,7 @@
-"""Baichuan-7B in its published layout, read as the Llama it is; the code beside the weights is never run.
+"""Baichuan-7B and -13B in their published layout; the code beside the weights is never run.
 
-Its attention stacks q, k and v in one matrix, W_pack (3H, H); everything else has Llama's names and shapes.
+Attention stacks q, k and v in one matrix, W_pack (3H, H); everything else has Llama's names and shapes. So the 7B is a
+Llama; the 13B has ALiBi for positions and a class of our own.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from saap.errors import SaapError
+from saap.modeling_baichuan import SaapBaichuanConfig
 
 SHARED = (
     "vocab_size",
@@ -18,7 +20,6 @@ SHARED = (
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "max_position_embeddings",
     "rms_norm_eps",
 )
 OPTIONAL = (
@@ -32,20 +33,21 @@ OPTIONAL = (
 )
 
 
-def llama_config(fields: dict[str, Any]) -> LlamaConfig:
-    """The Llama config for a config.json of model type 'baichuan'.
+def split_config(fields: dict[str, Any]) -> LlamaConfig | SaapBaichuanConfig:
+    """The config for a config.json of model type 'baichuan': the 7B names its length max_position_embeddings, the 13B
+    model_max_length.
 
-    Raises SaapError for its relatives that are no Llamas: the 13B (ALiBi) and Baichuan 2 (normalised head).
+    Raises SaapError for Baichuan 2, which normalises its head.
     """
-    if "max_position_embeddings" not in fields or fields.get("hidden_size") == 5120:
-        raise SaapError("this Baichuan has ALiBi positions (the 13B): only Baichuan-7B can be read")
     if fields["vocab_size"] == 125696:
-        raise SaapError("this is a Baichuan 2, which normalises its head: only Baichuan-7B can be read")
+        raise SaapError("this is a Baichuan 2, which normalises its head: Baichuan-7B and -13B can be read")
     own = {name: fields[name] for name in SHARED} | {name: fields[name] for name in OPTIONAL if name in fields}
-    return LlamaConfig(**own)
+    if "max_position_embeddings" in fields:
+        return LlamaConfig(**own, max_position_embeddings=fields["max_position_embeddings"])
+    return SaapBaichuanConfig(**own, max_position_embeddings=fields["model_max_length"])
 
 
-def llama_state(folder: Path) -> dict[str, torch.Tensor]:
+def split_state(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of *.safetensors under Llama's names: W_pack (3H, H) becomes q, k, v, each (H, H), in this order."""
     state: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from saap.baichuan import llama_config, llama_state
+from saap.baichuan import split_config, split_state
 from saap.errors import SaapError
 from saap.families import family_of
 from saap.untrusted import check_sizes, first_line, read_fields
@@ -32,9 +32,9 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
 
     Raises SaapError for a missing folder, a damaged or truncated file, tensors that do not fit config.json, or a
     family we cannot prune. Never runs code from the folder, never unpickles, never looks outside it; takes no memory
-    before config.json and the files' headers agree. A Baichuan-7B is read as a Llama.
+    before config.json and the files' headers agree. A Baichuan's W_pack is split (`saap.baichuan`).
     """
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     folder = Path(folder)
     config = load_config(folder)
@@ -44,9 +44,8 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     try:
         options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": True, "output_loading_info": True}
         if _baichuan(read_fields(folder)):
-            loaded: Any = LlamaForCausalLM.from_pretrained(
-                None, config=config, state_dict=llama_state(folder), **options
-            )
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded: Any = model_class.from_pretrained(None, config=config, state_dict=split_state(folder), **options)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, use_safetensors=True, trust_remote_code=False, **options
@@ -76,7 +75,7 @@ def load_config(folder: str | Path) -> Any:
     fields = read_fields(folder)
     try:
         if _baichuan(fields):
-            return llama_config(fields)
+            return split_config(fields)
         family_of(SimpleNamespace(model_type=str(fields.get("model_type"))))
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except SaapError:

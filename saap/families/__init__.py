@@ -4,13 +4,14 @@ from typing import Any
 
 from saap.errors import SaapError
 
+from .baichuan import Baichuan
 from .base import Family, Part
 from .bloom import Bloom
 from .llama import Llama
 from .mistral import Mistral
 from .qwen import Qwen2, Qwen3
 
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3(), Bloom())
+FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3(), Bloom(), Baichuan())
 
 
 def family_of(config: Any) -> Family:

@@ -28,19 +28,19 @@ class Bloom(Family):
 
     def units(self, config: Any) -> dict[str, int]:
         return {
-            "attention": len(_heads(config)),
+            "attention": len(original_heads(config)),
             "mlp": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         }
 
     def widths(self, config: Any, kept: dict[str, list[int]]) -> dict[str, Any]:
-        heads = _heads(config)
+        heads = original_heads(config)
         return {"kept_heads": [heads[unit] for unit in kept["attention"]], "intermediate_size": len(kept["mlp"])}
 
     def uneven(self, config: Any, per_layer: dict[int, dict[str, Any]]) -> nn.Module:
         return SaapBloomForCausalLM(SaapBloomConfig.from_dense(config, per_layer))
 
 
-def _heads(config: Any) -> list[int]:
+def original_heads(config: Any) -> list[int]:
     """The original numbers of the heads of a block: they decide the ALiBi slopes."""
     kept = getattr(config, "kept_heads", None)
     return list(range(config.num_attention_heads)) if kept is None else kept

@@ -37,6 +37,7 @@ from saap import (
     to_groupwise,
 )
 from saap import weight_norms as norms_of
+from saap.modeling_baichuan import SaapBaichuanConfig, SaapBaichuanForCausalLM
 
 IDS = torch.randint(3, 512, (3, 13), generator=torch.Generator().manual_seed(2))
 GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
@@ -72,7 +73,9 @@ BLOOM = {
         {"n_layer": LAYERS, "n_head": 12, "hidden_size": 48, "apply_residual_connection_post_layernorm": True},
     ),
 }
-CASES = LLAMA_LIKE | BLOOM
+TWELVE = {"num_attention_heads": 12, "num_key_value_heads": 12, "hidden_size": 48}
+BAICHUAN = {"baichuan-13b, 12 heads": (SaapBaichuanForCausalLM, SaapBaichuanConfig, GATED | TWELVE)}
+CASES = LLAMA_LIKE | BLOOM | BAICHUAN
 
 
 def build(case):
@@ -342,11 +345,16 @@ def bloom(request):
     return build(request.param)
 
 
-def test_bloom_heads_keep_the_number_that_gives_their_slope(bloom, tmp_path):
-    groups, keep = discover(bloom), random_keep(bloom)
+@pytest.fixture(params=BLOOM | BAICHUAN)
+def alibi(request):
+    return build(request.param)
+
+
+def test_alibi_heads_keep_the_number_that_gives_their_slope(alibi, tmp_path):
+    groups, keep = discover(alibi), random_keep(alibi)
     keep[(groups.kind == "attention") & (groups.unit == 0)] = False  # so that all move to lower places
     keep[(groups.kind == "attention") & (groups.unit == 2)] = True
-    once = prune(bloom, keep)
+    once = prune(alibi, keep)
     second = random_keep(once, 1)
     save(prune(once, second), tmp_path)
     final = keep.copy()
@@ -355,17 +363,20 @@ def test_bloom_heads_keep_the_number_that_gives_their_slope(bloom, tmp_path):
     for layer in range(LAYERS):
         mine = final & (groups.layer == layer) & (groups.kind == "attention")
         assert again.config.per_layer_config[layer].kept_heads == groups.unit[mine].tolist()
-    assert again.config.n_head == bloom.config.n_head
-    torch.testing.assert_close(logits(again), logits(silenced(bloom, final)), rtol=1e-5, atol=1e-5)
+    assert again.config.num_attention_heads == alibi.config.num_attention_heads
+    torch.testing.assert_close(logits(again), logits(silenced(alibi, final)), rtol=1e-5, atol=1e-5)
     moved = copy.deepcopy(again)
-    for block in moved.transformer.h:
-        block.kept_heads = list(range(len(block.kept_heads)))
+    for block in blocks(moved):
+        if alibi.config.model_type == "bloom":
+            block.kept_heads = list(range(len(block.kept_heads)))
+        else:
+            block.self_attn.slopes = alibi.model.layers[0].self_attn.slopes[: len(block.self_attn.slopes)]
     assert (logits(moved) - logits(again)).abs().max() > 0.01
 
 
-def test_bloom_has_no_int4_form_and_says_so(bloom):
-    with pytest.raises(SaapError, match="'bloom'"):
-        to_groupwise(bloom, 32)
+def test_a_family_without_an_int4_form_says_so(alibi):
+    with pytest.raises(SaapError, match=f"'{alibi.config.model_type}'"):
+        to_groupwise(alibi, 32)
 
 
 def test_bloom_that_multiplies_past_its_linear_layers_is_refused(bloom):
@@ -374,25 +385,31 @@ def test_bloom_that_multiplies_past_its_linear_layers_is_refused(bloom):
         discover(bloom)
 
 
-@pytest.fixture
-def baichuan(tmp_path):
-    """(a Llama, its weights as a Baichuan-7B checkpoint in two shards, with code that must not run)."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(SMALL | GATED | {"num_key_value_heads": 4}))).eval()
+def publish_baichuan(model, folder, **fields):
+    """The weights of a model as a Baichuan's checkpoint in two shards, with code that must not run."""
     state = model.state_dict()
     for layer in range(LAYERS):
         path = f"model.layers.{layer}.self_attn"
         stacked = torch.cat([state.pop(f"{path}.{letter}_proj.weight") for letter in "qkv"])
-        state |= {f"{path}.W_pack.weight": stacked, f"{path}.rotary_emb.inv_freq": torch.ones(8)}
+        state[f"{path}.W_pack.weight"] = stacked
+        if "max_position_embeddings" in fields:
+            state[f"{path}.rotary_emb.inv_freq"] = torch.ones(8)
     names = sorted(state)
     for number, shard in enumerate((names[::2], names[1::2])):
-        save_file({name: state[name].contiguous() for name in shard}, tmp_path / f"model-{number}.safetensors")
-    fields = {name: getattr(model.config, name) for name in ("hidden_act", "rms_norm_eps", *SMALL, *GATED)}
-    del fields["num_key_value_heads"]
-    fields |= {"model_type": "baichuan", "architectures": ["BaiChuanForCausalLM"]}
-    fields["auto_map"] = {"AutoConfig": "code.BaiChuanConfig", "AutoModelForCausalLM": "code.BaiChuanForCausalLM"}
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    (tmp_path / "code.py").write_text("raise SystemExit('code of a checkpoint was run')")
+        save_file({name: state[name].contiguous() for name in shard}, folder / f"model-{number}.safetensors")
+    names = ("hidden_act", "rms_norm_eps", "num_hidden_layers", "num_attention_heads", "intermediate_size", *SMALL)
+    fields |= {name: getattr(model.config, name) for name in names} | {"model_type": "baichuan"}
+    fields["auto_map"] = {"AutoConfig": "code.BaichuanConfig", "AutoModelForCausalLM": "code.BaichuanForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "code.py").write_text("raise SystemExit('code of a checkpoint was run')")
+
+
+@pytest.fixture
+def baichuan(tmp_path):
+    """(a Llama, the folder of its weights as a Baichuan-7B)."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(SMALL | GATED | {"num_key_value_heads": 4}))).eval()
+    publish_baichuan(model, tmp_path, architectures=["BaiChuanForCausalLM"], max_position_embeddings=256)
     return model, tmp_path
 
 
@@ -415,8 +432,7 @@ def test_baichuan_7b_is_read_as_the_llama_it_is_and_pruned_as_one(baichuan):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"hidden_size": 5120}, "13B"),
-        ({"max_position_embeddings": None}, "13B"),
+        ({"max_position_embeddings": None}, "config.json"),
         ({"vocab_size": 125696}, "Baichuan 2"),
         ({"intermediate_size": 97}, "do not fit"),
         ({"rms_norm_eps": None}, "config.json"),
@@ -428,3 +444,44 @@ def test_baichuans_that_are_no_llamas_or_do_not_fit_are_refused(baichuan, change
     (folder / "config.json").write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
     with pytest.raises(SaapError, match=reason):
         load(folder)
+
+
+def published_slopes(n):
+    """ALiBi's own recipe: a geometric sequence for powers of two, else that of the next lower, filled up from 2n."""
+    if n & (n - 1) == 0:
+        first = 2 ** (-(2 ** -(n.bit_length() - 1 - 3)))
+        return [first ** (i + 1) for i in range(n)]
+    lower = 1 << (n.bit_length() - 1)
+    return published_slopes(lower) + published_slopes(2 * lower)[0::2][: n - lower]
+
+
+@pytest.mark.parametrize("heads", [4, 12, 40])
+def test_baichuan_13b_in_its_published_layout_computes_attention_as_published(tmp_path, heads):
+    torch.manual_seed(1)
+    shape = {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 4 * heads}
+    made = SaapBaichuanForCausalLM(SaapBaichuanConfig(**(SMALL | GATED | shape)))
+    publish_baichuan(made, tmp_path, architectures=["BaichuanForCausalLM"], model_max_length=256)
+    model = load(tmp_path)
+    assert_same_bits(model, made)
+    packed = load_file(tmp_path / "model-0.safetensors") | load_file(tmp_path / "model-1.safetensors")
+    x, found = torch.randn(2, 9, 4 * heads), []
+    attention = model.model.layers[2].self_attn
+    attention.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+    attention.register_forward_pre_hook(lambda module, args, kw: (args, kw | {"hidden_states": x}), with_kwargs=True)
+    with torch.no_grad():
+        model(IDS[:2, :9])
+    q, k, v = (x @ packed["model.layers.2.self_attn.W_pack.weight"].T).unflatten(-1, (3, heads, 4)).unbind(-3)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 2
+    scores += torch.tensor(published_slopes(heads))[:, None, None] * torch.arange(9)
+    weights = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf).softmax(-1)
+    expected = (
+        torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2) @ packed["model.layers.2.self_attn.o_proj.weight"].T
+    )
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_baichuan_13b_refuses_attention_that_would_lose_its_positions(tmp_path):
+    model = build("baichuan-13b, 12 heads")
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+        model.set_attn_implementation("sdpa")

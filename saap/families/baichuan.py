@@ -1,0 +1,25 @@
+"""Baichuan-13B after `saap.baichuan` has split its W_pack: Llama's blocks, ALiBi positions."""
+
+from typing import Any
+
+from torch import nn
+
+from saap.modeling_baichuan import SaapBaichuanConfig, SaapBaichuanForCausalLM
+
+from .bloom import original_heads
+from .llama import Llama
+
+
+class Baichuan(Llama):
+    model_types = ("saap_baichuan",)
+    int4 = False
+
+    def units(self, config: Any) -> dict[str, int]:
+        return {"attention": len(original_heads(config)), "mlp": config.intermediate_size}
+
+    def widths(self, config: Any, kept: dict[str, list[int]]) -> dict[str, Any]:
+        heads = original_heads(config)
+        return {"kept_heads": [heads[unit] for unit in kept["attention"]], "intermediate_size": len(kept["mlp"])}
+
+    def uneven(self, config: Any, per_layer: dict[int, dict[str, Any]]) -> nn.Module:
+        return SaapBaichuanForCausalLM(SaapBaichuanConfig.from_dense(config, per_layer))

@@ -1,0 +1,116 @@
+"""Baichuan-13B, dense or with its own heads and MLP widths in each block: Llama's blocks with ALiBi for positions.
+
+Needs only torch and transformers, so that a checkpoint can carry this file to people who do not have the package.
+"""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+
+
+@strict
+class SaapBaichuanConfig(LlamaConfig):
+    """A Llama config whose positions are ALiBi, with `per_layer_config` (transformers' own layout).
+
+    Per layer: `kept_heads`, the original numbers of its heads, ascending (None: all), and `intermediate_size`.
+    `num_attention_heads` stays that of the dense model: it fixes the head size and the ALiBi slopes.
+    """
+
+    model_type = "saap_baichuan"
+    kept_heads: list[int] | None = None
+
+    @classmethod
+    def from_dense(cls, config: LlamaConfig, per_layer: dict[int, dict[str, Any]]) -> "SaapBaichuanConfig":
+        fields = config.to_dict()
+        for name in ("model_type", "architectures", "per_layer_config", "transformers_version", "auto_map"):
+            fields.pop(name, None)
+        fields["per_layer_config"] = {layer: dict(own) for layer, own in per_layer.items()}
+        return cls(**fields)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """2^(−8i/n), i = 1 … n, for n = 2^k heads; what is left over takes every other slope of 2n (Press et al., 2022)."""
+    n = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    return slopes + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
+
+
+class SaapBaichuanAttention(LlamaAttention):
+    """The heads `config.kept_heads`, each at the slope of its original number; no rotation of q and k."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        heads = list(range(config.num_attention_heads)) if config.kept_heads is None else list(config.kept_heads)
+        slopes = alibi_slopes(config.num_attention_heads)
+        self.slopes = [slopes[head] for head in heads]
+        hidden, width = config.hidden_size, len(heads) * self.head_dim
+        self.q_proj = nn.Linear(hidden, width, bias=False)
+        self.k_proj = nn.Linear(hidden, width, bias=False)
+        self.v_proj = nn.Linear(hidden, width, bias=False)
+        self.o_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """attention_mask is added to the scores, (batch, 1, queries, keys): the model's 'eager' masks."""
+        split = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (
+            project(hidden_states).view(split).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        keys = torch.arange(k.shape[2], device=k.device)
+        # where a row starts counting does not matter to the softmax: padding and static caches need no care
+        distance = keys - keys[-q.shape[2] :, None]
+        bias = torch.tensor(self.slopes, device=k.device)[:, None, None] * distance
+        lowest = torch.finfo(q.dtype).min
+        if attention_mask is not None:
+            bias = bias + attention_mask[..., : k.shape[2]]
+        mask = bias.clamp(min=lowest).to(q.dtype)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scaling)
+        return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+
+class SaapBaichuanBlock(LlamaDecoderLayer):
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.self_attn = SaapBaichuanAttention(config, layer_idx)
+
+
+class SaapBaichuanForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM, block i a SaapBaichuanBlock built from `config.per_layer_config[i]`."""
+
+    config_class = SaapBaichuanConfig
+    _no_split_modules = ["SaapBaichuanBlock"]  # noqa: RUF012
+    # masks must be there to add to, as only those of 'eager' always are
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
+
+    def __init__(self, config: SaapBaichuanConfig) -> None:
+        # everything but the blocks has one width: build it from a configuration without blocks
+        frame: Any = copy.deepcopy(config.per_layer_config[0])
+        frame.num_hidden_layers = 0
+        super().__init__(frame)
+        config._attn_implementation = frame._attn_implementation
+        self.config = self.model.config = config
+        for index, layer_config in enumerate(config.per_layer_config):
+            self.model.layers.append(SaapBaichuanBlock(layer_config, index))
+        self.post_init()
+
+
+AutoConfig.register("saap_baichuan", SaapBaichuanConfig, exist_ok=True)
+AutoModelForCausalLM.register(SaapBaichuanConfig, SaapBaichuanForCausalLM, exist_ok=True)
+# save_pretrained copies this file into the checkpoint and names it in config.json
+SaapBaichuanConfig.register_for_auto_class()
+SaapBaichuanForCausalLM.register_for_auto_class("AutoModelForCausalLM")
