@@ -133,6 +133,7 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
             **inputs,
             "groups": groups,
             **({"activations": statistic("activations")} if cut["compensation"] == "bias" else {}),
+            **({"calibration": calibration} if cut["compensation"] == "least_squares" else {}),
         },
         outside,
         digest([source.weights, source.tokenizer]),

@@ -18,6 +18,7 @@ from saap.fusion import fuse
 from saap.groups import Groups, discover, weight_norms
 from saap.importance import score
 from saap.int4 import use_int4_kernels
+from saap.least_squares import refit
 from saap.modeling import GroupwiseLinear, SaapLlamaConfig, SaapLlamaForCausalLM
 from saap.perplexity import Perplexity, perplexity
 from saap.plan import removed_share, select
@@ -67,6 +68,7 @@ __all__ = [
     "quantize",
     "read_rows",
     "recover",
+    "refit",
     "removed_share",
     "sample_tokens",
     "save",

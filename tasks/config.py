@@ -75,8 +75,9 @@ class Prune(Section):
     kinds: Literal["pooled", "equal", "mlp"] = Field(
         "pooled", description="heads and channels in one order, the same share of each, or channels only"
     )
-    compensation: Literal["auto", "none", "bias"] = Field(
-        "auto", description="what was removed comes back as its mean (bias), not at all, or as the criterion has it"
+    compensation: Literal["auto", "none", "bias", "least_squares"] = Field(
+        "auto",
+        description="for what was removed: its mean as a bias, a refit of what stays, nothing, or the criterion's",
     )
     protect: tuple[int, ...] = Field((0, 1, 2, -1), description="blocks left whole; negative: from the end")
     align: Positive = Field(32, description="MLP channels are kept in multiples of this")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.tables import read_table, write_table
-from tasks.compute import checkpoint
+from tasks.compute import calibration_tokens, checkpoint, settings
 from tasks.stage import stage_task
 from tasks.statistics import read_statistic
 from tasks.step import Step
@@ -46,6 +46,8 @@ def prune(step: Step, folder: Path) -> dict[str, Any]:
     small = saap.prune(model, keep)
     if config["compensation"] == "bias":
         saap.add_mean_bias(small, model, keep, read_statistic(step, "activations"))
+    elif config["compensation"] == "least_squares":
+        saap.refit(small, model, keep, calibration_tokens(step), batch_size=settings(step)["batch_size"])
     saap.save(small, folder, tokenizer)
     return {
         "removed_of_prunable": round(saap.removed_share(groups, keep), 6),

@@ -117,6 +117,16 @@ def test_a_criterion_is_ranked_anew_when_its_own_options_change_and_prunes_as_pu
     assert (cut["search"], cut["compensation"]) == (NEEDS[name].search, NEEDS[name].compensation)
 
 
+def test_each_compensation_takes_what_it_needs(settings):
+    def extra(compensation):
+        cut = next(s for s in build(settings(f"prune.compensation='{compensation}'")) if s.stage == "prune")
+        return {name for name, *_ in cut.inputs} - {"model", "tokenizer", "groups"}
+
+    assert extra("none") == extra("auto") == set()
+    assert extra("bias") == {"activations"}
+    assert extra("least_squares") == {"calibration"}
+
+
 def test_every_step_comes_after_the_steps_it_takes(settings):
     made = set()
     for step in build(settings()):

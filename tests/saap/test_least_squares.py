@@ -1,0 +1,162 @@
+"""The refit of output matrices: against numpy's least squares, on planted redundancy, and for every kind of family."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from saap import SaapError, discover, prune, refit
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 512, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def without(model, *gone):
+    """keep, all but the groups (layer, kind, unit)."""
+    groups = discover(model)
+    keep = np.ones(len(groups), bool)
+    for layer, kind, unit in gone:
+        keep[(groups.layer == layer) & (groups.kind == kind) & (groups.unit == unit)] = False
+    return keep
+
+
+def random_keep(model, share=0.6, seed=0):
+    groups = discover(model)
+    keep = np.random.default_rng(seed).random(len(groups)) < share
+    for _, _, index in groups.blocks():
+        keep[index[0]] = True
+    return keep
+
+
+def distance(model, small, tokens):
+    with torch.no_grad():
+        return (model(tokens).logits - small(tokens).logits).square().mean().item()
+
+
+def qwen2():
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2, "initializer_range": 0.1}
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=512, intermediate_size=96, **small)).eval()
+
+
+def bloom():
+    torch.manual_seed(0)
+    return BloomForCausalLM(
+        BloomConfig(vocab_size=512, hidden_size=64, n_layer=4, n_head=4, initializer_range=0.1)
+    ).eval()
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_the_weights_are_those_of_numpys_weighted_ridge_regression(tiny_llama, tokens, kind):
+    model = tiny_llama()
+    keep = without(model, (2, kind, 1), *([(2, kind, 5)] if kind == "mlp" else []))
+    block = model.model.layers[2]
+    linear = block.self_attn.o_proj if kind == "attention" else block.mlp.down_proj
+    seen = {}
+    norm = block.post_attention_layernorm
+    handles = [
+        linear.register_forward_pre_hook(lambda _, args: seen.update(x=args[0])),
+        # the stream behind o_proj enters the second norm, that behind down_proj leaves the block
+        norm.register_forward_pre_hook(lambda _, args: seen.update(attention=args[0])),
+        block.register_forward_hook(lambda _, args, out: seen.update(mlp=out)),
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    x = seen["x"].flatten(0, 1).double().numpy()
+    stays = np.ones(x.shape[1], bool)
+    stays[32:64] = kind != "attention"
+    stays[[1, 5]] &= kind != "mlp"
+    weight = linear.weight.detach().double().numpy()
+    root = 1 / np.linalg.norm(seen[kind].flatten(0, 1).double().numpy(), axis=1, keepdims=True)
+    rows = root * x[:, stays]
+    ridge = 0.2 * np.square(rows).sum() / stays.sum()
+    change, *_ = np.linalg.lstsq(
+        np.vstack([rows, np.sqrt(ridge) * np.eye(stays.sum())]),
+        np.vstack([root * (x[:, ~stays] @ weight[:, ~stays].T), np.zeros((stays.sum(), 64))]),
+        rcond=None,
+    )
+    small = refit(prune(model, keep), model, keep, tokens, ridge=0.2)
+    lean = small.model.layers[2]
+    found = (lean.self_attn.o_proj if kind == "attention" else lean.mlp.down_proj).weight.detach().numpy()
+    np.testing.assert_allclose(found, weight[:, stays] + change.T, rtol=1e-3, atol=1e-5)
+    assert np.abs(change).max() > 1e-2
+
+
+def test_what_the_channels_that_stay_can_say_is_not_lost(tiny_llama, tokens):
+    model = tiny_llama()
+    gone = []
+    with torch.no_grad():
+        for layer, block in enumerate(model.model.layers):
+            for matrix in (block.mlp.gate_proj, block.mlp.up_proj):  # channel 7 does what channel 3 does
+                matrix.weight[7] = matrix.weight[3]
+            gone.append((layer, "mlp", 7))
+    keep = without(model, *gone)
+    assert distance(model, prune(model, keep), tokens) > 1e-3
+    assert distance(model, refit(prune(model, keep), model, keep, tokens, ridge=1e-6), tokens) < 1e-6
+
+
+def test_a_block_makes_up_for_the_blocks_before_it(tiny_llama, tokens):
+    """Only what the last block's own columns say is left to it when the drift of the stream is not seen."""
+    model = tiny_llama()
+    keep = without(model, *((1, "mlp", unit) for unit in range(64)), (5, "mlp", 0))
+    small = refit(prune(model, keep), model, keep, tokens, ridge=0.01)
+    alone = without(model, (5, "mlp", 0))
+    unaware = refit(prune(model, alone), model, alone, tokens, ridge=0.01)
+    blind = prune(model, keep)
+    blind.model.layers[1].load_state_dict(small.model.layers[1].state_dict())
+    blind.model.layers[5].load_state_dict(unaware.model.layers[5].state_dict())
+    assert distance(model, small, tokens) < 0.9 * distance(model, blind, tokens)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bloom"])
+def test_every_family_gets_closer_to_its_dense_model_and_keeps_its_shapes_and_biases(family, tiny_llama, tokens):
+    model = {"llama": tiny_llama, "qwen2": qwen2, "bloom": bloom}[family]()
+    keep = random_keep(model)
+    plain, small = prune(model, keep), prune(model, keep)
+    assert refit(small, model, keep, tokens, ridge=0.01) is small
+    assert distance(model, small, tokens) < 0.3 * distance(model, plain, tokens)
+    for (name, after), before in zip(small.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert after.shape == before.shape
+        output = name.endswith(("o_proj.weight", "down_proj.weight", "dense.weight", "dense_4h_to_h.weight"))
+        assert output or torch.equal(after, before), name
+    again = refit(prune(model, keep), model, keep, tokens, ridge=0.01, batch_size=5)
+    assert distance(small, again, tokens) < 1e-9
+
+
+def test_a_model_that_lost_nothing_is_left_as_it_is(tiny_llama, tokens):
+    model = tiny_llama()
+    keep = without(model)
+    small = refit(prune(model, keep), model, keep, tokens)
+    assert all(torch.equal(a, b) for a, b in zip(small.state_dict().values(), model.state_dict().values(), strict=True))
+    assert not any(m._forward_hooks for m in (*small.modules(), *model.modules()))
+    assert all("forward" not in vars(block) for block in (*small.model.layers, *model.model.layers))
+
+
+def test_bfloat16_is_refitted_too(tiny_llama, tokens):
+    model = tiny_llama().to(torch.bfloat16)
+    keep = random_keep(model)
+    plain = prune(model, keep)
+    small = refit(prune(model, keep), model, keep, tokens, ridge=0.01)
+    assert small.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
+    assert distance(model, small, tokens) < 0.5 * distance(model, plain, tokens)
+
+
+def test_dead_inputs_change_nothing_and_broken_ones_are_an_error(tiny_llama, tokens):
+    model = tiny_llama()
+    keep = without(model, (2, "mlp", 0))
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.zero_()
+    small = prune(model, keep)
+    before = small.model.layers[2].mlp.down_proj.weight.clone()
+    assert torch.equal(refit(small, model, keep, tokens).model.layers[2].mlp.down_proj.weight, before)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(SaapError, match="not finite"):
+        refit(prune(model, keep), model, keep, tokens)
+    with pytest.raises(SaapError, match="ridge"):
+        refit(prune(model, keep), model, keep, tokens, ridge=0)
