@@ -11,6 +11,7 @@ from torch import nn
 from saap.baichuan import split_config, split_state
 from saap.errors import SaapError
 from saap.families import family_of
+from saap.offload import device_map
 from saap.untrusted import check_sizes, first_line, read_fields
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,8 +28,11 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu", offload: bool = False) -> nn.Module:
     """The model in a local folder, in eval mode. dtype is one of `DTYPES`; int4 codes and scales stay as they are.
+
+    offload leaves the weights of the blocks in their files, from where accelerate fetches them to the device when a
+    block runs: for `discover`, `score` and `weight_norms` of a model larger than the device.
 
     Raises SaapError for a missing folder, a damaged or truncated file, tensors that do not fit config.json, or a
     family we cannot prune. Never runs code from the folder, never unpickles, never looks outside it; takes no memory
@@ -41,9 +45,14 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     if dtype not in DTYPES:
         raise SaapError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}")
     check_sizes(config, folder)
+    converted = _baichuan(read_fields(folder))
+    if offload and converted:
+        raise SaapError(f"{folder} is converted on loading and cannot stay on disk: load it whole and save it once")
     try:
         options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": True, "output_loading_info": True}
-        if _baichuan(read_fields(folder)):
+        if offload:
+            options["device_map"] = device_map(config, device)
+        if converted:
             model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             loaded: Any = model_class.from_pretrained(None, config=config, state_dict=split_state(folder), **options)
         else:
@@ -59,7 +68,7 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     wrong = {what: sorted(map(str, names)) for what, names in wrong.items() if names}
     if wrong:
         raise SaapError(f"the tensors in {folder} do not fit its config.json: {wrong}"[:400])
-    return model.to(device).eval()
+    return (model if offload else model.to(device)).eval()
 
 
 def load_config(folder: str | Path) -> Any:

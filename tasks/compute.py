@@ -3,7 +3,7 @@
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from storage.tables import read_table
 from tasks.step import Step
@@ -25,22 +25,28 @@ def settings(step: Step) -> dict[str, Any]:
     return values
 
 
-def checkpoint(step: Step, name: str, *, float_weights: bool = False) -> tuple["nn.Module", Any]:
+def checkpoint(
+    step: Step, name: str, *, float_weights: bool = False, use: Literal["whole", "blocks", "slices"] = "whole"
+) -> tuple["nn.Module", Any]:
     """(model, tokenizer) of an input, on the step's device.
 
-    float_weights replaces int4 layers by float ones of the same values. The last model stays loaded for the next step:
-    do not change it.
+    float_weights replaces int4 layers by float ones of the same values. use: with compute.offload, a model that is used
+    block by block leaves the weights of its blocks on disk, and one that is only sliced stays on the CPU. The last
+    model stays loaded for the next step: do not change it.
     """
-    return _load(
-        step.folder(name), step.folder("tokenizer"), step.config()["dtype"], settings(step)["device"], float_weights
-    )
+    values = settings(step)
+    offload = values["offload"] and use == "blocks"
+    device = "cpu" if values["offload"] and use == "slices" else values["device"]
+    return _load(step.folder(name), step.folder("tokenizer"), step.config()["dtype"], device, float_weights, offload)
 
 
 @lru_cache(maxsize=1)
-def _load(folder: Path, tokenizer: Path, dtype: str, device: str, float_weights: bool) -> tuple["nn.Module", Any]:
+def _load(
+    folder: Path, tokenizer: Path, dtype: str, device: str, float_weights: bool, offload: bool
+) -> tuple["nn.Module", Any]:
     from saap import dequantize, load, load_tokenizer
 
-    model = load(folder, dtype=dtype, device=device)
+    model = load(folder, dtype=dtype, device=device, offload=offload)
     return (dequantize(model) if float_weights else model), load_tokenizer(tokenizer)
 
 

@@ -14,7 +14,7 @@ def fluctuation(step: Step, folder: Path) -> dict[str, Any]:
     import saap
 
     config = step.config()
-    model, _ = checkpoint(step, "model")
+    model, _ = checkpoint(step, "model", use="blocks")
     groups, norms = saap.discover(model), saap.weight_norms(model)
     fused = read_samples(step.folder("fused"), "fused")["fused"]
     moved = saap.fluctuation(fused, norms, fluctuation=config["fluctuation"])

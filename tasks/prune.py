@@ -15,7 +15,7 @@ def prune(step: Step, folder: Path) -> dict[str, Any]:
     import saap
 
     config = step.config()
-    model, tokenizer = checkpoint(step, "model")
+    model, tokenizer = checkpoint(step, "model", use="slices")
     groups = saap.discover(model)
     keep = saap.select(
         read_table(step.folder("groups"), "groups")["rank_score"],

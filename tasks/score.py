@@ -15,7 +15,7 @@ def score(step: Step, folder: Path) -> dict[str, Any]:
     from saap.importance import score_batches
 
     config = step.config()
-    model, _ = checkpoint(step, "model")
+    model, _ = checkpoint(step, "model", use="blocks")
     tokens = calibration_tokens(step)
     groups = discover(model)
     with sample_writer(folder, "importance", vars(groups)) as writer:

@@ -94,5 +94,5 @@ def _quiet() -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("lm_eval", "bitsandbytes"):
+    for name in ("lm_eval", "bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
