@@ -142,7 +142,7 @@ def _published(store: Path, row: Row, axes: list[str]) -> tuple[dict[str, float]
     with Warehouse(store).reading() as connection:
         found = connection.execute(
             "select benchmark, value, misprint from published_results where model = ? and method = ? "
-            "and abs(ratio - ?) < 0.005 and (tuned = ? or method like 'saap/%') "
+            "and abs(ratio - ?) < 0.005 and (tuned = ? or \"table\" in ('X', 'XI')) "
             "and \"table\" in ('I', 'X', 'XI', 'XII')",
             [PAPER_MODEL, names[0], row.ratio, row.variant == "recovered"],
         ).fetchall()

@@ -23,7 +23,7 @@ def add_mean_bias(small: nn.Module, model: nn.Module, keep: np.ndarray, activati
         mean = torch.from_numpy(activations[layer, kind].mean[columns]).to(dense.weight.device)
         lost = dense.weight[:, torch.from_numpy(columns).to(dense.weight.device)].double() @ mean
         bias = lost if linear.bias is None else lost + linear.bias.double()
+        if linear.bias is None:
+            small.config.output_bias = True  # the families' uneven classes make room for it
         linear.bias = nn.Parameter(bias.to(linear.weight.dtype))
-    if hasattr(small.config, "output_bias"):
-        small.config.output_bias = True
     return small

@@ -20,11 +20,13 @@ class SaapBaichuanConfig(LlamaConfig):
     """A Llama config whose positions are ALiBi, with `per_layer_config` (transformers' own layout).
 
     Per layer: `kept_heads`, the original numbers of its heads, ascending (None: all), and `intermediate_size`.
-    `num_attention_heads` stays that of the dense model: it fixes the head size and the ALiBi slopes.
+    `num_attention_heads` stays that of the dense model: it fixes the head size and the ALiBi slopes. `output_bias` says
+    whether o_proj and down_proj have a bias each: the mean of what was pruned.
     """
 
     model_type = "saap_baichuan"
     kept_heads: list[int] | None = None
+    output_bias: bool = False
 
     @classmethod
     def from_dense(cls, config: LlamaConfig, per_layer: dict[int, dict[str, Any]]) -> "SaapBaichuanConfig":
@@ -106,6 +108,10 @@ class SaapBaichuanForCausalLM(LlamaForCausalLM):
         self.config = self.model.config = config
         for index, layer_config in enumerate(config.per_layer_config):
             self.model.layers.append(SaapBaichuanBlock(layer_config, index))
+        if config.output_bias:
+            for block in self.model.layers:
+                for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+                    linear.bias = nn.Parameter(torch.zeros(linear.out_features))
         self.post_init()
 
 

@@ -6,6 +6,8 @@ import torch
 
 import saap
 from saap import add_mean_bias, discover, input_moments, mask, prune
+from saap.statistics import output_matrices
+from tests.saap.test_families import CASES, IDS, build
 
 
 @pytest.fixture
@@ -74,18 +76,21 @@ def test_biases_survive_the_checkpoint_int4_and_another_pruning(case, tmp_path):
         assert torch.equal(block.self_attn.o_proj.bias, other.self_attn.o_proj.bias)
 
 
-def test_a_family_with_biases_of_its_own_has_them_added_to():
-    from transformers import BloomConfig, BloomForCausalLM
-
-    torch.manual_seed(0)
-    model = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=32, n_layer=3, n_head=4)).eval()
-    tokens = torch.randint(0, 128, (3, 10))
-    moments = input_moments(model, tokens)
-    keep = np.ones(len(discover(model)), bool)
-    keep[[0, 7, 9]] = False
-    before = model.transformer.h[0].mlp.dense_4h_to_h.bias.clone()
+@pytest.mark.parametrize("family", CASES)
+def test_every_family_carries_the_biases_through_its_checkpoint(family, tmp_path):
+    model = build(family)
+    moments = input_moments(model, IDS)
+    groups = discover(model)
+    keep = np.ones(len(groups), bool)
+    for _, kind, index in groups.blocks():
+        keep[index[3::7] if kind == "mlp" else index[1:2]] = False
     small = add_mean_bias(prune(model, keep), model, keep, moments)
-    weight = model.transformer.h[0].mlp.dense_4h_to_h.weight.double()
-    gone = torch.from_numpy(moments[0, "mlp"].mean)[[3, 5]]
-    added = small.transformer.h[0].mlp.dense_4h_to_h.bias - before
-    torch.testing.assert_close(added.double(), weight[:, [3, 5]] @ gone, rtol=1e-3, atol=1e-7)
+    for (layer, kind, part, dense), (*_, linear) in zip(output_matrices(model), output_matrices(small), strict=True):
+        index = np.flatnonzero((groups.layer == layer) & (groups.kind == kind))
+        gone = np.repeat(~keep[index], part.width)
+        own = 0.0 if dense.bias is None else dense.bias.detach().double().numpy()
+        wanted = own + (moments[layer, kind].mean * gone) @ dense.weight.detach().double().numpy().T
+        np.testing.assert_allclose(linear.bias.detach().numpy(), wanted, rtol=1e-5, atol=1e-6)
+    saap.save(small, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(saap.load(tmp_path)(IDS).logits, small(IDS).logits)
