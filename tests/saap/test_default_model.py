@@ -7,18 +7,9 @@ import pytest
 import torch
 
 import saap
-from flows.dag import Fingerprints
-from tasks.sources import DATA, mini_folder, model_source
+from tasks.sources import DATA, mini_folder
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    source = model_source("smollm2-135m", None, Fingerprints(folder))
-    saap.convert_gguf(source.path, folder)
-    return saap.load(folder), saap.load_tokenizer(folder)
 
 
 def test_the_conversion_is_a_plain_float_llama_that_knows_its_capitals(smollm2):
