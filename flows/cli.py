@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows import export
 from tasks.config import ConfigError, RunConfig
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     "Start with [bold]saap run configs/demo.toml[/bold]; look at the result with "
     '[bold]saap sql "select * from leaderboard"[/bold].',
 )
+app.add_typer(export.app, name="export")
 # a pipe or a file has no width of its own: let nothing be cut there
 console = Console(width=None if sys.stdout.isatty() else 200, markup=False)
 

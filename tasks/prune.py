@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.tables import read_table, write_table
+from tasks.card import write_card
 from tasks.compute import calibration_tokens, checkpoint, settings
 from tasks.stage import stage_task
 from tasks.statistics import read_statistic
@@ -49,6 +50,7 @@ def prune(step: Step, folder: Path) -> dict[str, Any]:
     elif config["compensation"] == "least_squares":
         saap.refit(small, model, keep, calibration_tokens(step), batch_size=settings(step)["batch_size"])
     saap.save(small, folder, tokenizer)
+    write_card(step, folder)
     return {
         "removed_of_prunable": round(saap.removed_share(groups, keep), 6),
         "parameters": saap.size_of(small).parameters,

@@ -1,11 +1,13 @@
 """Train the pruned model back, by one of the recipes."""
 
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from storage.artifacts import ArtifactStore
 from storage.tables import write_table
+from tasks.card import write_card
 from tasks.compute import forget, settings
 from tasks.sources import read_data
 from tasks.stage import stage_task
@@ -34,6 +36,8 @@ def recover(step: Step, folder: Path) -> dict[str, Any]:
         device=compute["device"],
     )
     steps = launched(job, compute["launch"]) if compute["launch"] else run(job)
+    shutil.copy(step.folder("checkpoint") / "plan.parquet", folder)
+    write_card(step, folder)
     write_table(folder, "training", steps)
     summary = {"steps": steps[-1]["step"]}
     for name in ("loss", "held_out_loss"):

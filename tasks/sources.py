@@ -184,6 +184,26 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
     return ModelSource("folder", folder, fingerprints.files(weights), fingerprints.files(tokenizer))
 
 
+def base_model(path: Path) -> tuple[str, str | None]:
+    """(hub id or folder name, licence identifier if it says one) of the model at `path`: for people, never for keys."""
+    if path.suffix == ".gguf":
+        return "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+    # a download of the hub lies in …/models--org--name/snapshots/<revision>
+    cached = [part.removeprefix("models--") for part in path.parts if part.startswith("models--")]
+    return cached[-1].replace("--", "/", 1) if cached else path.name, _licence(path / "README.md")
+
+
+def _licence(card: Path) -> str | None:
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        found = (metadata_load(card) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):  # somebody else's file: a card without a licence will do
+        return None
+    return found if isinstance(found, str) else None
+
+
 def _check_safetensors(file: Path) -> None:
     """The header and its offsets against the file's size: finds truncated and foreign files without reading them."""
     from safetensors import SafetensorError, safe_open
@@ -209,7 +229,9 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*WEIGHTS, *TOKENIZER, "*.json"]))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=[*WEIGHTS, *TOKENIZER, "*.json", "README.md"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ConnectionError) as error:
         raise ConfigError(
             f"model {name} is no local folder and could not be downloaded ({type(error).__name__}): "

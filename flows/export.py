@@ -1,0 +1,235 @@
+"""`saap export`: a checkpoint for other programs and for the hub."""
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from tasks.config import ConfigError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Write a pruned or recovered checkpoint for llama.cpp, for stock classes, or for the hub.",
+)
+STAGES = {"pruned": "prune", "recovered": "recover"}
+
+SourceArgument = Annotated[
+    str, typer.Argument(help="A checkpoint's folder, or the id of a run in the store.", show_default=False)
+]
+VariantOption = Annotated[
+    Literal["pruned", "recovered"] | None,
+    typer.Option(help="Which checkpoint of the run; the recovered one, if there is one, when absent."),
+]
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="SAAP_STORE", help="Folder with the artifacts and the warehouse.")
+]
+STORE = Path("saap_store")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder; when a store has it also its manifest, store, and variant in the run `run_id`."""
+
+    folder: Path
+    manifest: dict[str, Any] | None = None
+    store: Path | None = None
+    run_id: str | None = None
+    variant: str | None = None
+
+
+@app.command()
+def gguf(
+    source: SourceArgument,
+    file: Annotated[Path, typer.Argument(help="The GGUF file to write.", show_default=False)],
+    floats: Annotated[
+        Literal["f16", "f32"], typer.Option(help="Type of float tensors; int4 layers are Q4_1 always.")
+    ] = "f16",
+    variant: VariantOption = None,
+    store: StoreOption = STORE,
+) -> None:
+    """Write one file for llama.cpp: uneven layers, tokenizer, and int4 layers as Q4_1 with our own codes."""
+    checkpoint = find_checkpoint(source, variant, store)
+    from saap.export.gguf import export_gguf
+
+    done = export_gguf(checkpoint.folder, file, floats=floats)
+    counts = ", ".join(f"{count} {kind}" for kind, count in done.tensors.items())
+    print(f"{file}: {done.bytes / 1e6:.1f} MB, tensors: {counts}")
+    if done.unpacked:
+        print(f"not int4, because 32 does not divide their inputs: {', '.join(done.unpacked)}")
+
+
+@app.command()
+def uniform(
+    source: SourceArgument,
+    folder: Annotated[Path, typer.Argument(help="The folder to write; must not exist.", show_default=False)],
+    round_to: Annotated[
+        int, typer.Option("--round-to", min=1, help="Tensor-parallel size that heads and channels are to divide by.")
+    ] = 1,
+    variant: VariantOption = None,
+    store: StoreOption = STORE,
+) -> None:
+    """Write a stock checkpoint of equal blocks, narrower ones filled up with zeros: the same outputs in any program.
+
+    Nothing is filled when the plan is even: run with --set prune.search=uniform --set 'prune.protect=\\[]'.
+    """
+    checkpoint = find_checkpoint(source, variant, store)
+    from saap.export.uniform import export_uniform
+
+    with _new_folder(folder) as draft:
+        done = export_uniform(checkpoint.folder, draft, round_to=round_to)
+    print(f"{folder}: " + ", ".join(f"{name} {value}" for name, value in done.items()))
+
+
+@app.command()
+def hf(
+    source: SourceArgument,
+    folder: Annotated[Path | None, typer.Argument(help="The folder to write; must not exist.")] = None,
+    push: Annotated[str | None, typer.Option(help="Upload to this repository of the hub, org/name.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the files and the card.")] = False,
+    variant: VariantOption = None,
+    store: StoreOption = STORE,
+) -> None:
+    """Write or upload a checkpoint as a hub repository, its card filled with the metrics of the run."""
+    if not (folder or push or dry_run):
+        raise ConfigError("say where to: a folder, --push org/name, or --dry-run")
+    if push and push.count("/") != 1:
+        raise ConfigError(f"--push takes org/name, got '{push}'")
+    token = _token() if push and not dry_run else ""
+    checkpoint = find_checkpoint(source, variant, store)
+    files = [file for file in sorted(checkpoint.folder.iterdir()) if _belongs(file)]
+    card = card_of(checkpoint, push)
+    if dry_run:
+        for file in files:
+            print(f"{file.stat().st_size:>14,}  {file.name}")
+        print(f"{len(card.encode()):>14,}  README.md\n\n{card}")
+        return
+    if folder:
+        with _new_folder(folder) as draft:
+            for file in files:
+                shutil.copy(file, draft)
+            (draft / "README.md").write_text(card, encoding="utf-8")
+        print(f"{folder}: {len(files) + 1} files")
+    if push:
+        print(_upload(files, card, push, token, private))
+
+
+def find_checkpoint(source: str, variant: str | None, store: Path) -> Checkpoint:
+    """The checkpoint in a folder, or of a run. Raises ConfigError or StorageError when there is none."""
+    from storage.artifacts import MANIFEST, ArtifactStore
+    from storage.warehouse import Warehouse
+
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / MANIFEST).is_file():
+            return Checkpoint(folder)
+        store, stage, key = folder.resolve().parent.parent, folder.resolve().parent.name, folder.resolve().name
+        run_id = None
+    else:
+        stages = [STAGES[variant]] if variant else ["recover", "prune"]
+        with Warehouse(store).reading() as connection:
+            rows = connection.execute(
+                "select stage, key from stage_runs where run_id = ? and list_contains(?, stage) order by position desc",
+                [source, stages],
+            ).fetchall()
+        if not rows:
+            raise ConfigError(
+                f"{source} is neither a folder nor a run with a {variant or 'pruned'} checkpoint in {store.resolve()}: "
+                "saap sql 'select run_id, name, status from runs'"
+            )
+        (stage, key), run_id = rows[0], source
+    artifacts = ArtifactStore(store)
+    manifest, fault = artifacts.inspect(stage, key)
+    if manifest is None:
+        raise ConfigError(f"the checkpoint {stage}/{key} is {'damaged: ' + fault if fault else 'gone'}; run again")
+    name = next((name for name, its in STAGES.items() if its == stage), None)
+    return Checkpoint(artifacts.path(stage, key), manifest, artifacts.root, run_id or manifest["run_id"], name)
+
+
+def card_of(checkpoint: Checkpoint, place: str | None) -> str:
+    """README.md of a checkpoint, with the metrics and speeds that its run has in the warehouse."""
+    from saap.card import model_card
+    from storage.artifacts import ArtifactStore
+    from storage.warehouse import Warehouse
+    from tasks.card import origin_of
+
+    if checkpoint.manifest is None or checkpoint.store is None:
+        card = checkpoint.folder / "README.md"
+        if not card.is_file():
+            raise ConfigError(f"{checkpoint.folder} has no README.md and is in no store, so nothing is known of it")
+        return card.read_text(encoding="utf-8")
+    asked = [checkpoint.run_id, checkpoint.variant]
+    with Warehouse(checkpoint.store).reading() as connection:
+        metrics = connection.execute(
+            "select benchmark, metric, value, stderr, n, protocol, data from metrics "
+            "where run_id = ? and variant = ? order by all",
+            asked,
+        )
+        metric_rows = _rows(metrics)
+        speed = connection.execute(
+            "select parameters, weight_bytes, tokens_per_s, decode_ratio as ratio_to_dense, prefill_tokens_per_s, "
+            "dtype, device, threads from speed where run_id = ? and variant = ?",
+            asked,
+        )
+        speed_rows = _rows(speed)
+    origin = origin_of(ArtifactStore(checkpoint.store), {**checkpoint.manifest, "run_id": checkpoint.run_id})
+    return model_card(checkpoint.folder, origin, metrics=metric_rows, speed=speed_rows, place=place)
+
+
+def _rows(result: Any) -> list[dict[str, Any]]:
+    columns = [column[0] for column in result.description]
+    return [dict(zip(columns, row, strict=True)) for row in result.fetchall()]
+
+
+def _belongs(file: Path) -> bool:
+    """Not what only our store reads: the manifest names paths of this machine, the training table is in the card."""
+    return file.is_file() and file.name not in ("manifest.json", "training.parquet", "README.md")
+
+
+def _token() -> str:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token is None:
+        raise ConfigError("no token for the hub: set HF_TOKEN or run `hf auth login`; --dry-run shows what would go")
+    return token
+
+
+def _upload(files: list[Path], card: str, repository: str, token: str, private: bool) -> str:
+    """One commit of all files; returns its address."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    hub = HfApi(token=token)
+    operations = [CommitOperationAdd(file.name, str(file)) for file in files]
+    operations.append(CommitOperationAdd("README.md", card.encode()))
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        done = hub.create_commit(repository, operations, commit_message="Upload by saap export hf")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f"cannot upload to {repository}: {reason}") from error
+    return str(done.commit_url)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A sibling to fill, renamed to `folder` when the block ends without an error: whole or not at all."""
+    if folder.exists():
+        raise ConfigError(f"{folder} exists already: name another")
+    if not folder.absolute().parent.is_dir():
+        raise ConfigError(f"there is no folder {folder.absolute().parent} to write {folder.name} in")
+    draft = folder.absolute().with_name(f".draft-{folder.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        draft.mkdir()
+        yield draft
+        draft.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

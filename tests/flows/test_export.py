@@ -1,0 +1,156 @@
+"""`saap export` on a store that the real stages filled."""
+
+import json
+import re
+
+import gguf
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from prefect.logging import disable_run_logger
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import saap
+from flows.cli import app
+from flows.dag import build
+from flows.run import TASKS
+from storage.runs import RunRecord
+from storage.warehouse import Warehouse
+from tasks.config import load_config
+from tests.flows.conftest import saap as command
+from tests.flows.test_cli import refused
+
+
+@pytest.fixture(scope="module")
+def store(tiny_folder, tmp_path_factory):
+    """A store with the run 'r1' of every stage on the tiny model."""
+    root = tmp_path_factory.mktemp("export") / "store"
+    (root / "runs").mkdir(parents=True)
+    settings = [
+        f'model.path="{tiny_folder}"',
+        f'store="{root}"',
+        "calibrate={count=4, length=16}",
+        "prune={ratio=0.2, align=8, protect=[0, -1]}",
+        "recover={examples=8, epochs=1, batch_size=4, micro_batch_size=4, rank=4, group_size=32}",
+        'evaluate={benchmarks=["wikitext2"], windows=[32], max_tokens=512}',
+        "speed={prompt_tokens=8, new_tokens=4, runs=2, warmup=1}",
+        'compute={device="cpu", threads=1}',
+    ]
+    config = load_config(None, tuple(settings))
+    record = RunRecord(root, "r1", name="tiny", model="tiny", data="mini", ratio=0.2, config=config.model_dump_json())
+    with disable_run_logger():
+        for position, step in enumerate(build(config, "r1")):
+            TASKS[step.stage].fn(step)
+            about = {"stage": step.stage, "key": step.key, "variant": step.variant, "benchmark": step.benchmark}
+            record.stage(position, **about, cached=False, seconds=1.0)
+    record.finish("completed")
+    Warehouse(root).load("r1")
+    return root
+
+
+def export(*arguments):
+    """The output of `saap export …` in this process."""
+    done = CliRunner().invoke(app, ["export", *map(str, arguments)])
+    if done.exception:
+        raise done.exception
+    return done.output
+
+
+def folder_of(store, stage):
+    (folder,) = (store / stage).glob("[!.]*")
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["prune", "recover"])
+def test_a_published_checkpoint_has_a_card_its_plan_and_its_code(store, stage):
+    folder = folder_of(store, stage)
+    assert {"README.md", "plan.parquet", "modeling.py", "config.json", "tokenizer.json"} <= {
+        file.name for file in folder.iterdir()
+    }
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert ("int4" in card.data.tags) == (stage == "recover")
+    assert f"{stage}/{folder.name}" in card.text
+    assert "`r1`" in card.text
+    assert re.search(r"\| calibrate \| .*count 4, .*length 16", card.text)
+    assert re.search(r"\| prune \| .*ratio 0.2", card.text)
+    assert ("| recovery | mini |" in card.text) == (stage == "recover")
+    for layer, own in enumerate(saap.load(folder).config.per_layer_config):
+        row = (layer, own.num_attention_heads, own.num_key_value_heads, own.intermediate_size)
+        assert "| " + " | ".join(map(str, row)) + " |" in card.text
+    assert str(store) not in card.content
+
+
+def test_the_card_of_an_export_has_the_metrics_of_the_run(store, tmp_path):
+    export("hf", "r1", tmp_path / "out", "--store", store)
+    folder = folder_of(store, "recover")
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {file.name for file in folder.iterdir()} - {"manifest.json", "training.parquet"}
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    (result,) = card.data.eval_results
+    with Warehouse(store).reading() as connection:
+        ((value,),) = connection.execute("select value from metrics where variant = 'recovered'").fetchall()
+    assert (result.dataset_type, result.metric_type) == ("wikitext2", "perplexity")
+    assert result.metric_value == pytest.approx(value, abs=1e-6)
+    assert "## Size and speed" in card.text
+    model, again = saap.load(folder), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
+
+
+def test_a_dry_run_shows_the_files_and_writes_nothing(store, tmp_path):
+    shown = export("hf", "r1", "--variant", "pruned", "--store", store, "--push", "org/name", "--dry-run")
+    for name in ("model.safetensors", "modeling.py", "plan.parquet", "README.md", 'from_pretrained("org/name"'):
+        assert name in shown
+    assert "manifest.json" not in shown
+    assert "| recover" not in shown
+
+
+def test_an_export_of_a_folder_outside_any_store_needs_its_card(store, tiny_folder, tmp_path):
+    export("hf", folder_of(store, "prune"), tmp_path / "out")
+    export("hf", tmp_path / "out", tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(Exception, match=r"no README\.md"):
+        export("hf", tiny_folder, tmp_path / "nothing")
+
+
+def test_gguf_and_uniform_take_a_run_or_a_folder(store, tmp_path):
+    assert "Q4_1" in export("gguf", "r1", tmp_path / "int4.gguf", "--store", store)
+    assert gguf.GGUFReader(tmp_path / "int4.gguf").get_field("deci.block_count").contents() == 6
+    pruned = folder_of(store, "prune")
+    assert "F32" in export("gguf", pruned, tmp_path / "pruned.gguf", "--floats", "f32")
+    widest = max(own.intermediate_size for own in saap.load(pruned).config.per_layer_config)
+    said = export("uniform", "r1", tmp_path / "even", "--variant", "pruned", "--store", store, "--round-to", "4")
+    config = json.loads((tmp_path / "even" / "config.json").read_text())
+    assert config["intermediate_size"] == -(-widest // 4) * 4
+    assert f"intermediate_size {config['intermediate_size']}" in said
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["even", "int4.gguf", "pruned.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gguf", "no-such-run", "x.gguf"], "neither a folder nor a run"),
+        (["gguf", "r1", "no/where/x.gguf"], "no folder"),
+        (["uniform", "r1", "."], "exists already"),
+        (["uniform", "r1", "no/where"], "no folder"),
+        (["hf", "r1"], "say where to"),
+        (["hf", "r1", "--push", "name"], "org/name"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_export_is_refused_and_leaves_nothing(store, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception, match=message) as caught:
+        export(*arguments, "--store", store)
+    assert caught.value.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_push_without_a_token_or_a_hub_ends_in_one_line(store, tmp_path, monkeypatch):
+    arguments = ["hf", "r1", "--push", "org/name", "--store", store]
+    done = command("export", *arguments, environment={"HF_HOME": str(tmp_path), "HF_TOKEN": ""})
+    refused(done, "HF_TOKEN", "--dry-run")
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with pytest.raises(Exception, match=r"cannot upload to org/name: [^\n]*$"):  # tests run without a hub
+        export(*arguments)
