@@ -60,7 +60,7 @@ def gguf(
     counts = ", ".join(f"{count} {kind}" for kind, count in done.tensors.items())
     print(f"{file}: {done.bytes / 1e6:.1f} MB, tensors: {counts}")
     if done.unpacked:
-        print(f"not int4, because 32 does not divide their inputs: {', '.join(done.unpacked)}")
+        print(f"{len(done.unpacked)} matrices of codes became {floats}: Q4_1 holds 4 bits in groups of 32, 64, 96 …")
 
 
 @app.command()

@@ -48,7 +48,8 @@ def export_gguf(folder: str | Path, file: str | Path, *, floats: str = "f16") ->
 
     Float tensors become `floats` ('f16' or 'f32'), norms and biases float32. int4 layers become Q4_1 blocks of the same
     codes, scales and zeros: nothing is quantised again. Their MLP channels are padded with zeros to a multiple of 32,
-    which changes no output; a matrix whose inputs do not divide by 32 otherwise is written as `floats`.
+    which changes no output. What Q4_1 cannot hold (other bits than 4, groups that are no multiple of 32, other inputs
+    that 32 does not divide) is written as `floats` of the same values.
 
     The file appears whole or not at all; tensors are read one at a time. Raises SaapError for a model, tokenizer or
     value that llama.cpp or the format cannot hold.
@@ -65,7 +66,9 @@ def export_gguf(folder: str | Path, file: str | Path, *, floats: str = "f16") ->
     draft = file.with_name(f".{file.name}.partial")
     writer = gguf.GGUFWriter(None, "deci")
     try:
-        _write_settings(writer, config, FLOATS[floats], file.stem)
+        packed = any(tensor.kind == GGMLQuantizationType.Q4_1 for tensor in tensors)
+        kind = GGMLQuantizationType.Q4_1 if packed else FLOATS[floats]
+        _write_settings(writer, config, kind, file.stem)
         write_vocabulary(writer, load_tokenizer(folder), config.vocab_size)
         for tensor in tensors:
             writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.bytes, raw_dtype=tensor.kind)
@@ -106,29 +109,31 @@ def _check(config: Any) -> None:
         heads, shared = own.num_attention_heads, own.num_key_value_heads
         if min(heads, shared, own.intermediate_size) < 1 or heads % shared:
             raise SaapError(f"layer {layer} has {heads} query and {shared} KV heads, {own.intermediate_size} channels")
-    size = (config.groupwise or {}).get("group_size", BLOCK) if hasattr(config, "groupwise") else BLOCK
-    if size % BLOCK:
-        raise SaapError(f"group_size {size} is not a multiple of 32, the block of Q4_1: recover with 32, 64 or 128")
 
 
 def _head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _write_settings(writer: gguf.GGUFWriter, config: Any, floats: GGMLQuantizationType, name: str) -> None:
+def _form(config: Any) -> dict[str, int] | None:
+    """How the linear layers are stored in few bits, or None for floats."""
+    form: dict[str, int] | None = getattr(config, "groupwise", None)
+    return form
+
+
+def _write_settings(writer: gguf.GGUFWriter, config: Any, kind: GGMLQuantizationType, name: str) -> None:
     layers, size = list(config.per_layer_config), _head_size(config)
-    int4 = getattr(config, "groupwise", None) is not None
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(FILE_TYPES[GGMLQuantizationType.Q4_1 if int4 else floats])
-    if int4:
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(len(layers))
     # deci knows no sliding window: within one, it computes the same
     writer.add_context_length(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**31))
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_feed_forward_length([_padded(c.intermediate_size) if int4 else c.intermediate_size for c in layers])
+    coded = _form(config) is not None
+    writer.add_feed_forward_length([_padded(c.intermediate_size) if coded else c.intermediate_size for c in layers])
     writer.add_head_count([c.num_attention_heads for c in layers])
     writer.add_head_count_kv([c.num_key_value_heads for c in layers])
     writer.add_key_length(size)
@@ -189,7 +194,7 @@ class _Stored:
 
 def _tensors(config: Any, stored: _Stored, floats: GGMLQuantizationType) -> Iterator[_Tensor]:
     hidden, vocabulary, size = config.hidden_size, config.vocab_size, _head_size(config)
-    plain = GGMLQuantizationType.F32
+    plain, coded = GGMLQuantizationType.F32, _form(config)
     yield _float(stored, "model.embed_tokens.weight", "token_embd.weight", (vocabulary, hidden), floats)
     yield _float(stored, "model.norm.weight", "output_norm.weight", (hidden,), plain)
     if not config.tie_word_embeddings:
@@ -213,16 +218,14 @@ def _tensors(config: Any, stored: _Stored, floats: GGMLQuantizationType) -> Iter
         for path, name in LINEARS.items():
             rotated = {"attn_q": queries, "attn_k": keys}.get(name)
             source, target = f"model.layers.{layer}.{path}", f"blk.{layer}.{name}"
-            group_size = config.groupwise["group_size"] if getattr(config, "groupwise", None) else None
             # channels may be padded: what they multiply is zero
-            pad = (name in ("ffn_gate", "ffn_up"), name == "ffn_down")
-            if group_size is None:
+            pad = (coded is not None and name in ("ffn_gate", "ffn_up"), coded is not None and name == "ffn_down")
+            if coded is None:
                 yield _float(stored, f"{source}.weight", f"{target}.weight", sizes[name], floats, rotated)
             else:
-                yield _int4(stored, source, f"{target}.weight", sizes[name], group_size, pad, floats, rotated)
+                yield _coded(stored, source, f"{target}.weight", sizes[name], coded, pad, floats, rotated)
             if f"{source}.bias" in stored:
-                pads = group_size is not None and pad[0]
-                yield _float(stored, f"{source}.bias", f"{target}.bias", sizes[name][:1], plain, rotated, pads)
+                yield _float(stored, f"{source}.bias", f"{target}.bias", sizes[name][:1], plain, rotated, pad[0])
 
 
 def _float(
@@ -244,32 +247,34 @@ def _float(
     return _Tensor(name, kind, (rows, *shape[1:]), read)
 
 
-def _int4(
+def _coded(
     stored: _Stored,
     source: str,
     name: str,
     shape: tuple[int, int],
-    group_size: int,
+    form: dict[str, int],
     pad: tuple[bool, bool],
     floats: GGMLQuantizationType,
     rotated: int | None,
 ) -> _Tensor:
-    out, width = shape
+    (out, width), bits = shape, form.get("bits", 4)
+    size = -(-width // form["groups"]) if form.get("groups") else form["group_size"]
     rows, columns = (_padded(n) if wanted else n for n, wanted in zip(shape, pad, strict=True))
-    groups = -(-width // group_size)
-    for part, expected in (("codes", (out, -(-width // 2))), ("scale", (out, groups)), ("zero", (out, groups))):
+    groups = -(-width // size)
+    for part, expected in (("codes", (out, -(-width * bits // 8))), ("scale", (out, groups)), ("zero", (out, groups))):
         stored.shape(f"{source}.{part}", expected)
 
     def linear() -> GroupwiseLinear:
-        layer = GroupwiseLinear(width, out, group_size)
+        layer = GroupwiseLinear(width, out, size, bits=bits)
         for part in ("codes", "scale", "zero"):
             setattr(layer, part, stored.read(f"{source}.{part}"))
         return layer
 
-    if columns % BLOCK:
+    if bits != 4 or size % BLOCK or columns % BLOCK:
 
         def weight() -> np.ndarray:
-            return _as_float(_pad(_interleave(linear().weight().numpy(), rotated), rows), floats, name)
+            whole = _pad(linear().weight().numpy().T, columns).T
+            return _as_float(_pad(_interleave(whole, rotated), rows), floats, name)
 
         return _Tensor(name, floats, (rows, columns), weight, unpacked=True)
 
@@ -277,7 +282,7 @@ def _int4(
         layer = linear()
         codes = _pad(layer.unpacked().numpy().T, columns).T
         scale, zero = (
-            np.repeat(getattr(layer, part).numpy(), group_size // BLOCK, 1)[:, : columns // BLOCK]
+            np.repeat(getattr(layer, part).numpy(), size // BLOCK, 1)[:, : columns // BLOCK]
             for part in ("scale", "zero")
         )
         return _pad(_interleave(q4_1(codes, scale, zero), rotated), rows)

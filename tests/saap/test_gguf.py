@@ -138,6 +138,18 @@ def test_a_matrix_whose_inputs_do_not_divide_by_32_becomes_floats(tiny_tokenizer
     assert np.array_equal(stored[done.unpacked[0]].reshape(weight.shape), weight)
 
 
+@pytest.mark.parametrize("form", [{"group_size": 20}, {"group_size": 32, "bits": 3}, {"group_size": None, "groups": 2}])
+def test_codes_that_q4_1_cannot_hold_become_floats_of_the_same_values(form, tiny_tokenizer, tmp_path):
+    model = to_groupwise(pruned("llama"), **form)
+    done, file = exported(model, tiny_tokenizer, tmp_path, floats="f32")
+    kept = done.tensors.get("Q4_1", 0)
+    assert kept + len(done.unpacked) == 28
+    assert bool(kept) == ("groups" in form)  # two groups are 32 wide where there are 64 inputs
+    with LlamaCpp(file, context=128, exact=True) as other:
+        scale = np.abs(logits_of(model)).max()
+        np.testing.assert_allclose(other.logits(IDS), logits_of(model), atol=(0.1 if kept else 2e-5) * scale)
+
+
 def settings_of(file):
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
 
@@ -231,7 +243,6 @@ def refused(model, tokenizer, folder, message, **settings):
 def test_what_llama_cpp_cannot_run_is_refused_and_leaves_nothing(tiny_tokenizer, tmp_path):
     refused(pruned("qwen3"), tiny_tokenizer, tmp_path / "a", "qwen3")
     refused(pruned("bloom"), tiny_tokenizer, tmp_path / "b", "bloom")
-    refused(to_groupwise(pruned("llama"), 20), tiny_tokenizer, tmp_path / "c", "group_size 20")
     refused(rescaled({"rope_type": "yarn", "factor": 4.0}), tiny_tokenizer, tmp_path / "d", "yarn")
     big, broken = pruned("llama"), pruned("llama")
     with torch.no_grad():
