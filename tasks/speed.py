@@ -21,8 +21,7 @@ def speed(step: Step, folder: Path) -> dict[str, Any]:
     models = {name: saap.load(step.folder(name), dtype=dtype, device=device) for name in step_variants(step)}
     sizes = {name: saap.size_of(model) for name, model in models.items()}
     for model in models.values():
-        if device == "cpu":
-            saap.use_int4_kernels(model)
+        saap.use_int4_kernels(model)
     rows = saap.compare_speed(models, sizes, **config)
     write_table(folder, "speed", [asdict(row) for row in rows])
     return {row.variant: f"{row.tokens_per_s:.1f} tokens/s" for row in rows}

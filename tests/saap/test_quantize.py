@@ -26,7 +26,7 @@ IDS = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(3))
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def slow_quantize(weight, group_size):
+def slow_quantize(weight, group_size, levels=15):
     """One group after another; scale and zero are rounded to float16 before the codes are made."""
     out, width = weight.shape
     groups = -(-width // group_size)
@@ -35,11 +35,11 @@ def slow_quantize(weight, group_size):
     for o in range(out):
         for g in range(groups):
             part = weight[o, g * group_size : (g + 1) * group_size]
-            scale[o, g] = (part.max() - part.min()) / np.float32(15)
+            scale[o, g] = (part.max() - part.min()) / np.float32(levels)
             zero[o, g] = part.min()
             for k, w in enumerate(part):
                 a, b = np.float32(scale[o, g]), np.float32(zero[o, g])
-                codes[o, g * group_size + k] = 0 if a == 0 else min(max(np.rint((w - b) / a), 0), 15)
+                codes[o, g * group_size + k] = 0 if a == 0 else min(max(np.rint((w - b) / a), 0), levels)
     return codes, scale, zero
 
 
@@ -63,6 +63,29 @@ def test_quantize_equals_a_slow_loop_over_the_groups(width, group_size, spread, 
     assert [t.dtype for t in found] == [torch.uint8, torch.float16, torch.float16]
     for mine, slow in zip(found, slow_quantize(weight, group_size), strict=True):
         assert np.array_equal(mine.numpy(), slow)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("width", "group_size"), [(64, 32), (50, 16), (7, 5)])
+def test_every_number_of_bits_is_stored_in_as_many(width, group_size, bits):
+    """Codes as of a slow loop; a row of the file is one number in base 2^bits, its lowest byte first."""
+    weight = random_weight(width)
+    codes, scale, zero = quantize(torch.from_numpy(weight), group_size, bits)
+    for mine, slow in zip((codes, scale, zero), slow_quantize(weight, group_size, 2**bits - 1), strict=True):
+        assert np.array_equal(mine.numpy(), slow)
+    packed = pack(codes, bits)
+    for row, stored in zip(codes.tolist(), packed.tolist(), strict=True):
+        number = sum(code << (bits * place) for place, code in enumerate(row))
+        assert bytes(stored) == number.to_bytes(-(-width * bits // 8), "little")
+    linear = GroupwiseLinear(width, 6, group_size, bits=bits)
+    linear.codes, linear.scale, linear.zero = packed, scale, zero
+    assert torch.equal(linear.unpacked(), codes)
+    expected = slow_weight(codes.numpy(), scale.numpy(), zero.numpy(), group_size)
+    np.testing.assert_allclose(linear.weight().numpy(), expected, rtol=1e-6, atol=1e-6)
+    # half precision multiplies with centred codes and pooled inputs: the same but for 8 bits of each weight and input
+    x = torch.from_numpy(random_weight(width, seed=3))
+    exact = x @ torch.from_numpy(expected).T
+    assert (linear(x.bfloat16()).float() - exact).norm() < 2**-6 * (x.norm() * np.linalg.norm(expected)) / 6**0.5
 
 
 @pytest.mark.parametrize(("width", "group_size", "spread", "offset"), CASES)
@@ -179,29 +202,61 @@ def test_dequantised_layers_give_identical_logits(tiny_llama, name):
         assert torch.equal(plain(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("groups", [1, 8, 100])
+def test_a_number_of_groups_instead_of_their_size_holds_for_every_width(tiny_llama, tmp_path, groups):
+    model = shape(tiny_llama, "pruned")
+    small = to_groupwise(model, None, groups=groups, bits=3)
+    for path, linear in model.named_modules():
+        if path.endswith(BLOCK_LINEARS):
+            found, width = small.get_submodule(path), linear.in_features
+            assert found.group_size == -(-width // groups)
+            expected = quantize(linear.weight, -(-width // groups), 3)
+            assert torch.equal(found.scale, expected[1])
+            assert torch.equal(found.unpacked(), expected[0])
+    assert small.config.groupwise == {"bits": 3, "groups": groups}
+    save(small, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(IDS).logits, small(IDS).logits)
+
+
+@pytest.mark.parametrize("form", [{"bits": 1, "group_size": 32}, {"bits": 4}, {"bits": 4, "groups": 0}, {"bit": 4}])
+def test_a_file_that_claims_an_impossible_form_is_refused(tiny_llama, tmp_path, form):
+    save(to_groupwise(tiny_llama(), 32), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"groupwise": form}))
+    with pytest.raises(SaapError, match=str(tmp_path)):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("group_size", [1, 0, -32])
 def test_an_impossible_group_size_is_refused(tiny_llama, group_size):
     with pytest.raises(SaapError, match="group_size"):
         to_groupwise(tiny_llama(), group_size)
 
 
-def filled(width, out, group_size, bias=False):
-    linear = GroupwiseLinear(width, out, group_size, bias)
-    codes, linear.scale, linear.zero = quantize(torch.randn(out, width) * 0.1, group_size)
-    linear.codes = pack(codes)
+def filled(width, out, group_size, bias=False, bits=4):
+    linear = GroupwiseLinear(width, out, group_size, bias, bits)
+    codes, linear.scale, linear.zero = quantize(torch.randn(out, width) * 0.1, group_size, bits)
+    linear.codes = pack(codes, bits)
     if bias:
         nn.init.normal_(linear.bias)
     return linear
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("width", [256, 288])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_the_int4_kernel_is_within_bfloat16_of_the_exact_path(group_size, bias):
+def test_the_int4_kernel_is_within_bfloat16_of_the_exact_path(group_size, bias, width, device):
     torch.manual_seed(0)
-    linear = filled(256, 48, group_size, bias)
+    width = width // group_size * group_size
+    linear = filled(width, 48, group_size, bias).to(device)
     assert Int4Linear.fits(linear)
-    for shape_ in ((5, 256), (2, 3, 256), (256,)):
-        x = torch.randn(shape_)
+    for shape_ in ((5, width), (2, 3, width), (width,)):
+        x = torch.randn(shape_, device=device)
         exact = x.double() @ linear.weight(torch.float64).T + (linear.bias.double() if bias else 0)
         y = Int4Linear(linear)(x)
         assert (y.shape, y.dtype) == (exact.shape, x.dtype)
@@ -209,9 +264,12 @@ def test_the_int4_kernel_is_within_bfloat16_of_the_exact_path(group_size, bias):
         assert (y - exact).norm() < 2**-7 * exact.norm()
 
 
-@pytest.mark.parametrize(("width", "out", "group_size"), [(250, 48, 32), (256, 40, 32), (240, 48, 16), (96, 48, 64)])
-def test_layers_the_kernel_cannot_run_are_left_as_they_are(width, out, group_size):
+@pytest.mark.parametrize(
+    ("width", "out", "group_size", "bits"),
+    [(250, 48, 32, 4), (256, 40, 32, 4), (240, 48, 16, 4), (96, 48, 64, 4), (256, 48, 32, 8)],
+)
+def test_layers_the_kernel_cannot_run_are_left_as_they_are(width, out, group_size, bits):
     torch.manual_seed(0)
-    model = nn.Sequential(filled(256, 32, 32), filled(width, out, group_size))
+    model = nn.Sequential(filled(256, 32, 32), filled(width, out, group_size, bits=bits))
     assert use_int4_kernels(model) == 1
     assert [type(m) for m in model] == [Int4Linear, GroupwiseLinear]
