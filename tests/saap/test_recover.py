@@ -4,15 +4,27 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from saap import Groupwise, GroupwiseLinear, PooledAdapter, SaapError, Training, load, recover, to_groupwise
+from saap import (
+    Groupwise,
+    GroupwiseLinear,
+    Lora,
+    PooledAdapter,
+    SaapError,
+    Training,
+    dequantize,
+    load,
+    recover,
+    to_groupwise,
+)
 
 RECIPE = Groupwise(rank=8, alpha=16.0)
 SETTINGS = {"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 2e-2, "warmup_steps": 2,
-            "precision": "float32", "held_out": 0.0, "save_steps": 2, "seed": 3}  # fmt: skip
+            "precision": "float32", "held_out": 0.25, "save_steps": 2, "seed": 3}  # fmt: skip
 
 KILLED = """
 import json, os, signal, sys
@@ -39,8 +51,8 @@ def untimed(step):
 
 @pytest.fixture(scope="module")
 def rows(mini):
-    """The 24 shortest: 3 steps an epoch."""
-    return sorted(mini("alpaca/train"), key=lambda row: len("".join(row.values())))[:24]
+    """The 32 shortest: 24 to train on, 3 steps an epoch, and 8 held out."""
+    return sorted(mini("alpaca/train"), key=lambda row: len("".join(row.values())))[:32]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +92,7 @@ def test_the_learning_rate_warms_up_and_then_falls_to_zero(undisturbed):
 
 
 def test_the_logged_loss_is_the_mean_over_all_answer_tokens_of_the_batch(tiny_folder, tiny_tokenizer, rows, tmp_path):
-    settings = SETTINGS | {"batch_size": 24, "epochs": 1, "micro_batch_size": 8}
+    settings = SETTINGS | {"batch_size": 32, "epochs": 1, "micro_batch_size": 8, "held_out": 0.0}
     _, (step,) = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, Training(**settings))
     small, total, count = to_groupwise(load(tiny_folder), 32), 0.0, 0
     for row in rows:
@@ -97,6 +109,36 @@ def test_the_logged_loss_is_the_mean_over_all_answer_tokens_of_the_batch(tiny_fo
             total -= logp[t - 1, ids[0, t]].item()
             count += 1
     assert step.loss == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_best_checkpoint_comes_back_and_training_stops_when_it_gets_no_better(
+    tiny_folder, tiny_tokenizer, rows, tmp_path
+):
+    training = Training(**(SETTINGS | {"learning_rate": 0.3, "schedule": "constant", "warmup_steps": 0, "epochs": 20,
+                                       "save_steps": 1, "patience": 2}))  # fmt: skip
+    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, training)
+    losses = [s.held_out_loss for s in steps]
+    best = min(losses)
+    assert len(steps) == losses.index(best) + 3 < 60
+    measured = Training(**(SETTINGS | {"learning_rate": 1e-30, "epochs": 0.3}))
+    again = dequantize(model)
+    _, (step, *_) = recover(again, rows, tiny_tokenizer, tmp_path / "again", Lora(rank=1), measured)
+    assert step.held_out_loss == pytest.approx(best, rel=2e-3)  # the zeros are float16 now
+
+
+def test_a_pickle_in_the_work_folder_is_refused_and_not_run(tiny_folder, tiny_tokenizer, rows, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "run",)
+
+    settings = SETTINGS | {"epochs": 1, "save_steps": 1}
+    recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path / "work", RECIPE, Training(**settings))
+    shutil.rmtree(tmp_path / "work" / "checkpoint-3")
+    for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt"):
+        torch.save(Touch(), tmp_path / "work" / "checkpoint-2" / name)
+    with pytest.raises(SaapError, match="checkpoint-2"):
+        recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path / "work", RECIPE, Training(**settings))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
