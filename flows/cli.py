@@ -134,7 +134,7 @@ def sql(
 
     Tables: runs, stage_runs, groups, widths, metrics, speed, training, published_results. Views: importance (all
     importance tensors), leaderboard, comparison (dense, pruned, recovered side by side), criteria (over calibration
-    seeds), criteria_published, ablations, versus_published, stage_reuse.
+    seeds), criteria_published, ablations, recovery, versus_published, stage_reuse.
     """
     import duckdb
 

@@ -106,3 +106,21 @@ from ours o join runs r using (run_id) join published_results p
     and abs(p.ratio - if(o.variant = 'dense', 0, r.ratio)) < 0.005
     and p.tuned is not distinct from case o.variant when 'pruned' then false when 'recovered' then true end
 order by r.run_id, o.variant, o.benchmark, p.method;
+
+-- One row a recovered model, its pruned one beside it: what the recipe gave back and what it took. gap_closed is the
+-- share of ln(pruned/dense) of the WikiText-2 perplexity that is gone.
+create view recovery as
+with steps as (
+    select run_id, count(*) as steps, median(tokens_per_s) as training_tokens_per_s, max_by(loss, step) as last_loss,
+        min(held_out_loss) as held_out_loss
+    from training group by run_id),
+took as (select run_id, sum(seconds) as seconds from stage_runs where stage = 'recover' group by run_id)
+select l.run_id, l.name, l.model, l.data, l.criterion, l.ratio, r.config->>'$.recover.recipe' as recipe,
+    (r.config->>'$.recover.distill')::double as distill, (r.config->>'$.recover.seed')::integer as seed,
+    s.steps, t.seconds, s.training_tokens_per_s, s.last_loss, s.held_out_loss,
+    p.average as pruned_average, l.average, p.wikitext2 as pruned_wikitext2, l.wikitext2, p.ptb as pruned_ptb, l.ptb,
+    ln(p.wikitext2 / l.wikitext2) / ln(p.wikitext2 / d.wikitext2) as gap_closed, l.weight_bytes
+from leaderboard l join runs r using (run_id) join steps s using (run_id) join took t using (run_id)
+    left join leaderboard p on p.run_id = l.run_id and p.variant = 'pruned'
+    left join leaderboard d on d.run_id = l.run_id and d.variant = 'dense'
+where l.variant = 'recovered' order by l.model, l.ratio, recipe, seed, l.started_at;

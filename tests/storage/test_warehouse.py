@@ -131,6 +131,32 @@ def test_the_average_is_withheld_unless_all_seven_accuracies_are_there(tmp_path)
     assert dict(ask(warehouse, "select run_id, average from leaderboard")) == {"all": 0.5, "six": None}
 
 
+def test_a_recovery_is_told_by_its_steps_and_the_share_of_the_gap_it_closed(tmp_path):
+    store = ArtifactStore(tmp_path)
+    store.prepare()
+    about = ABOUT | {"config": '{"recover": {"recipe": "lora", "seed": 3, "distill": 0.5}}'}
+    record = RunRecord(store.root, "r", **about)
+    steps = [
+        {"step": i, "epoch": i / 2, "loss": 3.0 - i, "learning_rate": 1e-4, "tokens_per_s": 9.0 + i, "held_out_loss": h}
+        for i, h in ((1, None), (2, 2.5), (3, 2.75))
+    ]
+    with store.publish("recover", "t", run_id="r") as folder:
+        write_table(folder, "training", steps)
+    record.stage(0, stage="recover", key="t", variant=None, benchmark=None, cached=False, seconds=7.0)
+    for position, (variant, value) in enumerate({"dense": 2.0, "pruned": 32.0, "recovered": 8.0}.items(), 1):
+        with store.publish("evaluate", variant, run_id="r") as folder:
+            perplexity = METRIC | {"benchmark": "wikitext2", "metric": "perplexity", "value": value}
+            write_table(folder, "metrics", [perplexity])
+        found = {"stage": "evaluate", "key": variant, "variant": variant, "benchmark": "wikitext2"}
+        record.stage(position, **found, cached=False, seconds=1.0)
+    warehouse = Warehouse(store.root)
+    warehouse.load("r")
+    columns = "recipe, seed, distill, steps, seconds, training_tokens_per_s, last_loss, held_out_loss, gap_closed"
+    ((*found, gap),) = ask(warehouse, f"select {columns} from recovery")
+    assert found == ["lora", 3, 0.5, 3, 7.0, 11.0, 0.0, 2.5]
+    assert gap == pytest.approx(0.5)  # 32 → 8 of 32 → 2
+
+
 def test_a_run_whose_process_was_killed_is_told_from_a_living_one(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; from storage.runs import RunRecord\n"
