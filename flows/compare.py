@@ -76,61 +76,58 @@ def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     for chosen in sweep:
         values = {path: parse_value(text) for path, _, text in (choice.partition("=") for choice in chosen)}
         axes = [path for path in values if path not in ("prune.ratio", "calibrate.seed")]
-        setting = tuple(str(values[path]) for path in axes)
         settings = load_config(config, (*chosen, *overrides))
         store = Path(settings.store)
         steps = build(settings)
         artifacts = ArtifactStore(store)
         manifests = {step.key: artifacts.inspect(step.stage, step.key)[0] for step in steps}
-        missing += any(manifest is None for manifest in manifests.values())
-        seconds = [manifests[s.key]["seconds"] for s in steps if s.stage in RANKING and manifests[s.key]]  # type: ignore[index]
+        missing += None in manifests.values()
+        ranking = [manifests[step.key] for step in steps if step.stage in RANKING]
         for variant, found in _measured(artifacts, steps, manifests):
-            dense = variant == "dense"
-            key = (variant,) if dense else (variant, settings.prune.ratio, setting)
-            if key not in rows:
-                rows[key] = Row(
-                    ("",) * len(axes) if dense else setting, 0.0 if dense else settings.prune.ratio, variant
-                )
-                rows[key].published, rows[key].misprint = _published(store, rows[key], axes)
-            row = rows[key]
-            if dense and row.runs:
+            if variant == "dense":  # one model, whatever is cut from it
+                row = Row(tuple(str(values[axis]) if axis == "model.path" else "" for axis in axes), 0.0, variant)
+            else:
+                row = Row(tuple(str(values[axis]) for axis in axes), settings.prune.ratio, variant)
+            row = rows.setdefault((row.variant, row.ratio, row.chosen), row)
+            if variant == "dense" and row.runs:
                 continue
             row.runs += 1
-            row.seconds.append(sum(seconds))
+            row.seconds.append(sum(manifest["seconds"] for manifest in ranking if manifest))
             for measure, value in found.items():
                 row.values.setdefault(measure, []).append(value)
     order = {"dense": 0, "pruned": 1, "recovered": 2}
     ordered = sorted(rows.values(), key=lambda row: (order[row.variant], row.ratio))
+    for row in ordered:
+        row.published, row.misprint = _published(store, row, axes)
     return Comparison(axes, ordered, missing, len(sweep))
 
 
 def _measured(
     artifacts: ArtifactStore, steps: list[Step], manifests: dict[str, dict[str, Any] | None]
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """(variant, measure → value) of one run, as far as it is there."""
-    found: dict[str, dict[str, float]] = {}
-    for step in steps:
-        manifest = manifests[step.key]
-        if manifest is None:
+    """(variant, measure → value) of one run, for the variants whose benchmarks are all there."""
+    evaluations = [step for step in steps if step.stage == "evaluate"]
+    for variant in dict.fromkeys(str(step.variant) for step in evaluations):
+        mine = [step for step in evaluations if step.variant == variant]
+        if any(manifests[step.key] is None for step in mine):
             continue
-        folder = artifacts.path(step.stage, step.key)
-        if step.stage == "evaluate":
-            table = read_table(folder, "metrics")
+        values: dict[str, float] = {}
+        for step in mine:
+            found = read_table(artifacts.path(step.stage, step.key), "metrics")
             for benchmark, value in zip(
-                table["benchmark"][table["papers"]], table["value"][table["papers"]], strict=True
+                *(found[name][found["papers"]] for name in ("benchmark", "value")), strict=True
             ):
-                scale = 100 if benchmark in ACCURACIES else 1
-                found.setdefault(str(step.variant), {})[str(benchmark)] = scale * float(value)
-        elif step.stage == "prune":
-            found.setdefault("pruned", {})["parameters"] = float(manifest["summary"]["parameters"])
-        elif step.stage == "speed":
-            table = read_table(folder, "speed")
-            for index, variant in enumerate(table["variant"]):
-                for measure in ("parameters", "weight_bytes", "tokens_per_s"):
-                    found.setdefault(str(variant), {})[measure] = float(table[measure][index])
-    for variant, values in found.items():
+                values[str(benchmark)] = float(value) * (100 if benchmark in ACCURACIES else 1)
         if all(benchmark in values for benchmark in ACCURACIES):
             values["average"] = sum(values[benchmark] for benchmark in ACCURACIES) / len(ACCURACIES)
+        for step in steps:
+            manifest = manifests[step.key]
+            if manifest and step.stage == "prune" and variant == "pruned":
+                values["parameters"] = float(manifest["summary"]["parameters"])
+            elif manifest and step.stage == "speed":
+                speed = read_table(artifacts.path(step.stage, step.key), "speed")
+                here = list(speed["variant"]).index(variant)
+                values |= {m: float(speed[m][here]) for m in ("parameters", "weight_bytes", "tokens_per_s")}
         yield variant, values
 
 
@@ -146,8 +143,9 @@ def _published(store: Path, row: Row, axes: list[str]) -> tuple[dict[str, float]
             "and \"table\" in ('I', 'X', 'XI', 'XII')",
             [PAPER_MODEL, names[0], row.ratio, row.variant == "recovered"],
         ).fetchall()
-    scale = {"memory_mib": ("weight_bytes", 1 << 20)}
-    numbers = {scale.get(b, (b, 1))[0]: scale.get(b, (b, 1))[1] * value for b, value, _ in found}
+    numbers = {benchmark: value for benchmark, value, _ in found}
+    if "memory_mib" in numbers:
+        numbers["weight_bytes"] = numbers["memory_mib"] * 2**20
     return {m: numbers[m] for m in MEASURES if m in numbers}, any(misprint for *_, misprint in found)
 
 
