@@ -17,7 +17,7 @@ from storage.warehouse import Warehouse
 from tasks.config import ACCURACIES, load_config, parse_value
 from tasks.step import Step
 
-RANKING = ("score", "gradients", "activations", "grams", "fuse", "fluctuation", "rank")  # what a criterion costs
+RANKING = ("score", "gradients", "activations", "fisher", "fuse", "fluctuation", "rank")  # what a criterion costs
 MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
 PAPER_MODEL = "llama-7b"
 # axis → value → the paper's name of it (published_results.method)

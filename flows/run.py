@@ -17,10 +17,10 @@ from tasks.activations import activations
 from tasks.calibrate import calibrate
 from tasks.config import load_config
 from tasks.evaluate import evaluate
+from tasks.fisher import fisher
 from tasks.fluctuation import fluctuation
 from tasks.fuse import fuse
 from tasks.gradients import gradients
-from tasks.grams import grams
 from tasks.model import model
 from tasks.prune import prune
 from tasks.rank import rank
@@ -36,7 +36,7 @@ _TASKS = (
     fluctuation,
     gradients,
     activations,
-    grams,
+    fisher,
     rank,
     prune,
     recover,

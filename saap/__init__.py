@@ -13,6 +13,7 @@ from saap.compensation import add_mean_bias
 from saap.criteria import CRITERIA
 from saap.errors import SaapError
 from saap.families import family_of
+from saap.fisher import mask_fisher
 from saap.fluctuation import asi, fluctuation
 from saap.fusion import fuse
 from saap.groups import Groups, discover, weight_norms
@@ -26,7 +27,7 @@ from saap.quantize import dequantize, quantize, to_groupwise
 from saap.recipes import RECIPES, Groupwise, Lora, Qlora, Recipe
 from saap.recover import Training, recover
 from saap.speed import compare_speed, size_of
-from saap.statistics import input_grams, input_moments, taylor_sums
+from saap.statistics import input_moments, taylor_sums
 from saap.surgery import mask, prune, widths
 from saap.texts import read_rows, sample_tokens
 
@@ -57,11 +58,11 @@ __all__ = [
     "family_of",
     "fluctuation",
     "fuse",
-    "input_grams",
     "input_moments",
     "load",
     "load_tokenizer",
     "mask",
+    "mask_fisher",
     "merge_adapters",
     "perplexity",
     "prune",

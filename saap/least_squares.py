@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.models.bloom.modeling_bloom import BloomBlock
 
+from saap.backward import is_offloaded
 from saap.errors import SaapError
 from saap.families import family_of
 from saap.groups import KINDS, discover
@@ -56,6 +57,8 @@ def refit(
     """
     if ridge <= 0:
         raise SaapError(f"ridge must be positive, got {ridge}")
+    if is_offloaded(model):
+        raise SaapError("the refit needs a model whose weights are all on its device")
     lost = {(layer, kind) for layer, kind, index in discover(model).blocks() if not keep[index].all()}
     dense, lean = _Stream(model, tokens, batch_size), _Stream(small, tokens, batch_size)
     for layer in tqdm(range(len(dense.blocks)), desc="refit", unit="block"):

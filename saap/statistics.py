@@ -87,21 +87,6 @@ def input_moments(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4
     return found
 
 
-def input_grams(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> dict[Block, torch.Tensor]:
-    """(layer, kind) → XᵀX of the inputs of its output matrix over all calibration tokens, float32 (in, in).
-
-    Together as large as the squares of the widths: 0.3 GB for a model of 135M parameters, 16 GB for one of 7B.
-    """
-    grams: dict[Block, torch.Tensor] = {}
-
-    def see(block: Block, x: torch.Tensor) -> None:
-        x = x.float()
-        grams[block] = torch.addmm(grams[block], x.T, x) if block in grams else x.T @ x
-
-    _forward(model, tokens, batch_size, see, "grams")
-    return grams
-
-
 def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> TaylorSums:
     """LLM-Pruner's importances over tokens int64 (D, T), from one backward pass a sample.
 

@@ -59,6 +59,9 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("param_first", pa.float64(), "sum of |weight times mean gradient|"),
         ("param_mix", pa.float64(), "the same with the second-order term inside"),
     ),
+    "fisher": _schema(
+        *_GROUP, ("fisher", pa.float64(), "mean over the tokens of the squared first-order loss of the group")
+    ),
     "moments": _schema(
         ("layer", pa.int32(), "decoder block, from 0"),
         ("kind", KIND, "attention (inputs of o_proj) or mlp (of down_proj)"),

@@ -31,7 +31,7 @@ from stage_runs group by stage order by seconds_saved desc nulls last;
 create view ablations as
 with cost as (
     select run_id, sum(seconds) as seconds_to_rank from stage_runs
-    where stage in ('score', 'gradients', 'activations', 'grams', 'fuse', 'fluctuation', 'rank') group by run_id)
+    where stage in ('score', 'gradients', 'activations', 'fisher', 'fuse', 'fluctuation', 'rank') group by run_id)
 select l.run_id, l.name, l.model, l.data, l.criterion, r.config->>'$.criterion.variant' as criterion_variant, l.ratio,
     l.variant, l.average, l.wikitext2, l.ptb, c.seconds_to_rank,
     r.config->>'$.fuse.fusion' as fusion, r.config->>'$.fluctuation.fluctuation' as fluctuation,

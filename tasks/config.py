@@ -61,7 +61,7 @@ class Fluctuation(Section):
 
 class Criterion(Section):
     name: Literal[
-        "saap", "llm_pruner", "wanda_sp", "flap", "hywia", "loraprune", "lorashear", "magnitude", "random"
+        "saap", "saap_plus", "llm_pruner", "wanda_sp", "flap", "hywia", "loraprune", "lorashear", "magnitude", "random"
     ] = Field("saap", description="what ranks the groups; [score], [fuse], [fluctuation] are saap's")
     variant: Literal["vectorize", "param_first", "param_mix"] = Field("param_first", description="of llm_pruner")
 

@@ -18,6 +18,7 @@ class Needs:
 
 SAAP = Needs(search="global")  # its statistics go through fuse and fluctuation
 NEEDS: dict[str, Needs] = {
+    "saap_plus": Needs(("fisher",), search="global", compensation="least_squares"),
     "llm_pruner": Needs(("gradients",), ("variant",)),
     "wanda_sp": Needs(("activations",)),
     "flap": Needs(("activations",), search="global", compensation="bias"),

@@ -42,19 +42,13 @@ def _activations(folder: Path) -> Any:
     }
 
 
-def _grams(folder: Path) -> Any:
-    from safetensors.torch import load_file
-
-    return {
-        (int(layer), kind): gram
-        for name, gram in load_file(folder / "grams.safetensors").items()
-        for layer, _, kind in (name.partition("."),)
-    }
+def _fisher(folder: Path) -> Any:
+    return read_table(folder, "fisher")["fisher"]
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {
     "score": _score,
     "gradients": _gradients,
     "activations": _activations,
-    "grams": _grams,
+    "fisher": _fisher,
 }

@@ -10,7 +10,7 @@ arguments; a pipeline computes each statistic once and caches it:
     score        (vector, element), float32 (D, N): the per-sample importances of `saap.score`
     gradients    TaylorSums (saap/statistics.py): sums over summed gradients
     activations  {(layer, kind): Moments} of the inputs of o_proj and down_proj
-    grams        {(layer, kind): XᵀX} of the same inputs, float32 (in, in)
+    fisher       float64 (N,): `saap.mask_fisher`
     tokens       int64 (D, T), the calibration text itself
     seed         int
 
@@ -29,9 +29,11 @@ from .loraprune import loraprune
 from .lorashear import lorashear
 from .magnitude import magnitude
 from .random import random
+from .saap_plus import saap_plus
 from .wanda_sp import wanda_sp
 
 CRITERIA: dict[str, Callable[..., np.ndarray]] = {
+    "saap_plus": saap_plus,
     "llm_pruner": llm_pruner,
     "wanda_sp": wanda_sp,
     "flap": flap,

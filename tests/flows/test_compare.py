@@ -147,5 +147,5 @@ def test_every_sweep_in_configs_is_valid_and_shares_its_statistics(request):
             for step in build(load_config(file, (*chosen, 'model.path="smollm2-135m"', 'data="mini"')))
         }
         stages = [stage for stage, _ in steps]
-        for statistic in ("score", "activations", "gradients", "grams"):
+        for statistic in ("score", "activations", "gradients", "fisher"):
             assert stages.count(statistic) <= len(samples), file.name

@@ -25,7 +25,7 @@ def statistics_of(model, tokens):
         "score": lambda: saap.score(model, tokens),
         "gradients": lambda: taylor_sums(model, tokens),
         "activations": lambda: input_moments(model, tokens),
-        "grams": lambda: saap.input_grams(model, tokens),
+        "fisher": lambda: saap.mask_fisher(model, tokens),
         "tokens": lambda: tokens,
         "seed": lambda: SEED,
         "variant": lambda: "param_mix",

@@ -1,0 +1,50 @@
+"""The Fisher information of coupled groups' masks: what removing a group costs, in units of the loss."""
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from saap.backward import backward, watch_gradients, weight_of
+from saap.errors import SaapError
+from saap.statistics import output_matrices
+
+
+def mask_fisher(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> np.ndarray:
+    """float64 (N,): F_g = mean_t z_gt², with z_gt what group g gives to the loss at token t, to first order.
+
+    A mask m_g on what the group writes, the columns of its output matrix (o_proj, down_proj and their likes), has at
+    token t the gradient z_gt = Σ_{j in g} x_tj (Wᵀδ_t)_j: x the matrix' input, δ_t the gradient of the sequence's
+    summed next-token loss at its output. ½F_g is the second-order rise of the loss when m_g goes from 1 to 0 with the
+    empirical Fisher for the Hessian, cross terms left out (Kwon et al., arXiv 2204.09656, there per sequence).
+
+    F_g = (mean z)² + var z: SAAP's coarse importance (the mean) and its fluctuation, over tokens instead of samples
+    and in one unit. It is comparable between layers and between heads and channels, which a z-score is not.
+
+    Args:
+        tokens: int64 (D, T), T ≥ 2. Memory is weights and activations: no gradient of a weight is made.
+        batch_size: sequences at once. Changes speed and memory, not the result.
+
+    Raises:
+        SaapError: unknown family, or a value that is not finite.
+    """
+    matrices = list(output_matrices(model))
+    sums = [torch.zeros(linear.in_features // part.width, dtype=torch.float64) for *_, part, linear in matrices]
+
+    def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
+        _, _, part, linear = matrices[index]
+        z = (x.float() * (delta @ weight_of(linear, delta.device)).float()).unflatten(-1, (-1, part.width)).sum(-1)
+        sums[index] += (z * (tokens.shape[1] - 1)).square().sum((0, 1)).double().cpu()
+
+    model.eval()
+    with tqdm(total=len(tokens), desc="fisher", unit="sample") as bar:
+        for batch in tokens.split(batch_size):
+            with watch_gradients([linear for *_, linear in matrices], see):
+                backward(model, batch)
+            bar.update(len(batch))
+    for (layer, kind, _, _), total in zip(matrices, sums, strict=True):
+        if not torch.isfinite(total).all():
+            raise SaapError(
+                f"the Fisher information of layer {layer} ({kind}) is not finite: load the model in float32"
+            )
+    return (torch.cat(sums) / tokens.numel()).numpy()
