@@ -66,17 +66,21 @@ def model_card(
     config = load_config(folder)
     groupwise = getattr(config, "groupwise", None)
     ratio = origin.stages.get("prune", {}).get("ratio")
+    criterion = origin.stages.get("rank", {}).get("criterion")
+    recipe = origin.stages.get("recover", {}).get("recipe")
+    recovered = (
+        f"recovered in int{groupwise.get('bits', 4)}" if groupwise else f"recovered by {recipe}" if recipe else ""
+    )
     name = origin.base_model.rpartition("/")[2]
     title = f"{name}, {ratio:.0%} of its prunable parameters removed" if ratio else f"{name}, pruned"
-    if groupwise:
-        title += f", recovered in int4 (groups of {groupwise['group_size']})"
+    ranked = f"the criterion '{criterion}'" if criterion else "structural importance (SAAP, arXiv 2412.15127)"
     licence = origin.licence or "not stated by the model this was made from"
     parts = [
-        _front_matter(origin, name, metrics, bool(groupwise)),
-        f"# {title}\n",
-        f"Made from {_linked(origin.base_model)} by the saap pipeline (SAAP, arXiv 2412.15127): whole attention heads "
-        "and MLP channels are removed by structural importance, so that it is a smaller dense model"
-        + (", and the rest was fine-tuned as group-wise int4 with float zeros.\n" if groupwise else ".\n"),
+        _front_matter(origin, name, metrics, groupwise),
+        f"# {', '.join(filter(None, (title, recovered)))}\n",
+        f"Made from {_linked(origin.base_model)} by the saap pipeline: whole attention heads and MLP channels, ranked "
+        f"by {ranked}, were removed, so that it is a smaller dense model"
+        + (f", and it was {recovered} by fine-tuning.\n" if recovered else ".\n"),
         "## How to load\n",
         HOW_TO_LOAD.format(place=place or "."),
     ]
@@ -97,7 +101,7 @@ def model_card(
     return "\n".join(parts)
 
 
-def _front_matter(origin: Origin, name: str, metrics: Sequence[Mapping[str, Any]], int4: bool) -> str:
+def _front_matter(origin: Origin, name: str, metrics: Sequence[Mapping[str, Any]], groupwise: Any) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -116,7 +120,7 @@ def _front_matter(origin: Origin, name: str, metrics: Sequence[Mapping[str, Any]
         license=origin.licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["saap", "structured-pruning", "custom_code", *(["int4"] if int4 else [])],
+        tags=["saap", "structured-pruning", "custom_code", *([f"int{groupwise.get('bits', 4)}"] if groupwise else [])],
         model_name=f"{name}-saap" if results else None,
         eval_results=results or None,
     )

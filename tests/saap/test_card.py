@@ -57,11 +57,18 @@ def test_a_card_says_where_the_model_comes_from_and_what_is_left_of_it(bloom, tm
 
 
 def test_a_card_without_a_hub_id_licence_or_metrics_claims_none(tmp_path):
-    save(to_groupwise(build("llama"), 32), tmp_path)
+    save(to_groupwise(build("llama"), None, groups=4), tmp_path)
     card = model_card(tmp_path, origin(base_model="my-folder", licence=None, stages={}))
     front = yaml.safe_load(card.split("---")[1])
     assert not {"base_model", "license", "model-index"} & front.keys()
     assert "int4" in front["tags"]
-    assert "# my-folder, pruned, recovered in int4 (groups of 32)" in card
+    assert "# my-folder, pruned, recovered in int4\n" in card
     assert "not stated" in card
     assert "## Results" not in card
+
+
+def test_a_card_names_another_criterion_and_recipe(bloom, tmp_path):
+    stages = {"rank": {"criterion": "flap"}, "prune": {"ratio": 0.5}, "recover": {"recipe": "lora"}}
+    card = model_card(tmp_path, origin(stages=stages))
+    assert "# base-1b, 50% of its prunable parameters removed, recovered by lora\n" in card
+    assert "ranked by the criterion 'flap'" in card
