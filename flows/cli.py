@@ -256,10 +256,12 @@ def _prefect(store: Path) -> Any:
 
 
 def _print_run(store: Path, run_id: str, data: str) -> None:
-    from flows.report import result_rows, stage_rows
+    from flows.report import result_rows, skipped_rows, stage_rows
 
     columns, rows = result_rows(store, run_id)
     _print_table(columns, rows, title=f"run {run_id}")
+    for benchmark, why in skipped_rows(store, run_id):
+        console.print(f"skipped {benchmark}: {why}", style="yellow", highlight=False, soft_wrap=True)
     stages = stage_rows(store, run_id)
     spent = ", ".join(
         f"{stage} {seconds:.0f} s"

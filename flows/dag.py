@@ -9,7 +9,7 @@ from typing import Any
 from storage.keys import Fingerprints, digest
 from tasks.config import ACCURACIES, RunConfig
 from tasks.criteria import NEEDS, SAAP
-from tasks.sources import data_fingerprint, model_source
+from tasks.sources import MissingData, data_fingerprint, model_source
 from tasks.step import Step
 
 # raise a stage's number when its code starts to give other results: its artifacts, and all after them, are made anew
@@ -25,7 +25,7 @@ VERSIONS = {
     "rank": 1,
     "prune": 3,
     "recover": 2,
-    "evaluate": 1,
+    "evaluate": 2,
     "speed": 1,
 }
 
@@ -37,7 +37,8 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
 
     A key is a digest of: stage and its code version, its own part of the config, the keys of the artifacts it takes,
     and fingerprints of what comes from outside. Not the run, the time, a path, or the compute section.
-    Raises ConfigError or StorageError for a model or data that is not there.
+    A benchmark whose data is missing is a step that says so; its key is another once the data is there.
+    Raises ConfigError or StorageError for a model, calibration or recovery data that is not there.
     """
     store = Path(config.store).resolve()
     fingerprints = Fingerprints(store)
@@ -52,7 +53,7 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
         inputs: dict[str, Reference | None],
         outside: dict[str, str],
         fingerprint: str | None = None,
-        **labels: str,
+        **labels: str | None,
     ) -> Reference:
         artifacts = tuple((name, *reference) for name, reference in inputs.items() if reference)
         key = digest([stage, VERSIONS[stage], params, artifacts, fingerprint])
@@ -73,6 +74,13 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
 
     def fingerprint_of(role: str) -> str:
         return data_fingerprint(data, role, fingerprints)
+
+    def found_or_missing(role: str) -> tuple[str | None, str | None]:
+        """The fingerprint of a benchmark's data, or why there is none."""
+        try:
+            return fingerprint_of(role), None
+        except MissingData as missing:
+            return None, str(missing)
 
     dense: Reference | None = None
     if source.kind == "gguf":
@@ -149,26 +157,29 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
             {**teacher_folder, **outside_data},
             digest([source.weights if distilled else None, fingerprint_of("recovery")]),
         )
+    sets = {benchmark: found_or_missing(benchmark) for benchmark in config.evaluate.benchmarks}
     for variant, reference in variants.items():
         for benchmark in config.evaluate.benchmarks:
             options = config.evaluate
             params: dict[str, Any] = {"benchmark": benchmark, "dtype": dtype}
             if benchmark in ACCURACIES:
-                params |= {"limit": options.limit, "harness": version("lm-eval")}
+                params |= {"limit": options.limit, "samples": options.samples, "harness": version("lm-eval")}
             else:
                 params |= {"windows": list(options.windows), "max_tokens": options.max_tokens}
             if reference is None:
                 its_inputs, its_outside = of_model("checkpoint")
             else:
                 its_inputs, its_outside = {"checkpoint": reference, "tokenizer": reference}, {}
+            found, missing = sets[benchmark]
             add(
                 "evaluate",
                 params,
                 its_inputs,
                 {**its_outside, **outside_data},
-                digest([source.weights if reference is None else None, fingerprint_of(benchmark)]),
+                digest([source.weights if reference is None else None, found]),
                 variant=variant,
                 benchmark=benchmark,
+                missing=missing,
             )
     if config.speed.runs:
         add(

@@ -9,10 +9,13 @@ from tasks.step import Step
 
 
 def plan_rows(steps: list[Step]) -> list[tuple[str, str, str, str]]:
-    """(step, 'cached' or 'run', why, key) for every step of a run."""
+    """(step, 'cached', 'run' or 'skip', why, key) for every step of a run."""
     store = ArtifactStore(steps[0].store)
     rows, missing = [], {}
     for step in steps:
+        if step.missing is not None:
+            rows.append((step.label, "skip", step.missing, step.key))
+            continue
         manifest, fault = store.inspect(step.stage, step.key)
         if manifest is not None:
             rows.append((step.label, "cached", f"made by run {manifest['run_id']}", step.key))

@@ -55,7 +55,17 @@ def stage_rows(store: Path, run_id: str) -> list[tuple[str, int, int, float]]:
     with Warehouse(store).reading() as connection:
         return connection.execute(
             "select stage, count(*), count(*) filter (cached), coalesce(sum(seconds) filter (not cached), 0) "
-            "from stage_runs where run_id = ? group by stage order by min(position)",
+            "from stage_runs where run_id = ? and skipped is null group by stage order by min(position)",
+            [run_id],
+        ).fetchall()
+
+
+def skipped_rows(store: Path, run_id: str) -> list[tuple[str, str]]:
+    """(benchmark, why and what helps) of the benchmarks that were not run because their data is missing."""
+    with Warehouse(store).reading() as connection:
+        return connection.execute(
+            "select benchmark, skipped from stage_runs where run_id = ? and skipped is not null "
+            "group by all order by min(position)",
             [run_id],
         ).fetchall()
 

@@ -4,12 +4,12 @@ import datetime
 import uuid
 from typing import Any
 
-from prefect import flow, runtime
+from prefect import flow, get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
 from prefect.states import State
 
 from flows.dag import build
-from flows.report import result_rows
+from flows.report import result_rows, skipped_rows
 from storage.artifacts import ArtifactStore
 from storage.runs import RunRecord, mark_killed
 from storage.warehouse import Warehouse
@@ -26,7 +26,9 @@ from tasks.prune import prune
 from tasks.rank import rank
 from tasks.recover import recover
 from tasks.score import score
+from tasks.sources import MissingData
 from tasks.speed import speed
+from tasks.step import Step
 
 _TASKS = (
     model,
@@ -50,6 +52,20 @@ def _flow_run_name() -> str:
     parameters: dict[str, Any] = runtime.flow_run.parameters
     config = load_config(parameters["config"], tuple(parameters["overrides"] or ()))
     return f"{config.name}: {config.model.path} at {config.prune.ratio:g}"
+
+
+def _run_task(store: ArtifactStore, step: Step) -> str | None:
+    """Have the step's artifact in the store. Returns why, when a benchmark's data could not be had."""
+    # Prefect's cache knows that the stage was done, only the store knows that its artifact is still there
+    there = store.find(step.stage, step.key) is not None
+    state: State = TASKS[step.stage].with_options(refresh_cache=not there)(step, return_state=True)
+    try:
+        state.result()
+    except MissingData as missing:
+        if step.stage != "evaluate":
+            raise
+        return str(missing)
+    return None
 
 
 @flow(name="saap", flow_run_name=_flow_run_name, validate_parameters=False)
@@ -79,21 +95,16 @@ def saap_run(config: str | None = None, overrides: list[str] | None = None) -> s
     try:
         warehouse.load(run_id)
         for position, step in enumerate(steps):
-            # Prefect's cache knows that the stage was done, only the store knows that its artifact is still there
-            there = store.find(step.stage, step.key) is not None
-            state: State = TASKS[step.stage].with_options(refresh_cache=not there)(step, return_state=True)
-            state.result()
-            manifest = store.find(step.stage, step.key)
-            assert manifest is not None
-            record.stage(
-                position,
-                stage=step.stage,
-                variant=step.variant,
-                benchmark=step.benchmark,
-                key=step.key,
-                cached=manifest["run_id"] != run_id,
-                seconds=manifest["seconds"],
-            )
+            about = {"stage": step.stage, "variant": step.variant, "benchmark": step.benchmark, "key": step.key}
+            if (missing := step.missing or _run_task(store, step)) is not None:
+                get_run_logger().warning("%s skipped: %s", step.label, missing)
+                record.stage(position, **about, cached=False, seconds=None, skipped=missing)
+            else:
+                manifest = store.find(step.stage, step.key)
+                assert manifest is not None
+                record.stage(
+                    position, **about, cached=manifest["run_id"] != run_id, seconds=manifest["seconds"], skipped=None
+                )
             warehouse.load(run_id)
     except BaseException as error:
         record.finish("failed", str(error) or type(error).__name__)
@@ -102,7 +113,8 @@ def saap_run(config: str | None = None, overrides: list[str] | None = None) -> s
     record.finish("completed")
     warehouse.load(run_id)
     columns, rows = result_rows(store.root, run_id)
+    skipped = "".join(f"\n\nSkipped {benchmark}: {why}" for benchmark, why in skipped_rows(store.root, run_id))
     create_table_artifact(
-        [dict(zip(columns, row, strict=True)) for row in rows], key="results", description=f"Run {run_id}"
+        [dict(zip(columns, row, strict=True)) for row in rows], key="results", description=f"Run {run_id}{skipped}"
     )
     return run_id

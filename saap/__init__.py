@@ -11,7 +11,7 @@ from saap.adapter import PooledAdapter, add_adapters, merge_adapters
 from saap.checkpoint import convert_gguf, load, load_tokenizer, save
 from saap.compensation import add_mean_bias
 from saap.criteria import CRITERIA
-from saap.errors import SaapError
+from saap.errors import DataUnavailable, SaapError
 from saap.families import family_of
 from saap.fisher import mask_fisher
 from saap.fluctuation import asi, fluctuation
@@ -35,6 +35,7 @@ __all__ = [
     "ACCURACY",
     "CRITERIA",
     "RECIPES",
+    "DataUnavailable",
     "Groups",
     "Groupwise",
     "GroupwiseLinear",

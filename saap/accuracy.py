@@ -1,8 +1,9 @@
 """Zero-shot accuracies through lm-eval's stock tasks, on the hub's data or on files in the official layout."""
 
+import contextlib
 import json
-import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from saap.errors import SaapError
+from saap.errors import DataUnavailable, SaapError
 from saap.texts import read_rows
 
 
@@ -37,14 +38,20 @@ ACCURACY = {
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of one benchmark; `papers` marks the metric that the papers' tables show."""
+    """One number of one benchmark; `papers` marks the metric that the papers' tables show.
+
+    items: 0 or 1 for each of the n items, in the order of the data; value is their mean.
+    """
 
     metric: str
     value: float
     stderr: float
     n: int
     protocol: str
+    harness: str
+    task_version: str
     papers: bool
+    items: list[float]
 
 
 def accuracy(
@@ -54,55 +61,64 @@ def accuracy(
     *,
     data_file: str | Path | None = None,
     limit: int | None = None,
-    batch_size: int = 16,
-    max_length: int = 2048,
+    batch_tokens: int = 1024,
 ) -> tuple[list[Metric], dict[str, Any]]:
     """acc (and acc_norm where the task has it) of one of `ACCURACY`, and lm-eval's own results as it gives them.
 
     data_file: .parquet or .jsonl with the split's rows in the data set's official columns; None downloads from the hub.
-    limit: the first so many items only. Raises SaapError for an unknown benchmark, unreadable data or missing columns.
+    limit: the first so many items only. The results hold lm-eval's per-sample logs under "samples".
+    Raises SaapError for an unknown benchmark or unusable data, DataUnavailable when a download fails.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from saap.harness import SharedQuestionLM
 
     if benchmark not in ACCURACY:
         raise SaapError(f"unknown benchmark '{benchmark}'; known: {', '.join(ACCURACY)}")
     about = ACCURACY[benchmark]
     if data_file is not None:
         read_rows(data_file, about.columns)
-
-    class Quiet(HFLM):
-        """lm-eval shows its bars whatever TQDM_DISABLE says."""
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm or os.environ.get("TQDM_DISABLE") == "1")
-
-    lm = Quiet(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=batch_size,
-        max_length=max_length,
-        device=str(next(model.parameters()).device),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        spec = benchmark if data_file is None else _task_file(Path(folder), benchmark, Path(data_file))
+    lm = SharedQuestionLM(model, tokenizer, batch_tokens)
+    with tempfile.TemporaryDirectory() as folder, _downloading(benchmark, data_file is None):
+        spec = benchmark if data_file is None else str(task_file(Path(folder), benchmark, Path(data_file)))
         # the bootstrap only serves metrics without a closed-form standard error, and these all have one
-        results = simple_evaluate(
-            lm, tasks=[spec], limit=limit, task_manager=_task_manager(), log_samples=False, bootstrap_iters=100
-        )
+        results = simple_evaluate(lm, tasks=[spec], limit=limit, task_manager=_task_manager(), bootstrap_iters=100)
     found = results["results"][benchmark]
-    n = results["n-samples"][benchmark]["effective"]
-    protocol = f"lm-eval {version('lm-eval')} task v{results['versions'][benchmark]}, 0-shot" + (
-        f", first {limit}" if limit else ""
-    )
+    samples = sorted(results["samples"][benchmark], key=lambda sample: sample["doc_id"])
+    harness, task_version = f"lm-eval {version('lm-eval')}", str(results["versions"][benchmark])
     metrics = [
         Metric(
-            name, float(found[f"{name},none"]), float(found[f"{name}_stderr,none"]), n, protocol, name == about.papers
+            metric=name,
+            value=float(found[f"{name},none"]),
+            stderr=float(found[f"{name}_stderr,none"]),
+            n=results["n-samples"][benchmark]["effective"],
+            protocol=f"{harness} task v{task_version}, 0-shot" + (f", first {limit}" if limit else ""),
+            harness=harness,
+            task_version=task_version,
+            papers=name == about.papers,
+            items=[float(sample[name]) for sample in samples],
         )
         for name in ("acc", "acc_norm")
         if f"{name},none" in found
     ]
     return metrics, json.loads(json.dumps(results, default=str))
+
+
+@contextlib.contextmanager
+def _downloading(benchmark: str, from_hub: bool) -> Iterator[None]:
+    import httpx
+
+    try:
+        yield
+    except (OSError, httpx.TransportError) as error:
+        if (
+            not from_hub or getattr(error, "errno", None) is not None
+        ):  # an errno: of this machine's disk, not of the hub
+            raise
+        raise DataUnavailable(
+            f"cannot download {benchmark} from the hub ({type(error).__name__}): check the network, or put its file "
+            "into a data folder"
+        ) from error
 
 
 @lru_cache(maxsize=1)
@@ -115,8 +131,11 @@ def _task_manager() -> Any:
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
 
 
-def _task_file(folder: Path, benchmark: str, data_file: Path) -> str:
-    """The stock task with only the place of its data changed, as lm-eval's `include` allows."""
+def task_file(folder: Path, benchmark: str, data_file: Path) -> Path:
+    """`<folder>/<benchmark>.yaml`: the stock task with only the place of its data changed, by lm-eval's `include`.
+
+    `lm-eval run --include_path <folder> --tasks <benchmark>` runs the same.
+    """
     stock = _task_manager().task_index[benchmark].yaml_path
     # the stock tasks name further splits; zero-shot runs never read them
     files = {name: str(data_file.resolve()) for name in ("train", "validation", "test")}
@@ -129,4 +148,4 @@ def _task_file(folder: Path, benchmark: str, data_file: Path) -> str:
     }
     file = folder / f"{benchmark}.yaml"
     file.write_text(json.dumps(overrides))  # JSON is YAML
-    return str(file)
+    return file

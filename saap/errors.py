@@ -2,3 +2,7 @@ class SaapError(ValueError):
     """Something the user can put right. The message is one line that says what is wrong and what to do."""
 
     exit_code = 2
+
+
+class DataUnavailable(SaapError):
+    """Data that could not be had: a download that failed. The message is one line and says what to do."""

@@ -14,11 +14,15 @@ from saap.errors import SaapError
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value = exp(mean NLL); stderr by the delta method from the spread of the windows' mean NLL; n = windows."""
+    """value = exp(mean NLL); stderr by the delta method from the spread of the windows' mean NLL; n = windows.
+
+    items: the mean NLL of each window, nats a token.
+    """
 
     value: float
     stderr: float
     n: int
+    items: list[float]
 
 
 @torch.no_grad()
@@ -57,4 +61,4 @@ def perplexity(
     loss = torch.cat(losses)
     value = math.exp(min(loss.mean().item(), 700.0))  # a broken model must not end in an overflow error
     spread = loss.std().item() / math.sqrt(len(loss)) if len(loss) > 1 else math.nan
-    return Perplexity(value, value * spread, len(loss))
+    return Perplexity(value, value * spread, len(loss), loss.tolist())

@@ -37,7 +37,7 @@ class RunRecord:
         _write(self._folder / "run.json", self._run)
 
     def stage(self, position: int, **about: Any) -> None:
-        """Record that a stage's artifact is there: stage, key, variant, benchmark, cached, seconds."""
+        """A stage's artifact is there, or why not: stage, key, variant, benchmark, cached, seconds, skipped."""
         _write(self._folder / "stages" / f"{position:04d}.json", {"position": position, **about, "at": time.time()})
 
     def finish(self, status: str, error: str | None = None) -> None:

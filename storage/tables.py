@@ -94,8 +94,17 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("stderr", pa.float64(), "standard error of value"),
         ("n", pa.int64(), "items, or windows of text"),
         ("protocol", pa.string(), "how it was measured"),
+        ("harness", pa.string(), "lm-eval and its version; none for perplexity, which is our own code"),
+        ("task_version", pa.string(), "lm-eval's version of the task"),
         ("papers", pa.bool_(), "whether it is the number that the papers' tables show"),
         ("data", pa.string(), "where the data came from: mini, hub, or a folder's name"),
+    ),
+    "items": _schema(
+        ("benchmark", pa.string(), "one of the nine"),
+        ("metric", pa.string(), "acc, acc_norm or perplexity"),
+        ("protocol", pa.string(), "how it was measured"),
+        ("item", pa.int32(), "number of the item or window, from 0"),
+        ("value", pa.float64(), "1 right, 0 wrong; of a window the mean NLL, nats a token"),
     ),
     "speed": _schema(
         ("variant", pa.string(), "dense, pruned or recovered"),

@@ -24,7 +24,7 @@ from metrics group by all order by run_id, benchmark, metric, protocol;
 create view stage_reuse as
 select stage, count(*) as uses, count(*) filter (not cached) as computed, count(*) filter (cached) as reused,
     sum(seconds) filter (not cached) as seconds_spent, sum(seconds) filter (cached) as seconds_saved
-from stage_runs group by stage order by seconds_saved desc nulls last;
+from stage_runs where skipped is null group by stage order by seconds_saved desc nulls last;
 
 -- One row a run and variant: what was found, and the settings that sweeps vary. settings is the whole configuration
 -- without what leaves the result alone and without the seed: runs that agree in it differ in their calibration sample.

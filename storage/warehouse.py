@@ -19,7 +19,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.tables import SCHEMAS
 
-VERSION = 5  # raise it when a table or view changes: a file of another version is rebuilt from the store
+VERSION = 6  # raise it when a table or view changes: a file of another version is rebuilt from the store
 
 # stage → the tables loaded from its artifact
 STAGE_TABLES = {
@@ -27,9 +27,12 @@ STAGE_TABLES = {
     "rank": ("groups",),
     "prune": ("widths",),
     "recover": ("training",),
-    "evaluate": ("metrics",),
+    "evaluate": ("metrics", "items"),
     "speed": ("speed",),
 }
+# what a row belongs to, where that is not (run_id, key): the variant of a metric comes from the stage run, since it is
+# measured on one checkpoint whatever that is called; items are many, and the same for all runs that share the artifact
+_OWNERS = {"metrics": ("run_id", "key", "variant"), "items": ("key",)}
 _SQL_TYPES = {"int32": "INTEGER", "int64": "BIGINT", "double": "DOUBLE", "float": "FLOAT", "bool": "BOOLEAN"}
 
 _TABLES = """
@@ -39,7 +42,7 @@ create table runs (
     started_at timestamp, finished_at timestamp, status varchar, error varchar, config varchar);
 create table stage_runs (
     run_id varchar, position integer, stage varchar, variant varchar, benchmark varchar, key varchar, cached boolean,
-    seconds double, finished_at timestamp, primary key (run_id, position));
+    seconds double, finished_at timestamp, skipped varchar, primary key (run_id, position));
 create table published_results (
     source varchar, "table" varchar, model varchar, ratio double, tuned boolean, method varchar, benchmark varchar,
     value double, misprint boolean, note varchar);
@@ -138,22 +141,30 @@ class Warehouse:
 
     def _load_stage(self, connection: duckdb.DuckDBPyConnection, run_id: str, stage: dict[str, Any]) -> None:
         connection.execute(
-            "insert into stage_runs values (?, ?, ?, ?, ?, ?, ?, ?, make_timestamp(?))",
+            "insert into stage_runs values (?, ?, ?, ?, ?, ?, ?, ?, make_timestamp(?), ?)",
             [
                 run_id,
                 *(stage[c] for c in ("position", "stage", "variant", "benchmark", "key", "cached", "seconds")),
                 _microseconds(stage["at"]),
+                stage.get("skipped"),
             ],
         )
         for table in STAGE_TABLES.get(stage["stage"], ()):
             file = self.root / stage["stage"] / stage["key"] / f"{table}.parquet"
             if not file.exists():
                 continue  # the artifact was removed after the run: its record stays, its rows are gone
-            leading = "?, ?, ?," if _has_variant(table) else "?, ?,"
-            values = [run_id, stage["key"], *([stage["variant"]] if _has_variant(table) else [])]
-            columns = ", ".join(SCHEMAS[table].names)
+            owner = {"run_id": run_id, "key": stage["key"], "variant": stage["variant"]}
+            owned = _OWNERS.get(table, ("run_id", "key"))
+            if (
+                owned == ("key",)
+                and connection.execute(f"from {table} where key = ? limit 1", [stage["key"]]).fetchone()
+            ):
+                continue  # loaded with an earlier run
+            leading = ", ".join(f"? as {name}" for name in owned)
+            # by name: files written before a column was added have no such column
             connection.execute(
-                f"insert into {table} select {leading} {columns} from read_parquet(?)", [*values, str(file)]
+                f"insert into {table} by name select {leading}, * from read_parquet(?)",
+                [*(owner[name] for name in owned), str(file)],
             )
 
     def _importance_view(self, connection: duckdb.DuckDBPyConnection) -> None:
@@ -174,15 +185,10 @@ class Warehouse:
         connection.execute(f"create or replace view importance as {source}")
 
 
-def _has_variant(table: str) -> bool:
-    """Whether the variant comes from the stage run: metrics are measured on one checkpoint, whatever it is called."""
-    return table == "metrics"
-
-
 def _create(table: str) -> str:
-    leading = "run_id varchar, key varchar" + (", variant varchar" if _has_variant(table) else "")
-    columns = ", ".join(f"{field.name} {_sql_type(field.type)}" for field in SCHEMAS[table])
-    return f"create table {table} ({leading}, {columns})"
+    columns = [f"{name} varchar" for name in _OWNERS.get(table, ("run_id", "key"))]
+    columns += [f"{field.name} {_sql_type(field.type)}" for field in SCHEMAS[table]]
+    return f"create table {table} ({', '.join(columns)})"
 
 
 def _sql_type(kind: pa.DataType) -> str:

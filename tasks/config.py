@@ -132,6 +132,7 @@ class Evaluate(Section):
         (128, 2048), description="perplexity window lengths, tokens"
     )
     max_tokens: Positive | None = Field(None, description="first so many tokens of each text; all if absent")
+    samples: bool = Field(False, description="keep lm-eval's per-sample logs (prompts, answers, log-likelihoods) too")
 
 
 class Speed(Section):

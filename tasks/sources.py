@@ -26,6 +26,10 @@ class DataSet:
     hub_revision: str | None = None  # data sets that are loading scripts need the hub's own Parquet conversion
 
 
+class MissingData(ConfigError):
+    """A role whose data is not there or cannot be had. A benchmark without its data is skipped, not an error."""
+
+
 _ARC = ("question", "choices", "answerKey")
 _PARQUET = "refs/convert/parquet"
 DATA: dict[str, DataSet] = {
@@ -68,7 +72,7 @@ def mini_folder() -> Path:
 
 
 def data_file(data: str, role: str) -> Path | None:
-    """The local file of a role, or None for the hub. Raises ConfigError when a folder lacks it."""
+    """The local file of a role, or None for the hub. Raises MissingData when a folder lacks it."""
     if data == "hub":
         return None
     folder = mini_folder() if data == "mini" else Path(data)
@@ -78,11 +82,14 @@ def data_file(data: str, role: str) -> Path | None:
     for suffix in (".parquet", ".jsonl"):
         if (file := folder / f"{place}{suffix}").is_file():
             return file
-    raise ConfigError(f"{folder} has no {place}.parquet (or .jsonl), needed for {role}")
+    raise MissingData(f"{folder} has no {place}.parquet (or .jsonl), needed for {role}: put it there and run again")
 
 
 def data_fingerprint(data: str, role: str, fingerprints: Fingerprints) -> str:
-    """Changes when the content of the role's data changes. Raises ConfigError when the hub cannot be asked."""
+    """Changes when the content of the role's data changes.
+
+    Raises MissingData when it is not there or the hub cannot be asked, ConfigError when it cannot be used.
+    """
     file = data_file(data, role)
     if file is not None:
         check_columns(file, role)
@@ -114,7 +121,10 @@ def check_columns(file: Path, role: str) -> None:
 
 
 def read_data(data: str, role: str) -> list[dict[str, Any]]:
-    """All rows of a role that is read as text (calibration, recovery, wikitext2, ptb), from a file or the hub."""
+    """All rows of a role that is read as text (calibration, recovery, wikitext2, ptb), from a file or the hub.
+
+    Raises MissingData when the hub's cannot be downloaded.
+    """
     from saap.texts import read_rows
 
     columns = DATA[role].columns
@@ -124,7 +134,12 @@ def read_data(data: str, role: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     about = DATA[role]
-    rows = load_dataset(about.hub, about.hub_config, split=about.hub_split, revision=about.hub_revision)
+    try:
+        rows = load_dataset(about.hub, about.hub_config, split=about.hub_split, revision=about.hub_revision)
+    except OSError as error:
+        if error.errno is not None:  # of this machine's disk, not of the hub
+            raise
+        raise MissingData(f"cannot download {about.hub} ({type(error).__name__}): check the network") from error
     return list(rows.select_columns(list(columns)))
 
 
@@ -135,9 +150,9 @@ def _hub_revision(role: str) -> str:
     try:
         return str(HfApi().dataset_info(DATA[role].hub, revision=DATA[role].hub_revision, timeout=20).sha)
     except (HfHubHTTPError, OSError, ConnectionError) as error:
-        raise ConfigError(
-            f"cannot reach the hub for {DATA[role].hub} ({type(error).__name__}): "
-            "set data to 'mini' or to a folder with the data sets"
+        raise MissingData(
+            f"cannot reach the hub for {DATA[role].hub} ({type(error).__name__}): check the network, or set data to "
+            "'mini' or to a folder with the data sets"
         ) from error
 
 

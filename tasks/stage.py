@@ -11,6 +11,7 @@ from prefect import Task, get_run_logger, task
 from prefect.serializers import JSONSerializer
 
 from storage.artifacts import ArtifactStore
+from tasks.sources import MissingData
 from tasks.step import Step
 
 Body = Callable[[Step, Path], dict[str, Any]]
@@ -78,7 +79,9 @@ def is_transient(task: Any, task_run: Any, state: Any) -> bool:
     """Retry what may go away by itself (network, a disk that hiccups); never what will fail the same way again."""
     try:
         state.result()
-    except Exception as error:
+    except Exception as failure:
+        # a download that failed says what to do about it, but may pass
+        error = failure.__cause__ if isinstance(failure, MissingData) and failure.__cause__ else failure
         if getattr(error, "exit_code", None) == 2:
             return False
         if isinstance(error, OSError):  # requests', httpx' and the hub's connection errors are OSErrors too

@@ -14,6 +14,7 @@ class Step:
 
     outside: (name, path) of what comes from outside the store: model, tokenizer, data.
     params: the stage's own part of the config, compute: how to do the work, both as JSON.
+    missing: why the step cannot be done and is skipped, and what helps.
     """
 
     stage: str
@@ -26,6 +27,7 @@ class Step:
     run_id: str = ""
     variant: str | None = None
     benchmark: str | None = None
+    missing: str | None = None
 
     @property
     def label(self) -> str:

@@ -6,9 +6,11 @@ import shutil
 import pytest
 
 from flows.dag import VERSIONS, build
+from flows.plan import plan_rows
 from flows.sweep import combinations
 from tasks.config import ConfigError, RunConfig, check_config, default_toml, load_config
 from tasks.criteria import NEEDS
+from tasks.sources import mini_folder
 
 
 @pytest.fixture
@@ -43,6 +45,7 @@ DENSE = {"evaluate dense arc_easy", "evaluate dense wikitext2"}
         ("prune.ratio=0.3", {"prune", "recover", "speed"} | PRUNED),
         ("recover.seed=1", {"recover", "speed"} | RECOVERED),
         ("evaluate.limit=5", {label for label in PRUNED | DENSE if "arc" in label}),
+        ("evaluate.samples=true", {label for label in PRUNED | DENSE if "arc" in label}),
         ("evaluate.windows=[64]", {label for label in PRUNED | DENSE if "wiki" in label}),
         ("evaluate.benchmarks=['arc_easy']", {label for label in PRUNED | DENSE if "wiki" in label}),
         ("speed.runs=3", {"speed"}),
@@ -71,13 +74,33 @@ def test_other_weights_change_every_key_and_another_folder_of_the_same_changes_n
 
 
 def test_other_data_changes_the_stages_that_read_it(settings, tmp_path):
-    from tasks.sources import mini_folder
-
     data = shutil.copytree(mini_folder(), tmp_path / "data")
     assert changed(settings, f"data={data}") == set()
     with (data / "arc_easy" / "test.jsonl").open("a") as file:
         file.write("\n")
     assert changed(settings, f"data={data}") == {label for label in PRUNED | DENSE if "arc" in label}
+
+
+def test_a_benchmark_without_data_is_skipped_with_the_remedy_and_evaluated_once_the_data_is_there(settings, tmp_path):
+    data = shutil.copytree(mini_folder(), tmp_path / "data")
+    whole = keys(settings, f"data={data}")
+    (data / "arc_easy" / "test.jsonl").rename(tmp_path / "arc.jsonl")
+    steps = {step.label: step for step in build(settings(f"data={data}"))}
+    gone = {label for label, step in steps.items() if step.missing}
+    assert gone == {f"evaluate {variant} arc_easy" for variant in ("dense", "pruned", "recovered")}
+    assert f"{data} has no arc_easy/test.parquet" in steps["evaluate dense arc_easy"].missing
+    assert {row[0] for row in plan_rows(list(steps.values())) if row[1] == "skip"} == gone
+    assert {label for label, step in steps.items() if step.key != whole[label]} == gone
+    (tmp_path / "arc.jsonl").rename(data / "arc_easy" / "test.jsonl")
+    assert keys(settings, f"data={data}") == whole
+
+
+@pytest.mark.parametrize("role", ["bookcorpus_like/passages", "alpaca/train"])
+def test_missing_calibration_or_recovery_data_is_an_error(settings, tmp_path, role):
+    data = shutil.copytree(mini_folder(), tmp_path / "data")
+    (data / f"{role}.jsonl").unlink()
+    with pytest.raises(ConfigError, match=role):
+        build(settings(f"data={data}"))
 
 
 def test_a_new_code_version_of_a_stage_makes_it_and_what_follows_anew(settings, monkeypatch):

@@ -116,7 +116,7 @@ def test_lm_evals_command_line_gives_the_accuracies_that_ours_does(elsewhere, ti
     for name, model in models.items():
         (result,) = tmp_path.glob(f"{name}_*.json")
         theirs = json.loads(result.read_text())["results"]["arc_easy_here"]
-        ours, _ = accuracy(dequantize(model), tokenizer, "arc_easy", data_file=data, max_length=256)
+        ours, _ = accuracy(dequantize(model), tokenizer, "arc_easy", data_file=data)
         for metric in ours:
             found = theirs[f"{metric.metric},none"], theirs[f"{metric.metric}_stderr,none"]
             assert found == pytest.approx((metric.value, metric.stderr), abs=1e-9), (name, metric.metric)
