@@ -10,6 +10,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from tqdm.auto import tqdm
 
+from saap.families import family_of
+
 
 @dataclass
 class Question:
@@ -29,7 +31,7 @@ class SharedQuestionLM(HFLM):
     The stock model runs every (question, answer) pair as a sequence of its own. Here a question is one sequence
     [question, answer 1, answer 2, …] in which mask and positions let an answer see the question and itself; logits
     are made only where an answer is predicted. Questions are sorted by length and batched by `batch_tokens`, which
-    is halved when the device runs out of memory. Models without rotary positions (BLOOM) go the stock way.
+    is halved when the device runs out of memory. Models with ALiBi positions go the stock way.
     Log-softmax is in float32 whatever the model's dtype (the stock model's `softmax_dtype=float32`).
     """
 
@@ -43,8 +45,7 @@ class SharedQuestionLM(HFLM):
         )
         self._batch_tokens = batch_tokens
         window = getattr(self.config, "sliding_window", None)
-        rotary = hasattr(getattr(model, "base_model", None), "rotary_emb")
-        self._share = rotary and (window is None or window >= self.max_length)
+        self._share = family_of(self.config).rotary and (window is None or window >= self.max_length)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None

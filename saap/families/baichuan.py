@@ -13,6 +13,7 @@ from .llama import Llama
 class Baichuan(Llama):
     model_types = ("saap_baichuan",)
     int4 = False
+    rotary = False
 
     def units(self, config: Any) -> dict[str, int]:
         return {"attention": len(original_heads(config)), "mlp": config.intermediate_size}

@@ -24,6 +24,7 @@ class Family(ABC):
 
     model_types: tuple[str, ...]
     int4 = False  # whether the class of `uneven` understands `config.groupwise`
+    rotary = True  # whether `position_ids` say where a token stands; with ALiBi its place in the sequence does
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> nn.ModuleList:

@@ -12,6 +12,7 @@ from .base import Family, Part
 
 class Bloom(Family):
     model_types = ("bloom", "saap_bloom")
+    rotary = False
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         return model.transformer.h  # type: ignore[union-attr, return-value]

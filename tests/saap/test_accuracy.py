@@ -17,6 +17,7 @@ import saap
 from saap import ACCURACY, SaapError, accuracy, discover, prune
 from saap.accuracy import task_file
 from saap.harness import SharedQuestionLM
+from saap.modeling_baichuan import SaapBaichuanConfig, SaapBaichuanForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +118,20 @@ def test_answers_that_share_their_question_score_as_the_stock_harness_scores_the
     assert [score for score, _ in found] == [pytest.approx(score, **tolerance) for score, _ in expected]
 
 
-def test_models_whose_positions_cannot_be_given_go_the_stock_way(tiny_tokenizer):
+ALIBI = {
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=2)),
+    "baichuan": lambda: SaapBaichuanForCausalLM(
+        SaapBaichuanConfig(
+            vocab_size=512, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ALIBI)
+def test_models_whose_positions_cannot_be_given_go_the_stock_way(tiny_tokenizer, family):
     torch.manual_seed(0)
-    model = BloomForCausalLM(BloomConfig(vocab_size=512, hidden_size=32, n_layer=2, n_head=2)).eval()
+    model = ALIBI[family]().eval()
     requests = [Instance("loglikelihood", {}, ("The sea is", f" {answer}"), 0) for answer in ("calm", "very deep")]
     stock = HFLM(pretrained=model, tokenizer=tiny_tokenizer, device="cpu").loglikelihood(requests, disable_tqdm=True)
     shared = SharedQuestionLM(model, tiny_tokenizer, 100).loglikelihood(requests, disable_tqdm=True)
