@@ -15,7 +15,7 @@ from tasks.step import Step
 def activations(step: Step, folder: Path) -> dict[str, Any]:
     import saap
 
-    model, _ = checkpoint(step, "model")
+    model, _ = checkpoint(step, "model", use="blocks")
     tokens = calibration_tokens(step)
     found = saap.input_moments(model, tokens, batch_size=settings(step)["batch_size"])
     size = [len(moments.mean) for moments in found.values()]

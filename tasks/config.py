@@ -147,7 +147,7 @@ class Compute(Section):
 
     device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1 …")
     threads: Positive | None = Field(None, description="CPU threads; all cores if absent")
-    batch_size: Positive = Field(8, description="sequences at once in evaluation")
+    batch_size: Positive = Field(8, description="sequences at once in evaluation and statistics")
     offload: bool = Field(
         False, description="score and prune a model larger than the device: its blocks come from disk one by one"
     )

@@ -12,6 +12,8 @@ from storage.errors import StorageError
 from storage.warehouse import Warehouse
 from tests.flows.conftest import saap
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def swept(tiny_folder, tmp_path_factory, prefect_server):
