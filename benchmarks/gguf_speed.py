@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,11 @@ from tqdm.auto import tqdm
 import saap
 from saap.export.gguf import export_gguf
 from saap.export.llama_cpp import LlamaCpp
+from saap.export.speed import llama_cpp_speed
 from storage.keys import Fingerprints
 from tasks.sources import DATA, mini_folder, model_source
 
-PROMPT, WINDOW = 32, 256
+PROMPT, WINDOW = 128, 256
 
 
 def checkpoints(folder: Path, ratio: float) -> dict[str, Path]:
@@ -42,17 +42,9 @@ def checkpoints(folder: Path, ratio: float) -> dict[str, Path]:
     return places
 
 
-def seconds_a_token(model: LlamaCpp, prompt: list[int], new_tokens: int) -> float:
-    model.clear()
-    token = int(model.feed(prompt, last_only=True)[0].argmax())
-    start = time.perf_counter()
-    for _ in range(new_tokens):
-        token = int(model.feed([token])[0].argmax())
-    return (time.perf_counter() - start) / new_tokens
-
-
 def perplexities(folder: Path, file: Path, ids: torch.Tensor, threads: int) -> tuple[float, float]:
     """(torch's, llama.cpp's) of the same windows and the same stored weights."""
+    export_gguf(folder, file)
     model = saap.dequantize(saap.load(folder))
     losses: dict[str, list[float]] = {"torch": [], "llama.cpp": []}
     with LlamaCpp(file, context=WINDOW, threads=threads) as other, torch.no_grad():
@@ -85,28 +77,16 @@ def main() -> None:
         tokenizer = saap.load_tokenizer(folders["dense"])
         text = "\n\n".join(row["text"] for row in saap.read_rows(arguments.text, ("text",)))
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-        models, files = {}, {}
-        for variant, folder in folders.items():
-            files[variant] = work / f"{variant}.gguf"
-            export_gguf(folder, files[variant])
-            models[variant] = LlamaCpp(files[variant], context=512, threads=arguments.threads)
-        rates: dict[str, list[float]] = {variant: [] for variant in models}
-        for run in tqdm(range(arguments.runs + 1), desc="decode", unit="run"):
-            for variant, model in models.items():
-                seconds = seconds_a_token(model, ids[:PROMPT].tolist(), arguments.new_tokens)
-                if run:  # the first one warms up
-                    rates[variant].append(1 / seconds)
-        for model in models.values():
-            model.close()
-        for variant, found in rates.items():
-            low, middle, high = np.percentile(found, [25, 50, 75])
-            ratio = np.median(np.array(found) / rates["dense"])
-            row = {"variant": variant, "type": "Q4_1" if variant == "recovered" else "F16"}
-            row |= {"megabytes": round(files[variant].stat().st_size / 1e6, 1), "tokens_per_s": round(middle, 1)}
-            row |= {"spread": round((high - low) / middle, 3), "ratio": round(float(ratio), 2)}
+        sizes = {variant: saap.size_of(saap.load(folder)) for variant, folder in folders.items()}
+        tokens = {"prompt_tokens": PROMPT, "new_tokens": arguments.new_tokens}
+        for variant, speed in zip(folders, llama_cpp_speed(folders, sizes, **tokens, runs=arguments.runs), strict=True):
+            row = {"variant": variant, "type": speed.dtype, "megabytes": round(speed.weight_bytes / 1e6, 1)}
+            row |= {"tokens_per_s": round(speed.tokens_per_s, 1), "spread": round(speed.tokens_per_s_spread, 3)}
+            row |= {"ratio": round(speed.decode_ratio, 2), "prefill": round(speed.prefill_tokens_per_s, 1)}
+            row |= {"prefill_ratio": round(speed.prefill_ratio, 2)}
             if arguments.tokens:
                 part = ids[: min(arguments.tokens, len(ids)) // WINDOW * WINDOW]
-                ours, theirs = perplexities(folders[variant], files[variant], part, arguments.threads)
+                ours, theirs = perplexities(folders[variant], work / f"{variant}.gguf", part, arguments.threads)
                 row |= {"torch_perplexity": round(ours, 3), "llama_cpp_perplexity": round(theirs, 3)}
             rows.append(row)
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {arguments.runs} runs")

@@ -224,14 +224,23 @@ def doctor(store: StoreOption = Path("saap_store")) -> None:
 
 
 def _check_family(settings: RunConfig) -> None:
+    """What would end the run at a late stage."""
+    from importlib.util import find_spec
+
     from saap.checkpoint import load_config
     from saap.families import family_of
     from storage.keys import Fingerprints
     from tasks.sources import model_source
 
     source = model_source(settings.model.path, settings.model.revision, Fingerprints(Path(settings.store)))
+    if settings.speed.llama_cpp and find_spec("xllamacpp") is None:
+        raise ConfigError("speed.llama_cpp needs llama.cpp: pip install -c constraints.txt xllamacpp")
     if source.kind == "folder":
         model_config = load_config(source.path)
+        if settings.speed.llama_cpp:
+            from saap.export.gguf import check_config
+
+            check_config(model_config)
         if not family_of(model_config).int4 and settings.recover.recipe == "groupwise":
             raise ConfigError(
                 f"{model_config.model_type} has no int4 recovery: set recover.recipe to 'lora', 'qlora' or 'none'"

@@ -172,8 +172,9 @@ def card_of(checkpoint: Checkpoint, place: str | None) -> str:
         )
         metric_rows = _rows(metrics)
         speed = connection.execute(
-            "select parameters, weight_bytes, tokens_per_s, decode_ratio as ratio_to_dense, prefill_tokens_per_s, "
-            "dtype, device, threads from speed where run_id = ? and variant = ?",
+            "select variant, parameters, weight_bytes, tokens_per_s, decode_ratio as ratio_to_dense, "
+            "prefill_tokens_per_s, dtype, device, threads from speed where run_id = ? and starts_with(variant, ?) "
+            "order by variant",
             asked,
         )
         speed_rows = _rows(speed)

@@ -107,7 +107,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("value", pa.float64(), "1 right, 0 wrong; of a window the mean NLL, nats a token"),
     ),
     "speed": _schema(
-        ("variant", pa.string(), "dense, pruned or recovered"),
+        ("variant", pa.string(), "dense, pruned or recovered; with ' in llama.cpp' after it when timed there"),
         ("tokens_per_s", pa.float64(), "decode at batch 1, median"),
         ("tokens_per_s_spread", pa.float64(), "interquartile range over median"),
         ("decode_ratio", pa.float64(), "median of the paired ratios to dense"),

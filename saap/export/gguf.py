@@ -60,7 +60,7 @@ def export_gguf(folder: str | Path, file: str | Path, *, floats: str = "f16") ->
     if not file.parent.is_dir():
         raise SaapError(f"there is no folder {file.parent} to write {file.name} in")
     config = load_config(folder)
-    _check(config)
+    check_config(config)
     check_sizes(config, folder)
     tensors = list(_tensors(config, _Stored(folder), FLOATS[floats]))
     draft = file.with_name(f".{file.name}.partial")
@@ -93,7 +93,8 @@ def export_gguf(folder: str | Path, file: str | Path, *, floats: str = "f16") ->
     return Exported(file.stat().st_size, {kind: kinds.count(kind) for kind in sorted(set(kinds))}, unpacked)
 
 
-def _check(config: Any) -> None:
+def check_config(config: Any) -> None:
+    """Raises SaapError for a model that llama.cpp's deci architecture cannot run."""
     kind = config.model_type.removeprefix("saap_")
     if kind not in ("llama", "mistral", "qwen2"):
         raise SaapError(

@@ -34,7 +34,7 @@ def store(tiny_folder, tmp_path_factory):
         "prune={ratio=0.2, align=8, protect=[0, -1]}",
         "recover={examples=8, epochs=1, batch_size=4, micro_batch_size=4, rank=4, group_size=32}",
         'evaluate={benchmarks=["wikitext2"], windows=[32], max_tokens=512}',
-        "speed={prompt_tokens=8, new_tokens=4, runs=2, warmup=1}",
+        "speed={prompt_tokens=8, new_tokens=4, runs=2, warmup=1, llama_cpp=true}",
         'compute={device="cpu", threads=1}',
     ]
     config = load_config(None, tuple(settings))
@@ -125,6 +125,19 @@ def test_gguf_and_uniform_take_a_run_or_a_folder(store, tmp_path):
     assert config["intermediate_size"] == -(-widest // 4) * 4
     assert f"intermediate_size {config['intermediate_size']}" in said
     assert sorted(file.name for file in tmp_path.iterdir()) == ["even", "int4.gguf", "pruned.gguf"]
+
+
+def test_speeds_in_llama_cpp_stand_beside_those_in_torch(store):
+    with Warehouse(store).reading() as connection:
+        rows = connection.execute("select variant, dtype, parameters, weight_bytes from speed where tokens_per_s > 0")
+        found = {variant: rest for variant, *rest in rows.fetchall()}
+    for variant, dtype in (("dense", "F16"), ("pruned", "F16"), ("recovered", "Q4_1")):
+        there, here = found[f"{variant} in llama.cpp"], found[variant]
+        assert there[:2] == [dtype, here[1]]
+        assert there[2] < here[2]
+    card = export("hf", "r1", "--store", store, "--dry-run")
+    assert "| recovered in llama.cpp |" in card
+    assert "| pruned" not in card
 
 
 @pytest.mark.parametrize(
