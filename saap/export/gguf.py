@@ -1,37 +1,22 @@
 """GGUF for llama.cpp: uneven layers through its `deci` architecture, our int4 as Q4_1, bit for bit."""
 
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
-import torch
 from gguf import GGMLQuantizationType
-from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from saap.checkpoint import load_config, load_tokenizer
 from saap.errors import SaapError
+from saap.export.tensors import Stored, form_of, gguf_tensors, head_size, padded
 from saap.export.vocabulary import write_vocabulary
-from saap.modeling import GroupwiseLinear
-from saap.untrusted import check_sizes, tensor_shapes, weight_files
+from saap.untrusted import check_sizes
 
-BLOCK = 32  # weights of a row that share a scale and a minimum in Q4_1
 FLOATS = {"f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16}
 FILE_TYPES = {GGMLQuantizationType.F32: 0, GGMLQuantizationType.F16: 1, GGMLQuantizationType.Q4_1: 3}
-LINEARS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +47,9 @@ def export_gguf(folder: str | Path, file: str | Path, *, floats: str = "f16") ->
     config = load_config(folder)
     check_config(config)
     check_sizes(config, folder)
-    tensors = list(_tensors(config, _Stored(folder), FLOATS[floats]))
+    stored = Stored(folder)
+    tensors = list(gguf_tensors(config, stored, FLOATS[floats]))
+    stored.all_used()
     draft = file.with_name(f".{file.name}.partial")
     writer = gguf.GGUFWriter(None, "deci")
     try:
@@ -112,18 +99,8 @@ def check_config(config: Any) -> None:
             raise SaapError(f"layer {layer} has {heads} query and {shared} KV heads, {own.intermediate_size} channels")
 
 
-def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _form(config: Any) -> dict[str, int] | None:
-    """How the linear layers are stored in few bits, or None for floats."""
-    form: dict[str, int] | None = getattr(config, "groupwise", None)
-    return form
-
-
 def _write_settings(writer: gguf.GGUFWriter, config: Any, kind: GGMLQuantizationType, name: str) -> None:
-    layers, size = list(config.per_layer_config), _head_size(config)
+    layers, size = list(config.per_layer_config), head_size(config)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[kind])
@@ -133,8 +110,8 @@ def _write_settings(writer: gguf.GGUFWriter, config: Any, kind: GGMLQuantization
     writer.add_context_length(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**31))
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
-    coded = _form(config) is not None
-    writer.add_feed_forward_length([_padded(c.intermediate_size) if coded else c.intermediate_size for c in layers])
+    coded = form_of(config) is not None
+    writer.add_feed_forward_length([padded(c.intermediate_size) if coded else c.intermediate_size for c in layers])
     writer.add_head_count([c.num_attention_heads for c in layers])
     writer.add_head_count_kv([c.num_key_value_heads for c in layers])
     writer.add_key_length(size)
@@ -142,199 +119,3 @@ def _write_settings(writer: gguf.GGUFWriter, config: Any, kind: GGMLQuantization
     writer.add_rope_dimension_count(size)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor to be written: `read` gives its array, of `shape` (bytes for Q4_1) and `dtype`."""
-
-    name: str
-    kind: GGMLQuantizationType
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-    unpacked: bool = False
-
-    @property
-    def dtype(self) -> np.dtype:
-        numpy = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
-        return np.dtype(numpy.get(self.kind, np.uint8))
-
-    @property
-    def bytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-
-class _Stored:
-    """The tensors of a checkpoint, read one at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.places: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in weight_files(folder):
-            shapes = tensor_shapes([file])
-            self.shapes |= shapes
-            self.places |= dict.fromkeys(shapes, file)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.shapes
-
-    def shape(self, name: str, expected: tuple[int, ...]) -> tuple[int, ...]:
-        if self.shapes.get(name) != expected:
-            found = self.shapes.get(name, "missing")
-            raise SaapError(
-                f"the tensors in {self.folder} do not fit its config.json: {name} is {found}, not {expected}"
-            )
-        return expected
-
-    def read(self, name: str) -> torch.Tensor:
-        with safe_open(self.places[name], framework="pt") as stored:
-            tensor: torch.Tensor = stored.get_tensor(name)
-            return tensor
-
-
-def _tensors(config: Any, stored: _Stored, floats: GGMLQuantizationType) -> Iterator[_Tensor]:
-    hidden, vocabulary, size = config.hidden_size, config.vocab_size, _head_size(config)
-    plain, coded = GGMLQuantizationType.F32, _form(config)
-    yield _float(stored, "model.embed_tokens.weight", "token_embd.weight", (vocabulary, hidden), floats)
-    yield _float(stored, "model.norm.weight", "output_norm.weight", (hidden,), plain)
-    if not config.tie_word_embeddings:
-        yield _float(stored, "lm_head.weight", "output.weight", (vocabulary, hidden), floats)
-    factors = _rotary_factors(config)
-    if factors is not None:
-        yield _Tensor("rope_freqs.weight", plain, factors.shape, lambda: factors)
-    for layer, own in enumerate(config.per_layer_config):
-        queries, keys, channels = own.num_attention_heads, own.num_key_value_heads, own.intermediate_size
-        for norm, name in NORMS.items():
-            yield _float(stored, f"model.layers.{layer}.{norm}.weight", f"blk.{layer}.{name}.weight", (hidden,), plain)
-        sizes = {
-            "attn_q": (queries * size, hidden),
-            "attn_k": (keys * size, hidden),
-            "attn_v": (keys * size, hidden),
-            "attn_output": (hidden, queries * size),
-            "ffn_gate": (channels, hidden),
-            "ffn_up": (channels, hidden),
-            "ffn_down": (hidden, channels),
-        }
-        for path, name in LINEARS.items():
-            rotated = {"attn_q": queries, "attn_k": keys}.get(name)
-            source, target = f"model.layers.{layer}.{path}", f"blk.{layer}.{name}"
-            # channels may be padded: what they multiply is zero
-            pad = (coded is not None and name in ("ffn_gate", "ffn_up"), coded is not None and name == "ffn_down")
-            if coded is None:
-                yield _float(stored, f"{source}.weight", f"{target}.weight", sizes[name], floats, rotated)
-            else:
-                yield _coded(stored, source, f"{target}.weight", sizes[name], coded, pad, floats, rotated)
-            if f"{source}.bias" in stored:
-                yield _float(stored, f"{source}.bias", f"{target}.bias", sizes[name][:1], plain, rotated, pad[0])
-
-
-def _float(
-    stored: _Stored,
-    source: str,
-    name: str,
-    shape: tuple[int, ...],
-    kind: GGMLQuantizationType,
-    rotated: int | None = None,
-    pad: bool = False,
-) -> _Tensor:
-    stored.shape(source, shape)
-    rows = _padded(shape[0]) if pad else shape[0]
-
-    def read() -> np.ndarray:
-        value = _pad(_interleave(stored.read(source).float().numpy(), rotated), rows)
-        return _as_float(value, kind, name)
-
-    return _Tensor(name, kind, (rows, *shape[1:]), read)
-
-
-def _coded(
-    stored: _Stored,
-    source: str,
-    name: str,
-    shape: tuple[int, int],
-    form: dict[str, int],
-    pad: tuple[bool, bool],
-    floats: GGMLQuantizationType,
-    rotated: int | None,
-) -> _Tensor:
-    (out, width), bits = shape, form.get("bits", 4)
-    size = -(-width // form["groups"]) if form.get("groups") else form["group_size"]
-    rows, columns = (_padded(n) if wanted else n for n, wanted in zip(shape, pad, strict=True))
-    groups = -(-width // size)
-    for part, expected in (("codes", (out, -(-width * bits // 8))), ("scale", (out, groups)), ("zero", (out, groups))):
-        stored.shape(f"{source}.{part}", expected)
-
-    def linear() -> GroupwiseLinear:
-        layer = GroupwiseLinear(width, out, size, bits=bits)
-        for part in ("codes", "scale", "zero"):
-            setattr(layer, part, stored.read(f"{source}.{part}"))
-        return layer
-
-    if bits != 4 or size % BLOCK or columns % BLOCK:
-
-        def weight() -> np.ndarray:
-            whole = _pad(linear().weight().numpy().T, columns).T
-            return _as_float(_pad(_interleave(whole, rotated), rows), floats, name)
-
-        return _Tensor(name, floats, (rows, columns), weight, unpacked=True)
-
-    def blocks() -> np.ndarray:
-        layer = linear()
-        codes = _pad(layer.unpacked().numpy().T, columns).T
-        scale, zero = (
-            np.repeat(getattr(layer, part).numpy(), size // BLOCK, 1)[:, : columns // BLOCK]
-            for part in ("scale", "zero")
-        )
-        return _pad(_interleave(q4_1(codes, scale, zero), rotated), rows)
-
-    return _Tensor(name, GGMLQuantizationType.Q4_1, (rows, columns // BLOCK * 20), blocks)
-
-
-def q4_1(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
-    """Q4_1 blocks, uint8 (out, in/32·20), of codes uint8 (out, in), scale and zero float16 (out, in/32).
-
-    A block is a float16 scale and minimum, then 16 bytes: byte j holds code j in its low half, j + 16 in its high half.
-    """
-    out, width = codes.shape
-    halves = codes.reshape(out, width // BLOCK, 2, BLOCK // 2)
-    packed = halves[:, :, 0] | halves[:, :, 1] << 4
-    heads = np.stack([scale, zero], -1).astype(np.float16).view(np.uint8).reshape(out, -1, 4)
-    return np.concatenate([heads, packed], -1).reshape(out, -1)
-
-
-def _interleave(value: np.ndarray, heads: int | None) -> np.ndarray:
-    """Rows of q and k as llama.cpp rotates them: pairs (2i, 2i+1), where transformers has (i, i + d/2)."""
-    if heads is None:
-        return value
-    return value.reshape(heads, 2, len(value) // heads // 2, -1).swapaxes(1, 2).reshape(value.shape)
-
-
-def _pad(value: np.ndarray, rows: int) -> np.ndarray:
-    return np.pad(value, [(0, rows - len(value))] + [(0, 0)] * (value.ndim - 1))
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
-
-
-def _as_float(value: np.ndarray, kind: GGMLQuantizationType, name: str) -> np.ndarray:
-    if not np.isfinite(value).all():
-        raise SaapError(f"{name} holds values that are not finite")
-    if kind == GGMLQuantizationType.F32:
-        return np.ascontiguousarray(value, np.float32)
-    if np.abs(value).max() > np.finfo(np.float16).max:
-        raise SaapError(f"{name} does not fit float16: export with floats f32")
-    return np.ascontiguousarray(value, np.float16)
-
-
-def _rotary_factors(config: Any) -> np.ndarray | None:
-    """What llama.cpp divides each rotary frequency by (Llama 3's and linear scaling), or None."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    if config.rope_parameters.get("rope_type", "default") == "default":
-        return None
-    size = _head_size(config)
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2).float() / size)
-    factors: np.ndarray = (plain / LlamaRotaryEmbedding(config).inv_freq).numpy()
-    return factors

@@ -204,8 +204,8 @@ def test_text_is_cut_as_the_tokenizer_cuts_it(name, cut, whole_words, tiny_folde
             assert other.tokenize(text) == tokenizer(text)["input_ids"]
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_like(mini):
+@pytest.fixture(params=["normaliser", "metaspace"])
+def sentencepiece_like(mini, request):
     """A BPE with bytes as fallback, its merges ordered by the piece they make, as LLaMA's conversion orders them."""
     bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -220,6 +220,9 @@ def sentencepiece_like(mini):
     )
     merges = sorted((index, vocabulary[a], a, b) for a, b, index in cuts if a in vocabulary and b in vocabulary)
     parts["model"]["merges"] = [[a, b] for _, _, a, b in merges]
+    if request.param == "metaspace":  # the same, as newer files of LLaMA say it
+        parts["normalizer"] = None
+        parts["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < 3]
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(parts)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
@@ -252,6 +255,8 @@ def test_what_llama_cpp_cannot_run_is_refused_and_leaves_nothing(tiny_tokenizer,
     refused(big, tiny_tokenizer, tmp_path / "e", "blk.2.ffn_up.weight.*f32")
     refused(broken, tiny_tokenizer, tmp_path / "f", "not finite", floats="f32")
     refused(pruned("llama"), tiny_tokenizer, tmp_path / "g", "f16", floats="q8_0")
+    torch.nn.Module.register_buffer(broken.model, "extra", torch.zeros(3))
+    refused(broken, tiny_tokenizer, tmp_path / "h", "no place for model.extra", floats="f32")
     with pytest.raises(SaapError, match="no folder"):
         export_gguf(tmp_path / "g", tmp_path / "nowhere" / "model.gguf")
 
