@@ -18,9 +18,9 @@ from saap.groups import KINDS, block_parts, weight_of
 from saap.salience import TILE, channel_sums
 
 # Tokens in one pass where no batch size is asked for: enough for full matrix products, since what a pass keeps for its
-# backward grows with them (40 kB a token and block of a model 576 wide, 130 kB of one 4,096 wide in 16 bits). Weights
+# backward grows with them (40 kB a token and block of a model 576 wide, 170 kB of one 4,096 wide in 16 bits). Weights
 # that are fetched block by block are worth more tokens, of which only the inputs of blocks are kept.
-TOKENS_AT_ONCE = {"cpu": 128, "cuda": 512, "offloaded": 8192}
+TOKENS_AT_ONCE = {"cpu": 128, "cuda": 384, "offloaded": 8192}
 
 # The loss of a float16 model is scaled, by powers of two so that undoing it is exact: its gradients of 1e-8 would be
 # zero in float16. Where the scaled ones overflow the sample is done again with the next scale.
