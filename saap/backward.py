@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from saap.families import family_of
 from saap.groups import weight_of
+from saap.onednn import LinearsByOneDNN, product
 
 LOGITS = 1 << 22  # at a time: 16 MB of float32
 
@@ -23,7 +24,7 @@ def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     ids = batch.to("cpu" if embedding.weight.is_meta else embedding.weight.device)
-    with _frozen(model):
+    with _frozen(model), LinearsByOneDNN():
         with torch.enable_grad(), _recomputed(model) if is_offloaded(model) else nullcontext():
             states = embedding(ids).detach().requires_grad_()
             last = model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
@@ -45,8 +46,8 @@ def watch_gradients(linears: list[nn.Linear], see: Callable[[int, torch.Tensor, 
     def hook(index: int) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
         def forward(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             if output.requires_grad:  # not in a forward pass that will be repeated
-                x = inputs[0].detach()
-                output.register_hook(lambda delta: see(index, x, delta.detach()))
+                kept = [inputs[0].detach()]  # until it is seen: the graph lives longer
+                output.register_hook(lambda delta: see(index, kept.pop(), delta.detach()))
 
         return forward
 
@@ -64,10 +65,12 @@ def is_offloaded(model: nn.Module) -> bool:
 
 def _logits_gradient(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> torch.Tensor:
     """factor·∂/∂hidden of the summed cross-entropy of head(hidden), (tokens, H): factor·(softmax − one-hot)·W."""
-    surplus = torch.softmax(head(hidden).float(), -1)
+    surplus = head(hidden).float()
+    surplus.sub_(surplus.amax(-1, keepdim=True)).exp_()
+    surplus.div_(surplus.sum(-1, keepdim=True))
     surplus[torch.arange(len(targets), device=targets.device), targets] -= 1
     weight = weight_of(head, hidden.device)
-    return surplus.mul_(factor).to(weight.dtype) @ weight
+    return product(surplus.mul_(factor).to(weight.dtype), weight.T)
 
 
 @contextmanager

@@ -106,14 +106,12 @@ def _score_batch(model, batch, numbers, parts, hessian, vector_unit, scales):  #
     ]
     sums: Sums = {}
     # one place for all tiles, taken before the activations: among them it would leave holes in a CPU's heap
-    tiles = torch.empty(2, TILE)
+    work = torch.empty(TILE)
 
     def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
         place, axis, linear = members[index]
-        work = tiles if delta.device == tiles.device else None
-        sums[place] = channel_sums(
-            weight_of(linear, delta.device), delta, x, axis, hessian=hessian, scale=scales[0], tiles=work
-        )
+        weight, here = weight_of(linear, delta.device), work if delta.device == work.device else None
+        sums[place] = channel_sums(weight, delta, x, axis, hessian=hessian, scale=scales[0], work=here)
 
     with watch_gradients([linear for *_, linear in members], see):
         backward(model, batch, scales[0])

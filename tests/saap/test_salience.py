@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from saap import salience
+from saap.onednn import LinearsByOneDNN, product
 
 
 def make(out, inside, dtype, samples=3, tokens=37, scale=1.0):
@@ -66,3 +67,27 @@ def test_the_kernel_gives_the_same_sums():
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | interpreted, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_products_are_products_whatever_the_strides_and_dtypes():
+    generator = torch.Generator().manual_seed(3)
+    a, b, bias = (torch.randn(*shape, generator=generator) for shape in ((40, 3, 17), (30, 17), (30,)))
+    expected = (a.double() @ b.double().T + bias.double()).float()
+    for left in (a, a.transpose(0, 1).contiguous().transpose(0, 1)):
+        for right in (b, b.T.contiguous().T, torch.cat([b, b], 1)[:, :17]):
+            torch.testing.assert_close(product(left, right, bias), expected)
+    half = product(a.bfloat16(), b.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected - bias, rtol=0.02, atol=0.05)
+
+
+def test_linear_layers_by_onednn_have_the_same_outputs_and_gradients():
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(17, 30), torch.nn.SiLU(), torch.nn.Linear(30, 9, bias=False))
+    x = torch.randn(2, 5, 17, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    with LinearsByOneDNN():
+        y = layer(x)
+        (found,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(y, layer(x))
+    torch.testing.assert_close(found, expected)
