@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import BloomConfig, BloomForCausalLM
 
 from saap import RECIPES, Groupwise, GroupwiseLinear, Lora, Qlora, SaapError, Training, load, recover, save
 from saap.loss import Student
@@ -73,6 +74,18 @@ def test_only_the_targets_learn(name, tiny_llama):
     with torch.no_grad():
         trained = model(IDS).logits
         assert (recipe.finish(model)(IDS).logits - trained).abs().max() < 2e-2
+
+
+def test_a_family_without_an_int4_form_has_lora_and_says_so_of_groupwise():
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.1)
+    model = Lora(rank=4, targets=("query_key_value",)).prepare(BloomForCausalLM(config).eval())
+    learn(model)
+    with torch.no_grad():
+        trained = model(IDS).logits
+        assert (Lora(rank=4).finish(model)(IDS).logits - trained).abs().max() < 1e-4
+    with pytest.raises(SaapError, match="bloom"):
+        Groupwise().prepare(BloomForCausalLM(config))
 
 
 @pytest.mark.parametrize("name", RECIPES)
