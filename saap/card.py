@@ -9,7 +9,8 @@ from typing import Any
 from saap.checkpoint import load_config
 
 HOW_TO_LOAD = """\
-With transformers and nothing else; the blocks have widths of their own, so their classes come along as a file:
+With transformers 5.20 or newer and nothing else; the blocks have widths of their own, so their classes come along as a
+file:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -294,6 +294,7 @@ def test_a_left_padded_batch_equals_its_rows_alone(model):
     torch.testing.assert_close(together[:1], logits(small, ids[:1]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(together[1:2, pad:], logits(small, ids[1:2, pad:]), rtol=1e-4, atol=1e-5)
     generated = small.generate(ids, attention_mask=seen, **GREEDY)
+    assert torch.equal(generated, small.generate(ids, attention_mask=seen, use_cache=False, **GREEDY))
     assert torch.equal(generated[1:2, pad:], small.generate(ids[1:2, pad:], **GREEDY))
 
 
