@@ -6,9 +6,9 @@
 
 The straightforward way: batch 1, one backward pass a sample with the gradients of all weights, and the sums over the
 groups afterwards. The floor: three forward passes (forward, gradients of activations, gradients of weights). Peaks are
-what is held above the weights: on a GPU the allocator's, on a CPU the resident memory's. On an x86 CPU scoring takes its
-float32 products from oneDNN, PyTorch from MKL: "ours, PyTorch's products" is what the method alone gives. Prints tables
-and, as its last line, one JSON object.
+what is held above the weights: on a GPU the allocator's, on a CPU the resident memory's. On an x86 CPU scoring takes
+its float32 products from oneDNN, PyTorch from MKL: "ours, PyTorch's products" is what the method alone gives. Prints
+tables and, as its last line, one JSON object.
 """
 
 import argparse
