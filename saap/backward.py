@@ -12,7 +12,7 @@ from saap.families import family_of
 from saap.groups import weight_of
 from saap.onednn import LinearsByOneDNN, product
 
-LOGITS = 1 << 22  # at a time: 16 MB of float32
+LOGITS = 1 << 21  # at a time: 8 MB of float32
 
 
 def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:

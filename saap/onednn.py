@@ -18,10 +18,15 @@ THERE = (
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """a·bᵀ + bias for a (…, k) and b (n, k). Other dtypes and devices: as PyTorch does it."""
     if THERE and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32:
-        # of other strides oneDNN makes its slowest loop
-        b = b if b.T.is_contiguous() else b.contiguous()
-        return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
     return F.linear(a, b, bias)
+
+
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    """t, or a copy: contiguous or the transpose of that. Of other strides oneDNN makes its slowest loop."""
+    if t.is_contiguous() or t.mT.is_contiguous():
+        return t
+    return t.mT.contiguous().mT if t.ndim == 2 and t.stride(0) == 1 else t.contiguous()
 
 
 class LinearsByOneDNN(TorchFunctionMode):

@@ -35,7 +35,6 @@ def channel_sums(
     if weight.is_cuda and salience_triton is not None:
         return salience_triton.channel_sums(weight, delta, x, axis, hessian == "fisher", scale)
     delta, x = delta.float() / scale if scale != 1 else delta.float(), x.float()
-    left, right = delta.mT.contiguous(), x.mT.contiguous()
     samples, channels, across = len(delta), weight.shape[axis], weight.shape[1 - axis]
     step = max(1, TILE // across)
     if work is None:
@@ -48,7 +47,7 @@ def channel_sums(
         part = weight[rows, columns]
         second = work[: part.numel()].view(part.shape)
         for b in range(samples):
-            s = product(left[b, rows], right[b, columns]).mul_(part)
+            s = product(delta[b, :, rows].T, x[b, :, columns].T).mul_(part)
             torch.addcmul(s, s, s, value=-0.5, out=second)
             torch.sum(s if hessian == "none" else second, 1 - axis, out=signed[b, tile])
             # faster than a norm of order 1, which does not vectorise
