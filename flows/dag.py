@@ -26,7 +26,7 @@ VERSIONS = {
     "prune": 3,
     "recover": 2,
     "evaluate": 2,
-    "speed": 1,
+    "speed": 2,
 }
 
 Reference = tuple[str, str]  # (stage, key) of an artifact

@@ -124,3 +124,60 @@ from leaderboard l join runs r using (run_id) join steps s using (run_id) join t
     left join leaderboard p on p.run_id = l.run_id and p.variant = 'pruned'
     left join leaderboard d on d.run_id = l.run_id and d.variant = 'dense'
 where l.variant = 'recovered' order by l.model, l.ratio, recipe, seed, l.started_at;
+
+-- Exact two-sided McNemar test: of the n items that only one side has right, `few` fall to the side with fewer.
+create macro mcnemar(few, n) as least(1, 2 * list_sum(list_transform(
+    range(0, few::bigint + 1), lambda k: exp(lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) - n * ln(2)))));
+
+-- two-sided tail of the normal distribution: erfc(|z|/√2) by Abramowitz and Stegun 7.1.26, within 1.5e-7
+create macro erfc_series(x, t) as t * exp(-x * x) * (0.254829592 + t * (-0.284496736 + t * (1.421413741
+    + t * (-1.453152027 + t * 1.061405429))));
+create macro normal_p(z) as erfc_series(abs(z) / sqrt(2), 1 / (1 + 0.3275911 * abs(z) / sqrt(2)));
+
+-- the error of a difference of two independent numbers
+create macro joint_error(a, b) as sqrt(a * a + b * b);
+
+-- how far a number moves with the calibration sample: over the runs that agree in all but the seed
+create view seed_spread as
+with once as (
+    select distinct on (a.settings, m.variant, m.benchmark, m.metric, m.protocol, m.data, a.seed)
+        a.settings, m.variant, m.benchmark, m.metric, m.protocol, m.data, m.value
+    from metrics m join ablations a using (run_id, variant))
+select settings, variant, benchmark, metric, protocol, data, count(*) as seeds, avg(value) as mean,
+    stddev_samp(if(metric = 'perplexity', ln(value), value)) as spread
+from once group by all;
+
+-- Whether b differs from a by more than noise: every two variants of any runs, on the same benchmark, data and protocol.
+-- difference is b − a, of perplexities the difference of their logarithms. stderr is that of the paired bootstrap over
+-- items in the limit of many draws, which for a mean has a closed form: the population deviation of the items'
+-- differences over √n; without items it is made of the two standard errors. low and high bound 95 %.
+create view significance as
+with sides as (
+    select m.*, s.seeds, s.spread from metrics m
+        left join (select run_id, variant, settings from ablations) using (run_id, variant)
+        left join seed_spread s using (settings, variant, benchmark, metric, protocol, data)),
+pairs as (
+    select a.run_id as run_a, a.variant as variant_a, b.run_id as run_b, b.variant as variant_b, a.benchmark, a.metric,
+        a.protocol, a.data, a.papers, a.n, a.key as key_a, b.key as key_b, a.value as value_a, b.value as value_b,
+        if(a.metric = 'perplexity', ln(b.value / a.value), b.value - a.value) as difference,
+        if(a.metric = 'perplexity', joint_error(a.stderr / a.value, b.stderr / b.value), joint_error(a.stderr, b.stderr)) as unpaired,
+        if(a.seeds > 1 and b.seeds > 1, joint_error(a.spread, b.spread), null) as seed_spread
+    from sides a join sides b using (benchmark, metric, protocol, data, n) where a.key <> b.key),
+paired as (
+    select p.*, stddev_pop(ib.value - ia.value) as deviation,
+        count(*) filter (ib.value > ia.value) as won, count(*) filter (ib.value < ia.value) as lost, count(ib.value) as items
+    from pairs p
+        left join items ia on ia.key = p.key_a and ia.benchmark = p.benchmark and ia.metric = p.metric
+            and ia.protocol = p.protocol
+        left join items ib on ib.key = p.key_b and ib.benchmark = p.benchmark and ib.metric = p.metric
+            and ib.protocol = p.protocol and ib.item = ia.item
+    group by all),
+tested as (
+    select *, items = n as has_items, if(items = n, deviation / sqrt(n), unpaired) as stderr from paired)
+select run_a, variant_a, run_b, variant_b, benchmark, metric, protocol, data, papers, n, value_a, value_b, difference,
+    if(has_items, 'paired items', 'standard errors') as basis, stderr,
+    difference - 1.96 * stderr as low, difference + 1.96 * stderr as high,
+    case when has_items and metric <> 'perplexity' then mcnemar(least(won, lost), won + lost)
+         else normal_p(difference / nullif(stderr, 0)) end as p_value,
+    seed_spread, p_value < 0.05 and (seed_spread is null or abs(difference) > 2 * seed_spread) as more_than_noise
+from tested;

@@ -66,7 +66,7 @@ def test_every_variant_has_a_row_and_the_first_is_what_the_ratios_compare_with(t
     model = tiny_llama()
     models = {"dense": model, "pruned": pruned(model), "recovered": to_groupwise(pruned(model), 32)}
     sizes = {name: size_of(m) for name, m in models.items()}
-    rows = compare_speed(models, sizes, prompt_tokens=6, new_tokens=3, runs=3, warmup=1)
+    rows = compare_speed(models, sizes, prompt_tokens=6, new_tokens=3, runs=3, warmup=1, batch_size=2)
     assert [row.variant for row in rows] == list(models)
     assert (rows[0].decode_ratio, rows[0].prefill_ratio) == (1, 1)
     for row in rows:
@@ -74,6 +74,7 @@ def test_every_variant_has_a_row_and_the_first_is_what_the_ratios_compare_with(t
         assert (row.parameters, row.weight_bytes, row.dtype) == (size.parameters, size.weight_bytes, size.dtype)
         assert row.macs_per_token == size.macs_per_token(6)
         assert (row.prompt_tokens, row.new_tokens, row.runs, row.threads) == (6, 3, 3, torch.get_num_threads())
+        assert (row.batch_size, row.eager_tokens_per_s) == (2, row.tokens_per_s)
         rates = (row.tokens_per_s, row.prefill_tokens_per_s, row.decode_ratio, row.prefill_ratio)
         assert min(rates) > 0
         assert np.isfinite(rates).all()
