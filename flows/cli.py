@@ -132,9 +132,10 @@ def sql(
 ) -> None:
     """Ask the warehouse, in DuckDB's SQL (read-only).
 
-    Tables: runs, stage_runs, groups, widths, metrics, speed, training, published_results. Views: importance (all
+    Tables: runs, stage_runs, groups, widths, metrics, items, speed, training, published_results. Views: importance (all
     importance tensors), leaderboard, comparison (dense, pruned, recovered side by side), criteria (over calibration
-    seeds), criteria_published, ablations, recovery, versus_published, stage_reuse.
+    seeds), criteria_published, ablations, recovery, versus_published, significance (is a difference
+    more than noise), seed_spread, stage_reuse.
     """
     import duckdb
 

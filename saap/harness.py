@@ -26,7 +26,7 @@ class Question:
 
 
 class SharedQuestionLM(HFLM):
-    """Log-likelihoods as the stock model gives them, in a third of the time for items of four answers.
+    """Log-likelihoods as the stock model gives them, from a third of the tokens for items of four answers.
 
     The stock model runs every (question, answer) pair as a sequence of its own. Here a question is one sequence
     [question, answer 1, answer 2, …] in which mask and positions let an answer see the question and itself; logits
