@@ -4,12 +4,14 @@ accelerate launch --multi_gpu -m saap.launch JOB.json
 """
 
 import json
+import logging
 import os
 import shlex
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +82,20 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
+def _quiet() -> None:
+    """Leave our own progress bar, not those of every file that is read, nor what the libraries say to each other."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
     if os.path.exists("/proc"):
         threading.Thread(target=_die_with, args=(asked["parent"],), daemon=True).start()
+    _quiet()
     try:
         steps = run(Job(**asked["job"]))
     except SaapError as error:
