@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,8 +47,8 @@ def watch_gradients(linears: list[nn.Linear], see: Callable[[int, torch.Tensor, 
     def hook(index: int) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
         def forward(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             if output.requires_grad:  # not in a forward pass that will be repeated
-                kept = [inputs[0].detach()]  # until it is seen: the graph lives longer
-                output.register_hook(lambda delta: see(index, kept.pop(), delta.detach()))
+                kept = [_keep(inputs[0])]  # until it is seen: the graph lives longer
+                output.register_hook(lambda delta: see(index, kept.pop()(), delta.detach()))
 
         return forward
 
@@ -56,6 +57,15 @@ def watch_gradients(linears: list[nn.Linear], see: Callable[[int, torch.Tensor, 
             handle = linear.register_forward_hook(hook(index))
             stack.callback(handle.remove)
         yield
+
+
+def _keep(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What gives x again: of a product, as down_proj's input is, its factors, which autograd keeps in any case."""
+    node: Any = x.grad_fn
+    if type(node).__name__ == "MulBackward0" and node._saved_self is not None and node._saved_other is not None:
+        return lambda: (node._saved_self * node._saved_other).detach()
+    x = x.detach()
+    return lambda: x
 
 
 def is_offloaded(model: nn.Module) -> bool:

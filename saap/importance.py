@@ -29,7 +29,7 @@ LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 HESSIANS = ("none", "fisher")
 VECTOR_UNITS = ("row", "group")
 
-Sums = dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]  # (layer, matrix) → its `channel_sums`
+Sums = dict[tuple[int, str], torch.Tensor]  # (layer, matrix) → its `channel_sums`, (2, samples, channels)
 
 
 def score(
@@ -104,14 +104,18 @@ def _score_batch(model, batch, numbers, parts, hessian, vector_unit, scales):  #
         for kind in KINDS
         for part, linear in kinds[kind]
     ]
-    sums: Sums = {}
-    # one place for all tiles, taken before the activations: among them it would leave holes in a CPU's heap
+    # places for tiles and results, taken before the activations: among them they would leave holes in a CPU's heap
     work = torch.empty(TILE)
+    sums: Sums = {}
+    for place, axis, linear in members:
+        device = "cpu" if linear.weight.is_meta else linear.weight.device
+        sums[place] = torch.empty(2, len(batch), linear.weight.shape[axis], device=device)
 
     def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
         place, axis, linear = members[index]
         weight, here = weight_of(linear, delta.device), work if delta.device == work.device else None
-        sums[place] = channel_sums(weight, delta, x, axis, hessian=hessian, scale=scales[0], work=here)
+        found = channel_sums(weight, delta, x, axis, hessian=hessian, scale=scales[0], work=here)
+        sums[place].copy_(torch.stack(found))
 
     with watch_gradients([linear for *_, linear in members], see):
         backward(model, batch, scales[0])
