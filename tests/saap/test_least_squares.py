@@ -160,3 +160,7 @@ def test_dead_inputs_change_nothing_and_broken_ones_are_an_error(tiny_llama, tok
         refit(prune(model, keep), model, keep, tokens)
     with pytest.raises(SaapError, match="ridge"):
         refit(prune(model, keep), model, keep, tokens, ridge=0)
+    small = prune(model, keep)
+    model.model.layers[0].mlp.up_proj.to("meta")
+    with pytest.raises(SaapError, match="device"):
+        refit(small, model, keep, tokens)
