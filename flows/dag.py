@@ -21,7 +21,7 @@ VERSIONS = {
     "fluctuation": 2,
     "gradients": 1,
     "activations": 1,
-    "fisher": 1,
+    "fisher": 2,
     "rank": 1,
     "prune": 3,
     "recover": 2,

@@ -11,15 +11,15 @@ from saap.statistics import output_matrices
 
 
 def mask_fisher(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> np.ndarray:
-    """float64 (N,): F_g = mean_t z_gt², with z_gt what group g gives to the loss at token t, to first order.
+    """float64 (N,): F_g = mean_d z_gd², z_gd what group g gives to the loss of sample d, to first order.
 
-    A mask m_g on what the group writes, the columns of its output matrix (o_proj, down_proj and their likes), has at
-    token t the gradient z_gt = Σ_{j in g} x_tj (Wᵀδ_t)_j: x the matrix' input, δ_t the gradient of the sequence's
-    summed next-token loss at its output. ½F_g is the second-order rise of the loss when m_g goes from 1 to 0 with the
-    empirical Fisher for the Hessian, cross terms left out (Kwon et al., arXiv 2204.09656, there per sequence).
+    A mask m_g on what the group writes, the columns of its output matrix (o_proj, down_proj and their likes), has the
+    gradient z_gd = Σ_t Σ_{j in g} x_tj (Wᵀδ_t)_j: x the matrix' input, δ the gradient of the sample's mean next-token
+    loss at its output. ½F_g is the second-order rise of the loss when m_g goes from 1 to 0, up to a factor all groups
+    share, with the empirical Fisher for the Hessian and cross terms left out (Kwon et al., arXiv 2204.09656).
 
-    F_g = (mean z)² + var z: SAAP's coarse importance (the mean) and its fluctuation, over tokens instead of samples
-    and in one unit. It is comparable between layers and between heads and channels, which a z-score is not.
+    F_g = (mean z)² + var z: SAAP's coarse importance with its sign, and its fluctuation over the samples, in one unit.
+    It is comparable between layers and between heads and channels, which a z-score is not.
 
     Args:
         tokens: int64 (D, T), T ≥ 2. Memory is weights and activations: no gradient of a weight is made.
@@ -33,8 +33,8 @@ def mask_fisher(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
 
     def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
         _, _, part, linear = matrices[index]
-        z = (x.float() * (delta @ weight_of(linear, delta.device)).float()).unflatten(-1, (-1, part.width)).sum(-1)
-        sums[index] += (z * (tokens.shape[1] - 1)).square().sum((0, 1)).double().cpu()
+        z = (x.float() * (delta @ weight_of(linear, delta.device)).float()).unflatten(-1, (-1, part.width)).sum((1, -1))
+        sums[index] += z.square().sum(0).double().cpu()
 
     model.eval()
     with tqdm(total=len(tokens), desc="fisher", unit="sample") as bar:
@@ -47,4 +47,4 @@ def mask_fisher(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
             raise SaapError(
                 f"the Fisher information of layer {layer} ({kind}) is not finite: load the model in float32"
             )
-    return (torch.cat(sums) / tokens.numel()).numpy()
+    return (torch.cat(sums) / len(tokens)).numpy()

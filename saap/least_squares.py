@@ -22,7 +22,7 @@ from saap.families import family_of
 from saap.groups import KINDS, discover
 from saap.statistics import output_matrices
 
-RIDGE = 1.0  # chosen on held-out calibration and instruction text, see docs/criteria.md
+RIDGE = 1.0  # chosen on held-out calibration and instruction text, see docs/saap_plus.md
 
 
 @torch.no_grad()

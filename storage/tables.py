@@ -60,7 +60,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("param_mix", pa.float64(), "the same with the second-order term inside"),
     ),
     "fisher": _schema(
-        *_GROUP, ("fisher", pa.float64(), "mean over the tokens of the squared first-order loss of the group")
+        *_GROUP, ("fisher", pa.float64(), "mean over the samples of its squared first-order share in the loss")
     ),
     "moments": _schema(
         ("layer", pa.int32(), "decoder block, from 0"),

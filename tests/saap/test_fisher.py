@@ -21,18 +21,18 @@ def bloom():
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_it_is_the_mean_squared_gradient_of_a_mask_for_each_token_and_group(family, tiny_llama, tokens):
+def test_it_is_the_mean_squared_gradient_of_a_mask_for_each_sample_and_group(family, tiny_llama, tokens):
     model = tiny_llama() if family == "llama" else bloom()
     found = mask_fisher(model, tokens, batch_size=2)
     masks = []
     for _, _, part, linear in output_matrices(model):
-        mask = torch.ones(*tokens.shape, linear.in_features // part.width, requires_grad=True)
+        mask = torch.ones(len(tokens), 1, linear.in_features // part.width, requires_grad=True)
         linear.register_forward_pre_hook(
             lambda _, args, mask=mask, width=part.width: (args[0] * mask.repeat_interleave(width, -1),)
         )
         masks.append(mask)
     logits = model(tokens).logits[:, :-1]
-    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").div(tokens.shape[1] - 1).backward()
     wanted = np.concatenate([mask.grad.square().mean((0, 1)).numpy() for mask in masks])
     assert found.shape == (len(discover(model)),)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-12)
