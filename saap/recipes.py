@@ -124,7 +124,7 @@ class Qlora(Lora):
             block = 32 if weight.device.type == "cpu" and module.in_features % 64 == 32 else 64
             codes: Any = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", blocksize=block)
             four.weight, four.bias = codes.to(weight.device), module.bias
-            # else the first pass without gradients lays the codes out for inference, and they cannot be trained on again
+            # else a pass without gradients lays the codes out for inference: no training on, no merging after that
             four.support_avx512bf16_for_cpu = False
             model.set_submodule(path, four)
         model.is_loaded_in_4bit = True  # how peft knows
