@@ -9,7 +9,7 @@ try:
 except ImportError:  # torch's builds for a CPU come without Triton
     salience_triton = None  # type: ignore[assignment]
 
-TILE = 1 << 18  # elements of ∂L/∂W at a time: 1 MB of float32 stays in a CPU's cache and leaves no holes in its heap
+TILE = 1 << 19  # elements of ∂L/∂W at a time: 2 MB of float32 stay in a CPU's caches and leave no holes in its heap
 
 
 def channel_sums(

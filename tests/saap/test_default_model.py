@@ -49,7 +49,9 @@ def test_the_real_models_scores_equal_autograd(smollm2):
         expected_vector = sum(s.sum(d).abs() for s, d in zip(products, (1, 1, 0), strict=True))
         expected_element = sum((s - s.square() / 2).abs().sum(d) for s, d in zip(products, (1, 1, 0), strict=True))
         here = (groups.layer == 7) & (groups.kind == "mlp")
-        np.testing.assert_allclose(vector[sample, here], expected_vector.detach(), rtol=1e-3)
+        # sums of signed terms nearly cancel in some channels: float32 holds them to a share of the typical score
+        expected_vector = expected_vector.detach()
+        np.testing.assert_allclose(vector[sample, here], expected_vector, rtol=1e-3, atol=1e-3 * expected_vector.mean())
         np.testing.assert_allclose(element[sample, here], expected_element.detach(), rtol=1e-4)
 
 
