@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
 
 from saap.families import family_of
 from saap.groups import weight_of
@@ -24,7 +25,7 @@ def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
     backward pass repeats each block.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    ids = batch.to("cpu" if embedding.weight.is_meta else embedding.weight.device)
+    ids = batch.to(input_device(model))
     with _frozen(model), LinearsByOneDNN():
         with torch.enable_grad(), _recomputed(model) if is_offloaded(model) else nullcontext():
             states = embedding(ids).detach().requires_grad_()
@@ -66,6 +67,33 @@ def _keep(x: torch.Tensor) -> Callable[[], torch.Tensor]:
         return lambda: (node._saved_self * node._saved_other).detach()
     x = x.detach()
     return lambda: x
+
+
+def see_gradients(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    linears: list[nn.Linear],
+    see: Callable[[int, torch.Tensor, torch.Tensor], None],
+    *,
+    batch_size: int,
+    name: str,
+) -> None:
+    """Backward passes over tokens int64 (D, T), `batch_size` sequences at once: `watch_gradients` of all of them.
+
+    name: of the progress bar. The model is put into eval mode.
+    """
+    model.eval()
+    with tqdm(total=len(tokens), desc=name, unit="sample") as bar:
+        for batch in tokens.split(batch_size):
+            with watch_gradients(linears, see):
+                backward(model, batch)
+            bar.update(len(batch))
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids have to be; the CPU for an embedding that accelerate keeps elsewhere."""
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return torch.device("cpu") if weight.is_meta else weight.device
 
 
 def is_offloaded(model: nn.Module) -> bool:

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from saap.backward import backward, watch_gradients, weight_of
+from saap.backward import see_gradients
 from saap.errors import SaapError
+from saap.groups import weight_of
 from saap.statistics import output_matrices
 
 
@@ -36,12 +36,7 @@ def mask_fisher(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
         z = (x.float() * (delta @ weight_of(linear, delta.device)).float()).unflatten(-1, (-1, part.width)).sum((1, -1))
         sums[index] += z.square().sum(0).double().cpu()
 
-    model.eval()
-    with tqdm(total=len(tokens), desc="fisher", unit="sample") as bar:
-        for batch in tokens.split(batch_size):
-            with watch_gradients([linear for *_, linear in matrices], see):
-                backward(model, batch)
-            bar.update(len(batch))
+    see_gradients(model, tokens, [linear for *_, linear in matrices], see, batch_size=batch_size, name="fisher")
     for (layer, kind, _, _), total in zip(matrices, sums, strict=True):
         if not torch.isfinite(total).all():
             raise SaapError(

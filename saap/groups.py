@@ -58,6 +58,14 @@ def block_parts(model: nn.Module) -> list[dict[str, list[tuple[Part, nn.Linear]]
     ]
 
 
+def group_matrices(model: nn.Module) -> Iterator[tuple[int, str, Part, nn.Linear]]:
+    """(layer, kind, part, linear) of every matrix that belongs to groups, in the order of `discover`."""
+    for layer, kinds in enumerate(block_parts(model)):
+        for kind in KINDS:
+            for part, linear in kinds[kind]:
+                yield layer, kind, part, linear
+
+
 def discover(model: nn.Module) -> Groups:
     """The coupled groups of a model (also one on the meta device). Raises SaapError for an unknown family."""
     family = family_of(model.config)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from saap.backward import backward, is_offloaded, watch_gradients
 from saap.errors import SaapError
-from saap.groups import KINDS, block_parts, weight_of
+from saap.groups import KINDS, block_parts, group_matrices, weight_of
 from saap.salience import TILE, channel_sums
 
 # Tokens in one pass where no batch size is asked for: enough for full matrix products, since what a pass keeps for its
@@ -98,12 +98,7 @@ def samples_at_once(model: nn.Module, length: int) -> int:
 
 def _score_batch(model, batch, numbers, parts, hessian, vector_unit, scales):  # type: ignore[no-untyped-def]
     """float32 (D, N), twice; numbers: those of the samples, for messages."""
-    members = [
-        ((layer, part.matrix), part.axis, linear)
-        for layer, kinds in enumerate(parts)
-        for kind in KINDS
-        for part, linear in kinds[kind]
-    ]
+    members = [((layer, part.matrix), part.axis, linear) for layer, _, part, linear in group_matrices(model)]
     # places for tiles and results, taken before the activations: among them they would leave holes in a CPU's heap
     work = torch.empty(TILE)
     sums: Sums = {}

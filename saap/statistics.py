@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from saap.backward import backward, is_offloaded, watch_gradients
+from saap.backward import input_device, is_offloaded, see_gradients
 from saap.errors import SaapError
 from saap.families import Part
-from saap.groups import KINDS, block_parts
+from saap.groups import group_matrices
 
 Block = tuple[int, str]  # (layer, kind)
 
@@ -51,11 +51,7 @@ def output_matrices(model: nn.Module) -> Iterator[tuple[int, str, Part, nn.Linea
 
     Group u of (layer, kind) owns the columns u·part.width … (u + 1)·part.width − 1.
     """
-    for layer, kinds in enumerate(block_parts(model)):
-        for kind in KINDS:
-            for part, linear in kinds[kind]:
-                if part.axis == 1:
-                    yield layer, kind, part, linear
+    return (matrix for matrix in group_matrices(model) if matrix[2].axis == 1)
 
 
 def input_moments(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> dict[Block, Moments]:
@@ -95,13 +91,7 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
     """
     if is_offloaded(model):
         raise SaapError("summed gradients (criterion llm_pruner) need a model whose weights are all on its device")
-    parts = block_parts(model)
-    members = [
-        (layer, kind, part, linear)
-        for layer, kinds in enumerate(parts)
-        for kind in KINDS
-        for part, linear in kinds[kind]
-    ]
+    members = list(group_matrices(model))
     first = [torch.zeros_like(linear.weight, dtype=torch.float32) for *_, linear in members]
     second = [torch.zeros_like(total) for total in first]
 
@@ -111,17 +101,10 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
             first[index].add_(gradient)
             second[index].addcmul_(gradient, gradient)
 
-    with tqdm(total=len(tokens), desc="gradients", unit="sample") as bar:
-        for batch in tokens.split(batch_size):
-            with watch_gradients([linear for *_, linear in members], see):
-                backward(model, batch)
-            bar.update(len(batch))
-    found: dict[str, list[torch.Tensor]] = {"vectorize": [], "param_first": [], "param_mix": []}
+    see_gradients(model, tokens, [linear for *_, linear in members], see, batch_size=batch_size, name="gradients")
+    found: dict[str, dict[Block, torch.Tensor]] = {"vectorize": {}, "param_first": {}, "param_mix": {}}
     with torch.no_grad():
         for index, (layer, kind, part, linear) in enumerate(members):
-            if part is parts[layer][kind][0][0]:
-                for sums in found.values():
-                    sums.append(torch.zeros(linear.weight.shape[part.axis] // part.width, dtype=torch.float64))
             weight = linear.weight.float()
             linear_term = weight * first[index] / len(tokens)
             mixed = linear_term - 0.5 * weight.square() * second[index] / len(tokens)
@@ -133,8 +116,9 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
             ):
                 if not torch.isfinite(rows).all():
                     raise SaapError(f"the score of layer {layer}, {part.matrix} is not finite: use float32")
-                found[name][-1] += rows.double().view(-1, part.width).sum(1).cpu()
-    return TaylorSums(**{name: torch.cat(sums).numpy() for name, sums in found.items()})
+                units = rows.double().view(-1, part.width).sum(1).cpu()
+                found[name][layer, kind] = found[name].get((layer, kind), 0) + units
+    return TaylorSums(**{name: torch.cat(list(sums.values())).numpy() for name, sums in found.items()})
 
 
 @torch.no_grad()
@@ -142,8 +126,7 @@ def _forward(
     model: nn.Module, tokens: torch.Tensor, batch_size: int, see: Callable[[Block, torch.Tensor], None], name: str
 ) -> None:
     """Run the blocks on the tokens; see gets the input of every output matrix as (tokens of the batch, in)."""
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    device = torch.device("cpu") if embedding.is_meta else embedding.device
+    device = input_device(model)
     with ExitStack() as stack:
         for layer, kind, _, linear in output_matrices(model):
             block = (layer, kind)

@@ -51,8 +51,9 @@ def prune(step: Step, folder: Path) -> dict[str, Any]:
         saap.refit(small, model, keep, calibration_tokens(step), batch_size=settings(step)["batch_size"])
     saap.save(small, folder, tokenizer)
     write_card(step, folder)
+    parameters = saap.size_of(small).parameters
     return {
         "removed_of_prunable": round(saap.removed_share(groups, keep), 6),
-        "parameters": saap.size_of(small).parameters,
-        "of_total": round(1 - saap.size_of(small).parameters / saap.size_of(model).parameters, 6),
+        "parameters": parameters,
+        "of_total": round(1 - parameters / saap.size_of(model).parameters, 6),
     }

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from saap.backward import is_offloaded
 from saap.errors import SaapError
 from saap.families import Part
-from saap.groups import KINDS, block_parts
+from saap.groups import group_matrices
 
 RANK, ALPHA = 8, 16.0
 LEARNING_RATE = 1e-3
@@ -47,15 +47,13 @@ def lora_factors(model: nn.Module, seed: int) -> Iterator[list[Factor]]:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
-        for layer, kinds in enumerate(block_parts(model)):
-            for kind in KINDS:
-                for part, linear in kinds[kind]:
-                    out, width = linear.weight.shape
-                    device = linear.weight.device
-                    a = nn.Parameter((torch.randn(RANK, width, generator=generator) / width**0.5).to(device))
-                    b = nn.Parameter(torch.zeros(out, RANK, device=device))
-                    factors.append(Factor(layer, kind, part, linear, a, b))
-                    stack.callback(linear.register_forward_hook(_adder(a, b)).remove)
+        for layer, kind, part, linear in group_matrices(model):
+            out, width = linear.weight.shape
+            device = linear.weight.device
+            a = nn.Parameter((torch.randn(RANK, width, generator=generator) / width**0.5).to(device))
+            b = nn.Parameter(torch.zeros(out, RANK, device=device))
+            factors.append(Factor(layer, kind, part, linear, a, b))
+            stack.callback(linear.register_forward_hook(_adder(a, b)).remove)
         yield factors
 
 

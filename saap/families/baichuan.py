@@ -6,7 +6,7 @@ from torch import nn
 
 from saap.modeling_baichuan import SaapBaichuanConfig, SaapBaichuanForCausalLM
 
-from .bloom import original_heads
+from .bloom import Bloom, original_heads
 from .llama import Llama
 
 
@@ -18,9 +18,7 @@ class Baichuan(Llama):
     def units(self, config: Any) -> dict[str, int]:
         return {"attention": len(original_heads(config)), "mlp": config.intermediate_size}
 
-    def widths(self, config: Any, kept: dict[str, list[int]]) -> dict[str, Any]:
-        heads = original_heads(config)
-        return {"kept_heads": [heads[unit] for unit in kept["attention"]], "intermediate_size": len(kept["mlp"])}
+    widths = Bloom.widths  # heads keep their original numbers
 
     def uneven(self, config: Any, per_layer: dict[int, dict[str, Any]]) -> nn.Module:
         return SaapBaichuanForCausalLM(SaapBaichuanConfig.from_dense(config, per_layer))
