@@ -108,6 +108,8 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
     """Load a GGUF file, dequantised to float32, and save it with its tokenizer as a plain safetensors checkpoint."""
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.initialization import no_init_weights
 
@@ -121,7 +123,11 @@ def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
         plain = type(quantised)(config)
     plain.load_state_dict(quantised.state_dict())
     plain.tie_weights()
-    save(plain, folder, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    cut = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if cut is not None and cut.contents() == "smollm":  # transformers takes every byte-level tokenizer for GPT-2's
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    save(plain, folder, tokenizer)
 
 
 def _baichuan(fields: dict[str, Any]) -> bool:

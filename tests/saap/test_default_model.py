@@ -20,6 +20,7 @@ def test_the_conversion_is_a_plain_float_llama_that_knows_its_capitals(smollm2):
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=4, do_sample=False)[0])
     assert "Paris" in text
+    assert tokenizer.tokenize("In  1998") == ["In", "ĠĠ", "1", "9", "9", "8"]  # GPT-2 would join a space to the 1
 
 
 @pytest.mark.parametrize("benchmark", ["arc_easy", "piqa", "openbookqa"])
