@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import embedded
 
 import saap
 from saap.accuracy import task_file
-from storage.keys import Fingerprints
-from tasks.sources import data_file, model_source
+from tasks.sources import data_file
 
 
 def main() -> None:
@@ -41,10 +41,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        folder = arguments.model
-        if folder is None:
-            folder = work / "model"
-            saap.convert_gguf(model_source("smollm2-135m", None, Fingerprints(work)).path, folder)
+        folder = arguments.model or embedded(work / "model")
         model = saap.load(folder, dtype=arguments.dtype, device=arguments.device)
         tokenizer = saap.load_tokenizer(folder)
         files = {benchmark: data_file(arguments.data, benchmark) for benchmark in arguments.benchmarks}

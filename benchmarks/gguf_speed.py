@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import embedded
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -24,8 +25,7 @@ import saap
 from saap.export.gguf import export_gguf
 from saap.export.llama_cpp import LlamaCpp
 from saap.export.speed import llama_cpp_speed
-from storage.keys import Fingerprints
-from tasks.sources import DATA, mini_folder, model_source
+from tasks.sources import DATA, mini_folder
 
 PROMPT, WINDOW = 128, 256
 
@@ -33,7 +33,7 @@ PROMPT, WINDOW = 128, 256
 def checkpoints(folder: Path, ratio: float) -> dict[str, Path]:
     """Stand-ins for a run's dense, pruned and recovered checkpoints, below `folder`."""
     places = {name: folder / name for name in ("dense", "pruned", "recovered")}
-    saap.convert_gguf(model_source("smollm2-135m", None, Fingerprints(folder)).path, places["dense"])
+    embedded(places["dense"])
     dense, tokenizer = saap.load(places["dense"]), saap.load_tokenizer(places["dense"])
     groups = saap.discover(dense)
     pruned = saap.prune(dense, saap.select(saap.weight_norms(dense) / groups.parameters, groups, ratio))

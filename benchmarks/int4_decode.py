@@ -9,52 +9,11 @@ ratios of the same round. Prints a table and, as its last line, one JSON object.
 
 import argparse
 import json
-from typing import Any
 
-import numpy as np
 import torch
+from common import SHAPES, random_llama, randomly_pruned
 
 import saap
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "llama-7b": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "intermediate_size": 11008,
-        "vocab_size": 32000,
-    },
-}
-
-
-def dense_model(shape: str, device: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.initialization import no_init_weights
-
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device), no_init_weights():
-        model = LlamaForCausalLM(LlamaConfig(dtype="bfloat16", **SHAPES[shape])).eval()
-    torch.set_default_dtype(torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-    model.tie_weights()
-    return model
-
-
-def halved_int4(dense: Any) -> Any:
-    groups = saap.discover(dense)
-    keep = saap.select(np.random.default_rng(0).random(len(groups)), groups, 0.5)
-    return saap.to_groupwise(saap.prune(dense, keep), 32, consume=True)
 
 
 def main() -> None:
@@ -69,10 +28,11 @@ def main() -> None:
     if not on_gpu:
         print("no GPU is used: nothing here is claimed about one")
     shape = arguments.shape or ("llama-7b" if on_gpu else "smollm2-135m")
-    dense = dense_model(shape, arguments.device)
-    models = {"dense, bfloat16": dense, "half, int4": halved_int4(dense)}
+    dense = random_llama(shape, arguments.device)
+    halved = saap.to_groupwise(randomly_pruned(dense, 0.5), 32, consume=True)
+    models = {"dense, bfloat16": dense, "half, int4": halved}
     sizes = {name: saap.size_of(model) for name, model in models.items()}
-    left = saap.use_int4_kernels(models["half, int4"])
+    left = saap.use_int4_kernels(halved)
     lengths = {"prompt_tokens": arguments.prompt, "new_tokens": arguments.new, "runs": arguments.runs}
     rows = saap.compare_speed(models, sizes, **lengths)
 

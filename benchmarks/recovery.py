@@ -13,47 +13,14 @@ import argparse
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-    },
-    "llama-1b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-    },
-}
-
-
-def pruned_model(shape: str, device: str) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from saap import discover, prune, select
-
-    torch.manual_seed(0)
-    config = LlamaConfig(tie_word_embeddings=True, max_position_embeddings=2048, **SHAPES[shape])
-    dense = LlamaForCausalLM(config).bfloat16().to(device)
-    groups = discover(dense)
-    return prune(dense, select(np.random.default_rng(0).random(len(groups)), groups, 0.2))
+from common import SHAPES, held, most_held, random_llama, randomly_pruned, where
 
 
 def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
@@ -62,7 +29,7 @@ def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     from saap.loss import Student
 
     device = arguments.device
-    model = RECIPES[name](rank=arguments.rank).prepare(pruned_model(arguments.shape, device))
+    model = RECIPES[name](rank=arguments.rank).prepare(randomly_pruned(random_llama(arguments.shape, device), 0.2))
     student = Student(model).train()
     learned = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learned, lr=1e-4)
@@ -91,27 +58,13 @@ def wait(device: str) -> None:
 
 
 def peak_of(name: str, arguments: argparse.Namespace) -> int:
-    """Peak bytes of two optimiser steps, weights included. On a CPU: resident memory above that of the imports."""
+    """Peak bytes of two optimiser steps, weights included, above what was held before the model was made."""
     steps_of(name, argparse.Namespace(**(vars(arguments) | {"shape": "smollm2-135m"})))()  # imports, threads, buffers
     gc.collect()
-    before = resident("VmRSS")
+    before = held(arguments.device)
     step = steps_of(name, arguments)
     gc.collect()
-    if arguments.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    step()
-    step()
-    return torch.cuda.max_memory_allocated() if arguments.device == "cuda" else resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return most_held(lambda: (step(), step()), arguments.device) - before
 
 
 def main() -> None:
@@ -146,8 +99,8 @@ def main() -> None:
                 seconds[name].append(took)
 
     tokens = arguments.batch * arguments.length
-    where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{arguments.shape}, 20 % pruned, {arguments.batch} × {arguments.length} tokens a step, bfloat16, on {where}")
+    place = where(arguments.device)
+    print(f"{arguments.shape}, 20 % pruned, {arguments.batch} × {arguments.length} tokens a step, bfloat16, on {place}")
     if arguments.device == "cpu":
         print("no GPU here: nothing is claimed about one")
     print(f"{'recipe':<12}{'tokens/s':>10}{'spread':>9}{'peak MB':>10}{'trained':>10}")
@@ -166,7 +119,7 @@ def main() -> None:
         "groupwise_over_lora_speed": round(faster("lora"), 3),
         "groupwise_peak_smallest": int(peaks["groupwise"] == min(peaks.values())),
         "peak_bytes": peaks,
-        "device": where,
+        "device": place,
     }
     print(json.dumps(figures))
 

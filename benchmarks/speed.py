@@ -18,35 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import embedded, random_llama
 
 import saap
 
 RATIOS = {"dense": None, "20": 0.2, "50": 0.5}
-LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008}
-
-
-def llama_7b() -> Any:
-    """LLaMA-7B's shape in bfloat16 on the GPU, random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.initialization import no_init_weights
-
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"), no_init_weights():
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, dtype="bfloat16", **LLAMA_7B)).eval()
-    torch.set_default_dtype(torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-    return model
-
-
-def embedded(device: str) -> Any:
-    from storage.keys import Fingerprints
-    from tasks.sources import model_source
-
-    with tempfile.TemporaryDirectory() as folder:
-        saap.convert_gguf(model_source("smollm2-135m", None, Fingerprints(Path(folder))).path, folder)
-        return saap.load(folder, device=device)
 
 
 def variants(dense: Any) -> dict[str, Any]:
@@ -97,10 +73,12 @@ def main() -> None:
     on_gpu = device.startswith("cuda")
     if not on_gpu:
         print("no GPU is used: this is the CPU's comparison; the bandwidth figures need one")
-    if arguments.model:
-        dense = saap.load(arguments.model, dtype="bfloat16" if on_gpu else "float32", device=device)
+    if on_gpu and not arguments.model:
+        dense = random_llama("llama-7b", device)
     else:
-        dense = llama_7b() if on_gpu else embedded(device)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = arguments.model or embedded(Path(folder))
+            dense = saap.load(checkpoint, dtype="bfloat16" if on_gpu else "float32", device=device)
     models = variants(dense)
     sizes = {name: saap.size_of(model) for name, model in models.items()}
     bandwidth = read_bandwidth() if on_gpu else None

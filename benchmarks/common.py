@@ -1,0 +1,99 @@
+"""What the benchmarks share: models made on the spot, and memory as the system or the GPU's allocator has it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import saap
+from storage.keys import Fingerprints
+from tasks.sources import EMBEDDED_MODEL, model_source
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "llama-1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "llama-7b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 11008,
+        "vocab_size": 32000,
+    },
+}
+
+
+def random_llama(shape: str, device: str) -> nn.Module:
+    """A Llama of one of SHAPES in bfloat16 with random weights, for what does not depend on the values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device), no_init_weights():
+        model = LlamaForCausalLM(LlamaConfig(dtype="bfloat16", **SHAPES[shape])).eval()
+    torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
+    model.tie_weights()
+    return model
+
+
+def randomly_pruned(dense: nn.Module, ratio: float) -> nn.Module:
+    groups = saap.discover(dense)
+    return saap.prune(dense, saap.select(np.random.default_rng(0).random(len(groups)), groups, ratio))
+
+
+def embedded(folder: Path) -> Path:
+    """The embedded SmolLM2-135M as a checkpoint in `folder`, which is returned."""
+    saap.convert_gguf(model_source(EMBEDDED_MODEL, None, Fingerprints(folder)).path, folder)
+    return folder
+
+
+def where(device: str | torch.device) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def held(device: str | torch.device) -> int:
+    """Bytes: on a GPU what its allocator has given out, on a CPU the resident memory of this process."""
+    return torch.cuda.memory_allocated(device) if torch.device(device).type == "cuda" else _resident("VmRSS")
+
+
+def most_held(action: Callable[[], object], device: str | torch.device) -> int:
+    """The most bytes held while the action runs."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        action()
+        return torch.cuda.max_memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
+    action()
+    return _resident("VmHWM")
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"no {field} in /proc/self/status: memory on a CPU is measured on Linux only")
