@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from common import SHAPES, held, most_held, random_llama, randomly_pruned, where
 
+from saap.speed import in_turn
+
 
 def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     """A function that makes one optimiser step of a recipe and returns its seconds."""
@@ -91,12 +93,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         peaks[name] = int(done.stdout.split()[-1])
     steps = {name: steps_of(name, arguments) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(arguments.repeats + 1):
-        for name, step in steps.items():
-            took = step()
-            if repeat:
-                seconds[name].append(took)
+    seconds = in_turn(steps, arguments.repeats, 1, "training steps")
 
     tokens = arguments.batch * arguments.length
     place = where(arguments.device)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from saap.groups import block_parts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,48 +60,72 @@ def compare_speed(
 
     The first model is the one the ratios compare with; each run of a variant is paired with the same run of it.
     """
-    shape = (batch_size, prompt_tokens, new_tokens)
-    decoders = {name: decoder_of(model, *shape) for name, model in models.items()}
-    seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
-    with tqdm(total=(warmup + runs) * len(models), desc="speed", unit="run") as bar:
-        for run in range(warmup + runs):
-            for name, decoder in decoders.items():
-                found = decoder.run()
-                if run >= warmup:
-                    seconds[name].append(found)
-                bar.update()
-    base = next(iter(models))
-    rates = {
-        name: np.array([prompt_tokens, new_tokens - 1, new_tokens - 1]) * batch_size / np.array(found)
-        for name, found in seconds.items()
-    }  # (runs, 3): prompt, decode, decode eagerly
-    rows = []
-    for name, model in models.items():
-        prefill, decode, eager = rates[name].T
-        low, middle, high = np.percentile(decode, [25, 50, 75])
-        rows.append(
-            Speed(
-                variant=name,
-                tokens_per_s=float(middle),
-                tokens_per_s_spread=float((high - low) / middle),
-                decode_ratio=float(np.median(decode / rates[base][:, 1])),
-                eager_tokens_per_s=float(np.median(eager)),
-                prefill_tokens_per_s=float(np.median(prefill)),
-                prefill_ratio=float(np.median(prefill / rates[base][:, 0])),
-                parameters=sizes[name].parameters,
-                weight_bytes=sizes[name].weight_bytes,
-                peak_bytes=sizes[name].weight_bytes + decoders[name].extra_bytes,
-                macs_per_token=sizes[name].macs_per_token(prompt_tokens),
-                dtype=sizes[name].dtype,
-                device=_device_name(next(model.parameters()).device),
-                threads=torch.get_num_threads(),
-                batch_size=batch_size,
-                prompt_tokens=prompt_tokens,
-                new_tokens=new_tokens,
-                runs=runs,
-            )
+    lengths: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size}
+    decoders = {name: decoder_of(model, **lengths) for name, model in models.items()}
+    timings = time_decoding({name: d.run for name, d in decoders.items()}, runs=runs, warmup=warmup, **lengths)
+    return [
+        Speed(
+            variant=name,
+            **timings[name],
+            parameters=sizes[name].parameters,
+            weight_bytes=sizes[name].weight_bytes,
+            peak_bytes=sizes[name].weight_bytes + decoders[name].extra_bytes,
+            macs_per_token=sizes[name].macs_per_token(prompt_tokens),
+            dtype=sizes[name].dtype,
+            device=_device_name(next(model.parameters()).device),
         )
-    return rows
+        for name, model in models.items()
+    ]
+
+
+def time_decoding(
+    actions: Mapping[str, Callable[[], tuple[float, float, float]]],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch_size: int,
+    runs: int,
+    warmup: int,
+    desc: str = "speed",
+) -> dict[str, dict[str, Any]]:
+    """The fields of `Speed` that timing gives, for each action: what generates, and returns the seconds it took.
+
+    Those are seconds for the prompt, for the other new_tokens − 1 tokens, and for these without a graph.
+    """
+    tokens = np.array([prompt_tokens, new_tokens - 1, new_tokens - 1]) * batch_size
+    found = in_turn(actions, runs, warmup, desc)
+    rates = {name: (tokens / np.array(seconds)).T for name, seconds in found.items()}
+    base_prefill, base_decode, _ = next(iter(rates.values()))
+    timings = {}
+    for name, (prefill, decode, eager) in rates.items():
+        low, middle, high = np.percentile(decode, [25, 50, 75])
+        timings[name] = {
+            "tokens_per_s": float(middle),
+            "tokens_per_s_spread": float((high - low) / middle),
+            "decode_ratio": float(np.median(decode / base_decode)),
+            "eager_tokens_per_s": float(np.median(eager)),
+            "prefill_tokens_per_s": float(np.median(prefill)),
+            "prefill_ratio": float(np.median(prefill / base_prefill)),
+            "threads": torch.get_num_threads(),
+            "batch_size": batch_size,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "runs": runs,
+        }
+    return timings
+
+
+def in_turn(actions: Mapping[str, Callable[[], T]], runs: int, warmup: int, desc: str) -> dict[str, list[T]]:
+    """What each action returned in `runs` rounds, in each of which all are called once; the warm-up is not kept."""
+    found: dict[str, list[T]] = {name: [] for name in actions}
+    with tqdm(total=(warmup + runs) * len(actions), desc=desc, unit="run") as bar:
+        for run in range(warmup + runs):
+            for name, action in actions.items():
+                result = action()
+                if run >= warmup:
+                    found[name].append(result)
+                bar.update()
+    return found
 
 
 def decoder_of(model: nn.Module, batch_size: int, prompt_tokens: int, new_tokens: int) -> "Decoder":
