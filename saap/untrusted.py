@@ -80,8 +80,11 @@ def tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_sizes(config: Any, folder: Path) -> None:
-    """Raises SaapError when config.json describes more numbers than the files hold: before memory is taken for them."""
+def check_sizes(config: Any, folder: Path) -> Any:
+    """Raises SaapError when config.json describes more numbers than the files hold: before memory is taken for them.
+
+    Returns the model it describes, empty (on the meta device).
+    """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -105,6 +108,7 @@ def check_sizes(config: Any, folder: Path) -> None:
         raise SaapError(
             f"the tensors in {folder} do not fit its config.json: it describes {described:,} numbers, they are {held:,}"
         )
+    return model
 
 
 def first_line(error: BaseException) -> str:

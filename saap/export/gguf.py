@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from saap.checkpoint import load_config, load_tokenizer
 from saap.errors import SaapError
-from saap.export.tensors import Stored, form_of, gguf_tensors, head_size, padded
+from saap.export.tensors import Stored, gguf_tensors, head_size, padded
 from saap.export.vocabulary import write_vocabulary
 from saap.untrusted import check_sizes
 
@@ -46,9 +46,9 @@ def export_gguf(folder: str | Path, file: str | Path, *, floats: str = "f16") ->
         raise SaapError(f"there is no folder {file.parent} to write {file.name} in")
     config = load_config(folder)
     check_config(config)
-    check_sizes(config, folder)
+    model = check_sizes(config, folder)
     stored = Stored(folder)
-    tensors = list(gguf_tensors(config, stored, FLOATS[floats]))
+    tensors = list(gguf_tensors(model, stored, FLOATS[floats]))
     stored.all_used()
     draft = file.with_name(f".{file.name}.partial")
     writer = gguf.GGUFWriter(None, "deci")
@@ -110,7 +110,7 @@ def _write_settings(writer: gguf.GGUFWriter, config: Any, kind: GGMLQuantization
     writer.add_context_length(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**31))
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
-    coded = form_of(config) is not None
+    coded = getattr(config, "groupwise", None) is not None
     writer.add_feed_forward_length([padded(c.intermediate_size) if coded else c.intermediate_size for c in layers])
     writer.add_head_count([c.num_attention_heads for c in layers])
     writer.add_head_count_kv([c.num_key_value_heads for c in layers])

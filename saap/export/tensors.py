@@ -1,5 +1,6 @@
 """The tensors of a checkpoint as a GGUF file has them: names, order of rows, types, Q4_1 blocks."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +85,10 @@ class Stored:
             return tensor
 
 
-def gguf_tensors(config: Any, stored: Stored, floats: GGMLQuantizationType) -> Iterator[Tensor]:
-    hidden, vocabulary, size = config.hidden_size, config.vocab_size, head_size(config)
-    plain, coded = GGMLQuantizationType.F32, form_of(config)
+def gguf_tensors(model: Any, stored: Stored, floats: GGMLQuantizationType) -> Iterator[Tensor]:
+    """The tensors of a checkpoint; `model` is the empty one that its config describes."""
+    config, plain = model.config, GGMLQuantizationType.F32
+    hidden, vocabulary = config.hidden_size, config.vocab_size
     yield _float(stored, "model.embed_tokens.weight", "token_embd.weight", (vocabulary, hidden), floats)
     yield _float(stored, "model.norm.weight", "output_norm.weight", (hidden,), plain)
     if not config.tie_word_embeddings:
@@ -94,30 +96,24 @@ def gguf_tensors(config: Any, stored: Stored, floats: GGMLQuantizationType) -> I
     factors = _rotary_factors(config)
     if factors is not None:
         yield Tensor("rope_freqs.weight", plain, factors.shape, lambda: factors)
-    for layer, own in enumerate(config.per_layer_config):
-        queries, keys, channels = own.num_attention_heads, own.num_key_value_heads, own.intermediate_size
+    for layer, (block, own) in enumerate(zip(model.model.layers, config.per_layer_config, strict=True)):
         for norm, name in NORMS.items():
             yield _float(stored, f"model.layers.{layer}.{norm}.weight", f"blk.{layer}.{name}.weight", (hidden,), plain)
-        sizes = {
-            "attn_q": (queries * size, hidden),
-            "attn_k": (keys * size, hidden),
-            "attn_v": (keys * size, hidden),
-            "attn_output": (hidden, queries * size),
-            "ffn_gate": (channels, hidden),
-            "ffn_up": (channels, hidden),
-            "ffn_down": (hidden, channels),
-        }
         for path, name in LINEARS.items():
-            rotated = {"attn_q": queries, "attn_k": keys}.get(name)
+            linear = block.get_submodule(path)
+            rotated = {"attn_q": own.num_attention_heads, "attn_k": own.num_key_value_heads}.get(name)
             source, target = f"model.layers.{layer}.{path}", f"blk.{layer}.{name}"
+            coded = isinstance(linear, GroupwiseLinear)
             # channels may be padded: what they multiply is zero
-            pad = (coded is not None and name in ("ffn_gate", "ffn_up"), coded is not None and name == "ffn_down")
-            if coded is None:
-                yield _float(stored, f"{source}.weight", f"{target}.weight", sizes[name], floats, rotated)
+            pad = (coded and name in ("ffn_gate", "ffn_up"), coded and name == "ffn_down")
+            if coded:
+                yield _coded(stored, source, f"{target}.weight", linear, pad, floats, rotated)
             else:
-                yield _coded(stored, source, f"{target}.weight", sizes[name], coded, pad, floats, rotated)
+                yield _float(
+                    stored, f"{source}.weight", f"{target}.weight", tuple(linear.weight.shape), floats, rotated
+                )
             if f"{source}.bias" in stored:
-                yield _float(stored, f"{source}.bias", f"{target}.bias", sizes[name][:1], plain, rotated, pad[0])
+                yield _float(stored, f"{source}.bias", f"{target}.bias", (linear.out_features,), plain, rotated, pad[0])
 
 
 def _float(
@@ -143,26 +139,24 @@ def _coded(
     stored: Stored,
     source: str,
     name: str,
-    shape: tuple[int, int],
-    form: dict[str, int],
+    empty: GroupwiseLinear,
     pad: tuple[bool, bool],
     floats: GGMLQuantizationType,
     rotated: int | None,
 ) -> Tensor:
-    (out, width), bits = shape, form.get("bits", 4)
-    size = -(-width // form["groups"]) if form.get("groups") else form["group_size"]
+    shape = (empty.out_features, empty.in_features)
     rows, columns = (padded(n) if wanted else n for n, wanted in zip(shape, pad, strict=True))
-    groups = -(-width // size)
-    for part, expected in (("codes", (out, -(-width * bits // 8))), ("scale", (out, groups)), ("zero", (out, groups))):
+    buffers = {part: tuple(buffer.shape) for part, buffer in empty.named_buffers()}
+    for part, expected in buffers.items():
         stored.expect(f"{source}.{part}", expected)
 
     def linear() -> GroupwiseLinear:
-        layer = GroupwiseLinear(width, out, size, bits=bits)
-        for part in ("codes", "scale", "zero"):
+        layer = copy.deepcopy(empty)
+        for part in buffers:
             setattr(layer, part, stored.read(f"{source}.{part}"))
         return layer
 
-    if bits != 4 or size % BLOCK or columns % BLOCK:
+    if empty.bits != 4 or empty.group_size % BLOCK or columns % BLOCK:
 
         def weight() -> np.ndarray:
             whole = _pad(linear().weight().numpy().T, columns).T
@@ -174,7 +168,7 @@ def _coded(
         layer = linear()
         codes = _pad(layer.unpacked().numpy().T, columns).T
         scale, zero = (
-            np.repeat(getattr(layer, part).numpy(), size // BLOCK, 1)[:, : columns // BLOCK]
+            np.repeat(getattr(layer, part).numpy(), empty.group_size // BLOCK, 1)[:, : columns // BLOCK]
             for part in ("scale", "zero")
         )
         if not (np.isfinite(scale).all() and np.isfinite(zero).all()):
@@ -235,9 +229,3 @@ def _rotary_factors(config: Any) -> np.ndarray | None:
 
 def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def form_of(config: Any) -> dict[str, int] | None:
-    """How the linear layers are stored in few bits, or None for floats."""
-    form: dict[str, int] | None = getattr(config, "groupwise", None)
-    return form
