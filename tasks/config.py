@@ -140,7 +140,7 @@ class Speed(Section):
     new_tokens: Annotated[int, Field(ge=2)] = Field(128, description="tokens generated")
     runs: Annotated[int, Field(ge=0)] = Field(10, description="timed runs; 0 leaves the stage out")
     warmup: Annotated[int, Field(ge=0)] = Field(3, description="runs before timing")
-    llama_cpp: bool = Field(False, description="time GGUF exports in llama.cpp too; pip install xllamacpp")
+    llama_cpp: bool = Field(False, description="time GGUF exports in llama.cpp too; needs xllamacpp")
 
 
 class Compute(Section):
