@@ -76,10 +76,19 @@ BLOOM = {
 TWELVE = {"num_attention_heads": 12, "num_key_value_heads": 12, "hidden_size": 48}
 BAICHUAN = {"baichuan-13b, 12 heads": (SaapBaichuanForCausalLM, SaapBaichuanConfig, GATED | TWELVE)}
 CASES = LLAMA_LIKE | BLOOM | BAICHUAN
+BIASES = {"attention_bias": True, "mlp_bias": True}
+LLAMAS = {
+    "llama, no shared KV heads, biases": (LlamaForCausalLM, LlamaConfig, GATED | BIASES | {"num_key_value_heads": 4}),
+    "llama, one KV head, tied": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        GATED | {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+}
 
 
 def build(case):
-    model_class, config_class, fields = CASES[case]
+    model_class, config_class, fields = (CASES | LLAMAS)[case]
     torch.manual_seed(0)
     model = model_class(config_class(**(SMALL | fields))).eval()
     with torch.no_grad():
@@ -89,7 +98,7 @@ def build(case):
     return model
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=CASES | LLAMAS)
 def model(request):
     return build(request.param)
 
