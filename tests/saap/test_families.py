@@ -201,6 +201,7 @@ def test_weight_norms_are_the_sums_of_squares_of_each_group(model):
         sum(take(linear.weight, axis, piece).double().square().sum().item() for linear, axis, piece in parts)
         for *_, parts in each_group(model)
     ]
+    assert norms_of(model).dtype == np.float64
     np.testing.assert_allclose(norms_of(model), expected, rtol=1e-5)
 
 

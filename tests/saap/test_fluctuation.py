@@ -3,20 +3,11 @@ import math
 import numpy as np
 import pytest
 
-from saap import Groups, SaapError, asi, fluctuation
+from saap import SaapError, asi, fluctuation
+from tests.saap.test_plan import make_groups
 
 LAYERS, HEADS, CHANNELS, SAMPLES = 3, 4, 6, 5
-
-
-def make_groups():
-    per_layer = [("attention", u) for u in range(HEADS)] + [("mlp", u) for u in range(CHANNELS)]
-    layer = np.repeat(np.arange(LAYERS, dtype=np.int32), len(per_layer))
-    kind = np.array([kind for kind, _ in per_layer] * LAYERS)
-    unit = np.array([unit for _, unit in per_layer] * LAYERS, np.int32)
-    return Groups(layer, kind, unit, np.full(len(layer), 3))
-
-
-GROUPS = make_groups()
+GROUPS = make_groups(LAYERS, HEADS, CHANNELS)
 SCOPES = {
     "layer_kind": lambda i: (GROUPS.layer[i], GROUPS.kind[i]),
     "kind": lambda i: GROUPS.kind[i],

@@ -4,19 +4,11 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from saap import Groups, SaapError, fuse
+from saap import SaapError, fuse
+from tests.saap.test_plan import make_groups
 
 LAYERS, HEADS, CHANNELS, SAMPLES = 3, 2, 5, 7
-
-
-def make_groups():
-    rows = [(layer, kind, unit) for layer in range(LAYERS) for kind, n in (("attention", HEADS), ("mlp", CHANNELS))
-            for unit in range(n)]  # fmt: skip
-    layer, kind, unit = zip(*rows, strict=True)
-    return Groups(np.array(layer, np.int32), np.array(kind), np.array(unit, np.int32), np.full(len(rows), 10))
-
-
-GROUPS = make_groups()
+GROUPS = make_groups(LAYERS, HEADS, CHANNELS)
 SCOPES = {
     "kind": lambda i: GROUPS.kind[i],
     "layer_kind": lambda i: (GROUPS.layer[i], GROUPS.kind[i]),
