@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from saap.errors import SaapError
 from saap.families import family_of
 from saap.modeling import GroupwiseLinear, use_groupwise
+from saap.surgery import complete
 
 
 def quantize(weight: torch.Tensor, group_size: int, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -77,7 +78,6 @@ def to_groupwise(
         small: Any = family.uneven(model.config, widths)
     kept = {n: t if consume else t.clone() for n, t in model.state_dict().items() if not n.startswith("model.layers.")}
     small.load_state_dict(kept, strict=False, assign=True)
-    small.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
     form: dict[str, Any] = {"bits": bits, **({"group_size": group_size} if groups is None else {"groups": groups})}
     use_groupwise(small.model.layers, **form)
     small.config.groupwise = form
@@ -93,9 +93,7 @@ def to_groupwise(
                     target.bias = nn.Parameter(module.bias.clone(), requires_grad=False)
             elif not list(module.children()):
                 block.set_submodule(name, copy.deepcopy(module))
-    small.tie_weights()
-    small.generation_config = copy.deepcopy(model.generation_config)
-    return small.eval()
+    return complete(small, model)
 
 
 @torch.no_grad()

@@ -46,12 +46,16 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
     small.load_state_dict(
         {name: tensor if name.endswith("inv_freq") else tensor.clone() for name, tensor in state.items()}, assign=True
     )
-    # rotary frequencies are not in the state dict, and a model made on the meta device has none
+    return complete(small, model)
+
+
+def complete(small: Any, model: Any) -> Any:
+    """`small`, made on the meta device and its state loaded, gets from `model` what no state dict holds."""
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
-        if small.get_buffer(name).is_meta:
+        if small.get_buffer(name).is_meta:  # rotary frequencies
             small.get_submodule(owner).register_buffer(leaf, buffer.clone(), persistent=False)
-    small.tie_weights()  # type: ignore[operator]
+    small.tie_weights()
     small.generation_config = copy.deepcopy(model.generation_config)
     return small.eval()
 

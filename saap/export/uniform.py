@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from saap.checkpoint import DTYPES, load, load_config, load_tokenizer, save
 from saap.errors import SaapError
 from saap.quantize import dequantize
+from saap.surgery import complete
 
 STOCK = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 # config fields that say what a stock model has no use for
@@ -59,12 +60,7 @@ def uniform(model: Any, round_to: int = 1) -> Any:
             filled[tuple(slice(size) for size in state[name].shape)] = state[name]
         state[name] = filled
     even.load_state_dict(state, assign=True)
-    for name, buffer in model.named_buffers():  # rotary frequencies, which no state holds
-        owner, _, leaf = name.rpartition(".")
-        even.get_submodule(owner).register_buffer(leaf, buffer.clone(), persistent=False)
-    even.tie_weights()
-    even.generation_config = model.generation_config
-    return even.eval()
+    return complete(even, model)
 
 
 def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
