@@ -206,6 +206,8 @@ def _upload(files: list[Path], card: str, repository: str, token: str, private: 
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    from saap.untrusted import first_line
+
     hub = HfApi(token=token)
     operations = [CommitOperationAdd(file.name, str(file)) for file in files]
     operations.append(CommitOperationAdd("README.md", card.encode()))
@@ -213,8 +215,7 @@ def _upload(files: list[Path], card: str, repository: str, token: str, private: 
         hub.create_repo(repository, private=private, exist_ok=True)
         done = hub.create_commit(repository, operations, commit_message="Upload by saap export hf")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ConfigError(f"cannot upload to {repository}: {reason}") from error
+        raise ConfigError(f"cannot upload to {repository}: {first_line(error)}") from error
     return str(done.commit_url)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from saap.errors import SaapError
+from saap.untrusted import first_line
 
 
 def read_rows(file: str | Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -28,7 +29,7 @@ def read_rows(file: str | Path, columns: tuple[str, ...]) -> list[dict[str, Any]
         else:
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (pa.ArrowInvalid, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SaapError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+        raise SaapError(f"cannot read {file}: {first_line(error)}") from error
     if not rows:
         raise SaapError(f"{file} has no rows")
     for number, row in enumerate(rows, 1):
