@@ -43,7 +43,9 @@ def run(job: Job) -> list[dict[str, Any]]:
     from saap.recover import Training, recover
 
     device = f"cuda:{os.environ['LOCAL_RANK']}" if job.device == "cuda" and "LOCAL_RANK" in os.environ else job.device
-    teacher = load(job.teacher, dtype=job.dtype, device=device) if job.teacher else None
+    # autocast would round a float32 teacher's weights anew for every batch
+    dtype = job.training.get("precision", job.dtype) if job.dtype == "float32" else job.dtype
+    teacher = load(job.teacher, dtype=dtype, device=device) if job.teacher else None
     tokenizer = load_tokenizer(job.tokenizer)
     recipe = RECIPES[job.recipe](**{**job.options, "targets": tuple(job.options.get("targets", ()))})
     recovered, steps = recover(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-LOGITS_AT_ONCE = 2**24  # float32 numbers: 64 MB
+LOGITS_AT_ONCE = 2**22  # float32 numbers: 16 MB; above 32 MB a C library gets each tensor anew from the system
 
 
 class Student(nn.Module):
@@ -68,6 +68,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         weight, rows = head.to(dtype), max(1, LOGITS_AT_ONCE // len(head))
         share = share if teacher is not None else 0.0
+        taught = None if teacher is None else teacher[1].to(teacher[0].dtype)
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), rows):
@@ -77,8 +78,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
             total -= (1 - share) * log_p.gather(-1, target).sum()
             q = None
             if teacher is not None:
-                q = F.linear(teacher[0][part], teacher[1].to(teacher[0].dtype)).float().softmax(-1)
-                total += share * (torch.xlogy(q, q) - q * log_p).sum()
+                log_q = F.linear(teacher[0][part], taught).float().log_softmax(-1)
+                q = log_q.exp()
+                total += share * torch.dot(q.flatten(), log_q.sub_(log_p).flatten())
             if gradient is not None:
                 change = log_p.exp_()
                 change.scatter_add_(-1, target, torch.full_like(target, share - 1, dtype=change.dtype))
@@ -91,3 +93,4 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         return (None if ctx.gradient is None else ctx.gradient * grad), None, None, None, None
+

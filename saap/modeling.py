@@ -111,28 +111,42 @@ class GroupwiseLinear(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = _DequantisedMatmul.apply(x, self)
         constant = update if x.dtype == torch.float32 else self.offset() if update is None else self.offset() + update
-        if constant is not None:
-            y += F.linear(self.pool(x), constant.to(x.dtype))
+        y = _GroupwiseMatmul.apply(x, self, constant)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class _DequantisedMatmul(torch.autograd.Function):
-    """x·Wᵀ whose backward unpacks W again instead of keeping it: training needs no float copy of the weights."""
+class _GroupwiseMatmul(torch.autograd.Function):
+    """x·Wᵀ + pool(x)·Cᵀ; C, `constant` (out, groups), is what is to be added to all weights of a group, or None.
+
+    The backward unpacks W again and adds C to it, so that training keeps pool(x) only: no float copy of the weights.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, linear: GroupwiseLinear) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, linear: GroupwiseLinear, constant: torch.Tensor | None) -> torch.Tensor:
         ctx.linear = linear
-        return F.linear(x, _matrix(linear, x.dtype))
+        flat = x.flatten(0, -2)
+        y = F.linear(flat, _matrix(linear, x.dtype))
+        if constant is not None:
+            constant = constant.to(x.dtype)
+            pooled = linear.pool(flat)
+            y.addmm_(pooled, constant.t())
+            ctx.save_for_backward(constant, pooled if ctx.needs_input_grad[2] else None)
+        return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad @ _matrix(ctx.linear, grad.dtype), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
+        constant, pooled = ctx.saved_tensors or (None, None)
+        matrix, flat = _matrix(ctx.linear, grad.dtype, constant), grad.flatten(0, -2)
+        back = (flat @ matrix).unflatten(0, grad.shape[:-1]) if ctx.needs_input_grad[0] else None
+        return back, None, None if pooled is None else (flat.t() @ pooled).float()
 
 
-def _matrix(linear: GroupwiseLinear, dtype: torch.dtype) -> torch.Tensor:
-    return linear.weight() if dtype == torch.float32 else linear.centred(dtype)
+def _matrix(linear: GroupwiseLinear, dtype: torch.dtype, constant: torch.Tensor | None = None) -> torch.Tensor:
+    matrix = linear.weight() if dtype == torch.float32 else linear.centred(dtype)
+    if constant is not None:
+        matrix += constant.repeat_interleave(linear.group_size, 1)[:, : linear.in_features]
+    return matrix
 
 
 def _decode(linear: GroupwiseLinear, dtype: torch.dtype, minus: int) -> torch.Tensor:
