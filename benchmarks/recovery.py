@@ -29,9 +29,11 @@ def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     """A function that makes one optimiser step of a recipe and returns its seconds."""
     from saap import RECIPES
     from saap.loss import Student
+    from saap.recover import fastest_attention
 
     device = arguments.device
     model = RECIPES[name](rank=arguments.rank).prepare(randomly_pruned(random_llama(arguments.shape, device), 0.2))
+    model.set_attn_implementation(fastest_attention(model, device, "bfloat16", arguments.length))
     student = Student(model).train()
     learned = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learned, lr=1e-4)

@@ -84,6 +84,15 @@ def test_the_loss_goes_down_and_what_comes_back_is_int4_without_adapters(tiny_fo
         assert torch.equal(state[name], tensor) != name.endswith(".zero"), name
 
 
+def test_bfloat16_takes_the_same_course_and_leaves_the_attention_as_it_was(
+    tiny_folder, tiny_tokenizer, rows, undisturbed, tmp_path
+):
+    training = Training(**(SETTINGS | {"precision": "bfloat16"}))
+    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, training)
+    assert [s.loss for s in steps] == pytest.approx([s.loss for s in undisturbed[1]], rel=0.02)
+    assert model.config._attn_implementation == undisturbed[0].config._attn_implementation == "sdpa"
+
+
 def test_the_learning_rate_warms_up_and_then_falls_to_zero(undisturbed):
     _, steps = undisturbed
     expected = [min(done / 2, (9 - done) / 7) * 2e-2 for done in range(9)]
