@@ -42,7 +42,7 @@ class Student(nn.Module):
         if teacher is not None and self.training:
             with torch.no_grad():
                 theirs = teacher.base_model(**batch).last_hidden_state[:, :-1][chosen]
-            taught = theirs, teacher.get_output_embeddings().weight
+            taught = theirs, teacher.get_output_embeddings().weight.to(theirs.dtype)
         head = model.get_output_embeddings().weight
         total = _FrozenHeadLoss.apply(hidden, head, targets[chosen], taught, self.share)
         return {"loss": total / (chosen.sum() if num_items_in_batch is None else num_items_in_batch)}
@@ -68,7 +68,6 @@ class _FrozenHeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
         weight, rows = head.to(dtype), max(1, LOGITS_AT_ONCE // len(head))
         share = share if teacher is not None else 0.0
-        taught = None if teacher is None else teacher[1].to(teacher[0].dtype)
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(targets), rows):
@@ -78,7 +77,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             total -= (1 - share) * log_p.gather(-1, target).sum()
             q = None
             if teacher is not None:
-                log_q = F.linear(teacher[0][part], taught).float().log_softmax(-1)
+                log_q = F.linear(teacher[0][part], teacher[1]).float().log_softmax(-1)
                 q = log_q.exp()
                 total += share * torch.dot(q.flatten(), log_q.sub_(log_p).flatten())
             if gradient is not None:
@@ -93,4 +92,3 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         return (None if ctx.gradient is None else ctx.gradient * grad), None, None, None, None
-
