@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BloomConfig, BloomForCausalLM
 
 from saap import CRITERIA, SaapError, discover, mask_fisher
 from saap.statistics import output_matrices
+from tests.saap.test_families import build
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +15,9 @@ def tokens():
     return torch.randint(0, 512, (5, 12), generator=torch.Generator().manual_seed(1))
 
 
-def bloom():
-    torch.manual_seed(0)
-    return BloomForCausalLM(BloomConfig(vocab_size=512, hidden_size=64, n_layer=3, n_head=4)).eval()
-
-
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_it_is_the_mean_squared_gradient_of_a_mask_for_each_sample_and_group(family, tiny_llama, tokens):
-    model = tiny_llama() if family == "llama" else bloom()
+    model = tiny_llama() if family == "llama" else build("bloom")
     found = mask_fisher(model, tokens, batch_size=2)
     masks = []
     for _, _, part, linear in output_matrices(model):
