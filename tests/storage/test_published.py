@@ -8,6 +8,7 @@ from storage.artifacts import ArtifactStore
 from storage.runs import RunRecord
 from storage.tables import write_table
 from storage.warehouse import Warehouse
+from tests.storage.test_warehouse import ask
 
 TASKS = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa")
 
@@ -28,11 +29,6 @@ def warehouse(tmp_path_factory):
     warehouse = Warehouse(store.root)
     warehouse.load("r")
     return warehouse
-
-
-def ask(warehouse, query, *values):
-    with warehouse.reading() as connection:
-        return connection.execute(query, values).fetchall()
 
 
 def test_the_averages_marked_as_misprints_are_those_that_are_not_the_mean_of_their_row(warehouse):

@@ -41,9 +41,9 @@ def fill(root, run_id, benchmarks=("boolq", "piqa")):
     return Warehouse(store.root)
 
 
-def ask(warehouse, query):
+def ask(warehouse, query, *values):
     with warehouse.reading() as connection:
-        return connection.execute(query).fetchall()
+        return connection.execute(query, values).fetchall()
 
 
 def everything(warehouse):
