@@ -124,7 +124,8 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
             source.weights,
         )
     else:
-        known = {**config.criterion.model_dump(), "seed": config.calibrate.seed}
+        known = {**config.criterion.model_dump(), **config.prune.model_dump(), "seed": config.calibrate.seed}
+        known["cuts"] = [cut for cut in sorted(config.criterion.cuts) if cut < config.prune.ratio]
         groups = add(
             "rank",
             {"criterion": criterion, "dtype": dtype, **{option: known[option] for option in needs.options}},

@@ -64,6 +64,9 @@ class Criterion(Section):
         "saap", "saap_plus", "llm_pruner", "wanda_sp", "flap", "hywia", "loraprune", "lorashear", "magnitude", "random"
     ] = Field("saap", description="what ranks the groups; [score], [fuse], [fluctuation] are saap's")
     variant: Literal["vectorize", "param_first", "param_mix"] = Field("param_first", description="of llm_pruner")
+    cuts: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.1, 0.2, 0.35), description="ratios below prune.ratio after which saap_plus ranks what is left again"
+    )
 
 
 class Prune(Section):

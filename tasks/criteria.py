@@ -18,7 +18,9 @@ class Needs:
 
 SAAP = Needs(search="global")  # its statistics go through fuse and fluctuation
 NEEDS: dict[str, Needs] = {
-    "saap_plus": Needs(("fisher",), search="global", compensation="least_squares"),
+    "saap_plus": Needs(
+        ("fisher", "tokens"), ("cuts", "protect", "align"), search="global", compensation="least_squares"
+    ),
     "llm_pruner": Needs(("gradients",), ("variant",)),
     "wanda_sp": Needs(("activations",)),
     "flap": Needs(("activations",), search="global", compensation="bias"),

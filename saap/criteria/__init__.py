@@ -13,6 +13,7 @@ arguments; a pipeline computes each statistic once and caches it:
     fisher       float64 (N,): `saap.mask_fisher`
     tokens       int64 (D, T), the calibration text itself
     seed         int
+    cuts, protect, align  of saap_plus
 
 A new one is a file here, a row in `CRITERIA`, one in `tasks/criteria.py` (what it needs, which search it was published
 with), and its name in `tasks/config.py`. It does not change the model it is given.

@@ -1,17 +1,43 @@
 """saap_plus: the rise of the loss a parameter, the cheapest first. Ours; the pieces and their sources are named."""
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from torch import nn
 
+from saap.fisher import mask_fisher
 from saap.groups import discover
+from saap.least_squares import refit
+from saap.plan import PROTECTED, select
+from saap.surgery import prune
 
 
-def saap_plus(model: nn.Module, fisher: np.ndarray) -> np.ndarray:
+def saap_plus(
+    model: nn.Module,
+    fisher: np.ndarray,
+    tokens: torch.Tensor,
+    cuts: Sequence[float] = (),
+    protect: Sequence[int] = PROTECTED,
+    align: int = 32,
+) -> np.ndarray:
     """F_g / parameters_g, with F_g = mean_d z_gd² the Fisher information of the group's mask (`saap.mask_fisher`).
 
     What it changes in SAAP (arXiv 2412.15127): the coarse importance and its fluctuation become one second moment
     over the samples, which is an estimate of the loss (Kwon et al., arXiv 2204.09656); it is divided by what the group
     costs, so that one order over all layers, heads and channels spends the budget where it hurts least. Nothing is
     standardised. It goes with `search = "global"` and `compensation = "least_squares"` (`saap.refit`).
+
+    What a group costs changes once others are gone. So for each of `cuts`, shares of the prunable parameters, the model
+    is cut to it (`protect` and `align` as in `saap.select`) and refitted, and what is left is ranked again. Groups that
+    an earlier cut took stay first in the order; with cuts the score is the place in it: whole numbers from 0.
     """
-    return fisher / discover(model).parameters
+    groups = discover(model)
+    score = fisher / groups.parameters
+    for cut in sorted(cuts):
+        keep = select(score, groups, cut, protect=tuple(protect), align=align)
+        small = refit(prune(model, keep), model, keep, tokens)
+        again = np.full(len(groups), -1.0)  # below all that stays
+        again[keep] = mask_fisher(small, tokens) / groups.parameters[keep]
+        score[np.lexsort((score, again))] = np.arange(len(groups))
+    return score

@@ -29,6 +29,9 @@ def statistics_of(model, tokens):
         "tokens": lambda: tokens,
         "seed": lambda: SEED,
         "variant": lambda: "param_mix",
+        "cuts": lambda: (0.1, 0.2),
+        "protect": lambda: (0, -1),
+        "align": lambda: 8,
     }
 
 
@@ -173,7 +176,7 @@ def test_magnitude_is_the_mean_absolute_weight_and_random_repeats_itself(tiny_ll
 def test_weights_that_accelerate_keeps_elsewhere_are_fetched_or_the_criterion_says_it_cannot(name, tiny_llama, tokens):
     away = cpu_offload(tiny_llama(), execution_device="cpu")
     assert away.model.layers[2].mlp.down_proj.weight.is_meta
-    if name in ("llm_pruner", "loraprune", "lorashear"):
+    if name in ("saap_plus", "llm_pruner", "loraprune", "lorashear"):
         with pytest.raises(saap.SaapError, match="all on its device"):
             ranking(name, away, tokens)
     else:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from saap import CRITERIA, SaapError, discover, mask_fisher
+from saap import CRITERIA, SaapError, discover, mask_fisher, prune, refit, select
 from saap.statistics import output_matrices
 from tests.saap.test_families import build
 
@@ -37,9 +37,30 @@ def test_it_is_the_mean_squared_gradient_of_a_mask_for_each_sample_and_group(fam
 def test_a_head_that_costs_as_much_as_a_channel_goes_first_because_it_is_larger(tiny_llama):
     model = tiny_llama()
     groups = discover(model)
-    score = CRITERIA["saap_plus"](model, np.ones(len(groups)))
+    score = CRITERIA["saap_plus"](model, np.ones(len(groups)), torch.empty(0))
     np.testing.assert_allclose(score * groups.parameters, 1)
     assert score[groups.kind == "attention"].max() < score[groups.kind == "mlp"].min()
+
+
+def test_ranking_again_after_a_cut_is_pruning_the_pruned_model_by_hand(tiny_llama, tokens):
+    model = tiny_llama()
+    groups, fisher, limits = discover(model), mask_fisher(model, tokens), {"protect": (0, -1), "align": 8}
+
+    def kept(ratio, cuts):
+        score = CRITERIA["saap_plus"](model, fisher, tokens, cuts, **limits)
+        return np.flatnonzero(select(score, groups, ratio, **limits))
+
+    total, wanted = groups.parameters.sum(), np.arange(len(groups))
+    small, ratios = model, (0.15, 0.3, 0.45)
+    for ratio in ratios:  # each time the groups that are left, their own Fisher information, the rest of the budget
+        left = discover(small)
+        score = mask_fisher(small, tokens) / left.parameters
+        wanted = wanted[select(score, left, 1 - (1 - ratio) * total / left.parameters.sum(), **limits)]
+        keep = np.isin(np.arange(len(groups)), wanted)
+        small = refit(prune(model, keep), model, keep, tokens)
+        assert np.array_equal(kept(ratio, [cut for cut in ratios if cut < ratio]), wanted)
+        assert np.array_equal(kept(ratio, ratios[::-1]), wanted)  # later cuts change nothing that earlier ones took
+    assert not np.array_equal(kept(0.45, ()), wanted)
 
 
 def test_a_broken_weight_is_an_error_that_names_the_place(tiny_llama, tokens):
