@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import embedded, where
 from torch.nn import functional as F
 
 import saap
-from storage.keys import Fingerprints
 from tasks.config import Criterion
 from tasks.criteria import NEEDS, SAAP
-from tasks.sources import model_source, read_data
+from tasks.sources import read_data
 
 
 def perplexity(model: Any, windows: torch.Tensor) -> float:
@@ -84,9 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        source = arguments.model or Path(folder) / "model"
-        if arguments.model is None:
-            saap.convert_gguf(model_source("smollm2-135m", None, Fingerprints(Path(folder))).path, source)
+        source = arguments.model or embedded(Path(folder))
         model = saap.load(source, dtype="bfloat16", device=arguments.device)
         tokenizer = saap.load_tokenizer(source)
     novels = [row["text"] for row in read_data(arguments.data, "calibration")]
@@ -107,7 +105,8 @@ def main() -> None:
         )
         return round(mean, 2)
 
-    print(f"{arguments.windows} × {arguments.length} tokens, bfloat16, {arguments.device}, ridge {arguments.ridge:g}")
+    windows = f"{arguments.windows} × {arguments.length} tokens of each text"
+    print(f"{windows}, ridge {arguments.ridge:g}, bfloat16, {where(arguments.device)}")
     print(f"{'criterion, compensation':<40}ratio  heads   novels   alpaca     mean      s")
     figures = {"dense": measured("dense", 0, 0, model, 0)}
     for ratio in arguments.ratios:
