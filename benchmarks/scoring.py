@@ -14,20 +14,22 @@ tables and, as its last line, one JSON object.
 import argparse
 import ctypes
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import embedded, held, most_held, random_llama, where
 from torch import nn
 
 import saap
 from saap import onednn
 from saap.groups import KINDS, block_parts
 from saap.importance import samples_at_once
+from saap.speed import in_turn
 
 
 def straightforward(model: nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -89,24 +91,9 @@ def _synchronise() -> None:
 
 def peak_above(action: Callable[[], object], device: torch.device) -> int:
     """The most bytes held during the action beyond those held before it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        action()
-        return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
-    before = _status("VmRSS")
-    action()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"no {field} in /proc/self/status: memory on a CPU is measured on Linux only")
+    before = held(device)
+    return most_held(action, device) - before
 
 
 def the_model(arguments: argparse.Namespace) -> nn.Module:
@@ -114,26 +101,12 @@ def the_model(arguments: argparse.Namespace) -> nn.Module:
     if arguments.llama_7b:
         if not torch.cuda.is_available():
             raise SystemExit("--llama-7b needs a CUDA device and torch sees none here: nothing was measured")
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            model: nn.Module = LlamaForCausalLM(LlamaConfig())  # the defaults are LLaMA-7B's
-        torch.set_default_dtype(torch.float32)
+        model = random_llama("llama-7b", "cuda")
     else:
-        folder = arguments.model or _embedded()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = saap.load(folder, device=device, dtype=arguments.dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            model = saap.load(arguments.model or embedded(Path(folder)), device=device, dtype=arguments.dtype)
     return model.eval().requires_grad_(False)
-
-
-def _embedded() -> str:
-    from storage.keys import Fingerprints
-    from tasks.sources import model_source
-
-    folder = tempfile.mkdtemp()
-    saap.convert_gguf(model_source("smollm2-135m", None, Fingerprints(Path(folder))).path, folder)
-    return folder
 
 
 def fewer_blocks(model: nn.Module) -> tuple[nn.Module, int]:
@@ -159,7 +132,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens a sample")
     parser.add_argument("--rounds", type=int, default=3, help="times each side is timed, in turn")
     arguments = parser.parse_args()
-    os.environ["TQDM_DISABLE"] = "1"
 
     model = the_model(arguments)
     device = next(model.parameters()).device
@@ -167,9 +139,8 @@ def main() -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (arguments.samples, arguments.length), generator=generator)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{model.config.model_type}, {blocks} blocks, {weights / 1e9:.2f} GB of {model.dtype} weights")
-    print(f"{arguments.samples} × {arguments.length} tokens, {arguments.rounds} rounds, {where}")
+    print(f"{arguments.samples} × {arguments.length} tokens, {arguments.rounds} rounds, {where(device)}")
     if device.type == "cpu":
         print("no GPU was used" + ("; seconds of processor time" if _one_cpu_thread() else ""))
 
@@ -185,15 +156,14 @@ def main() -> None:
         onednn.THERE = there
 
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    taken: dict[str, list[float]] = {"straightforward": [], "ours": [], "forward": []}
+    sides: dict[str, Callable[[], object]] = {
+        "straightforward": lambda: found.update(straightforward=straightforward(model, tokens)),
+        "ours": lambda: found.update(ours=saap.score(model, tokens)),
+        "forward": lambda: forward(model, tokens),
+    }
     if onednn.THERE and device.type == "cpu" and model.dtype == torch.float32:
-        taken["ours, PyTorch's products"] = []
-    for _ in range(arguments.rounds):
-        taken["straightforward"].append(seconds(lambda: found.update(straightforward=straightforward(model, tokens))))
-        taken["ours"].append(seconds(lambda: found.update(ours=saap.score(model, tokens))))
-        taken["forward"].append(seconds(lambda: forward(model, tokens)))
-        if "ours, PyTorch's products" in taken:
-            taken["ours, PyTorch's products"].append(seconds(with_pytorchs_products))
+        sides["ours, PyTorch's products"] = with_pytorchs_products
+    taken = in_turn({side: partial(seconds, action) for side, action in sides.items()}, arguments.rounds, 0, "rounds")
     errors = [
         float(np.max(np.linalg.norm(mine - plain, axis=1) / np.linalg.norm(plain, axis=1)))
         for mine, plain in zip(found["ours"], found["straightforward"], strict=True)
@@ -240,7 +210,7 @@ def main() -> None:
         "seconds_by_blocks": {str(k): t for n, k, t in growth.values() if n == 2 * few},
     }
     rounded = {k: v if isinstance(v, dict) else float(f"{v:.4g}") for k, v in figures.items()}
-    print(json.dumps({**rounded, "device": where, "weight_bytes": weights}))
+    print(json.dumps({**rounded, "device": where(device), "weight_bytes": weights}))
 
 
 if __name__ == "__main__":
