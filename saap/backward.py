@@ -1,7 +1,7 @@
 """The backward pass that scores need: to the embeddings, with no gradient of a weight, in little memory."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from saap.families import family_of
 from saap.groups import weight_of
 from saap.onednn import LinearsByOneDNN, product
 
-LOGITS = 1 << 21  # at a time: 8 MB of float32
+LOGITS = 1 << 20  # at a time: 4 MB of float32
 
 
 def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
@@ -26,18 +26,14 @@ def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     ids = batch.to(input_device(model))
-    with _frozen(model), LinearsByOneDNN():
-        with torch.enable_grad(), _recomputed(model) if is_offloaded(model) else nullcontext():
+    with _frozen(model):
+        with torch.enable_grad(), _recomputed(model) if is_offloaded(model) else LinearsByOneDNN():
             states = embedding(ids).detach().requires_grad_()
             last = model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
         predicting, targets = last.detach()[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(last.device)
-        chunks = -(-targets.numel() * head.out_features // LOGITS)
-        pieces = [
-            _logits_gradient(head, hidden, wanted, scale / (ids.shape[1] - 1))
-            for hidden, wanted in zip(predicting.chunk(chunks), targets.chunk(chunks), strict=True)
-        ]
         gradient = torch.zeros_like(last)
-        gradient[:, :-1] = torch.cat(pieces).view_as(gradient[:, :-1])
+        found = _logits_gradient(head, predicting, targets, scale / (ids.shape[1] - 1))
+        gradient[:, :-1] = found.view_as(gradient[:, :-1])
         last.backward(gradient)
 
 
@@ -102,13 +98,32 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def _logits_gradient(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> torch.Tensor:
-    """factor·∂/∂hidden of the summed cross-entropy of head(hidden), (tokens, H): factor·(softmax − one-hot)·W."""
-    surplus = head(hidden).float()
-    surplus.sub_(surplus.amax(-1, keepdim=True)).exp_()
-    surplus.div_(surplus.sum(-1, keepdim=True))
-    surplus[torch.arange(len(targets), device=targets.device), targets] -= 1
-    weight = weight_of(head, hidden.device)
-    return product(surplus.mul_(factor).to(weight.dtype), weight.T)
+    """factor·∂/∂hidden of the summed cross-entropy of head(hidden), (tokens, H): factor·(softmax − one-hot)·W.
+
+    A part of the vocabulary at a time, so that the head is read once; the sums of e^(logit − highest so far) are
+    carried along as in flash attention. The target is left out of them: with R the sum over the others and E = e^logit
+    of the target, softmax − 1 there is −R / (R + E), which does not cancel.
+    """
+    weight, bias = weight_of(head, hidden.device), head.bias
+    wanted = weight[targets]
+    own = (hidden.float() * wanted.float()).sum(-1, keepdim=True)
+    if bias is not None:
+        own += bias[targets, None]
+    highest, rest = own.clone(), torch.zeros_like(own)
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    step = max(1, LOGITS // len(targets))
+    for start in range(0, len(weight), step):
+        part = weight[start : start + step]
+        odds = product(hidden, part, None if bias is None else bias[start : start + step]).float()
+        before, highest = highest, torch.maximum(highest, odds.amax(-1, keepdim=True))
+        odds.sub_(highest).exp_()
+        here = ((targets >= start) & (targets < start + step)).nonzero().squeeze(1)
+        odds[here, targets[here] - start] = 0
+        shrink = (before - highest).exp_()
+        rest.mul_(shrink).add_(odds.sum(-1, keepdim=True))
+        total.mul_(shrink).add_(product(odds.to(weight.dtype), part.T))
+    whole = rest + (own - highest).exp_()
+    return total.addcmul_(rest, wanted.float(), value=-1).mul_(factor / whole)
 
 
 @contextmanager
@@ -142,5 +157,9 @@ def _recomputed(model: nn.Module) -> Iterator[None]:
 
 
 def _checkpointed(forward: Callable, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
+    def run(*inputs: torch.Tensor) -> object:
+        with LinearsByOneDNN():  # the second time too
+            return forward(*inputs, **kwargs)
+
     # reentrant: the first pass builds no graph, which would hold on to the weights it used
-    return checkpoint(partial(forward, **kwargs), hidden, *args, use_reentrant=True, preserve_rng_state=False)
+    return checkpoint(run, hidden, *args, use_reentrant=True, preserve_rng_state=False)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from saap.backward import backward, is_offloaded, watch_gradients
+from saap.backward import backward, input_device, is_offloaded, watch_gradients
 from saap.errors import SaapError
-from saap.groups import KINDS, block_parts, group_matrices, weight_of
+from saap.groups import group_matrices, weight_of
 from saap.salience import TILE, channel_sums
 
 # Tokens in one pass where no batch size is asked for: enough for full matrix products, since what a pass keeps for its
@@ -28,8 +28,6 @@ LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 
 HESSIANS = ("none", "fisher")
 VECTOR_UNITS = ("row", "group")
-
-Sums = dict[tuple[int, str], torch.Tensor]  # (layer, matrix) → its `channel_sums`, (2, samples, channels)
 
 
 def score(
@@ -77,14 +75,14 @@ def score_batches(
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise SaapError(f"calibration tokens must be (samples, length ≥ 2), got {tuple(tokens.shape)}")
     model.eval()
-    parts = block_parts(model)
+    channels = _Channels(model)
     batch_size = batch_size or samples_at_once(model, tokens.shape[1])
     scales = LOSS_SCALES if model.dtype == torch.float16 else (1.0,)
     with tqdm(total=len(tokens), desc="score", unit="sample") as bar:
         for start in range(0, len(tokens), batch_size):
             batch = tokens[start : start + batch_size]
             numbers = torch.arange(start, start + len(batch))
-            vector, element = _score_batch(model, batch, numbers, parts, hessian, vector_unit, scales)
+            vector, element = _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales)
             yield vector.numpy(), element.numpy()
             bar.update(len(batch))
 
@@ -96,58 +94,74 @@ def samples_at_once(model: nn.Module, length: int) -> int:
     return max(1, TOKENS_AT_ONCE[where] // length)
 
 
-def _score_batch(model, batch, numbers, parts, hessian, vector_unit, scales):  # type: ignore[no-untyped-def]
+class _Channels:
+    """The channels of all matrices of all groups one after another, and which of them make each group.
+
+    matrices: (layer, matrix, axis, linear, its channels) in the order of `group_matrices`; groups: for groups of one
+    width each, their numbers in the order of `discover` and their channels, int64 (n,) and (n, width).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.matrices: list[tuple[int, str, int, nn.Linear, slice]] = []
+        blocks: dict[tuple[int, str], list[torch.Tensor]] = {}
+        self.count = 0
+        for layer, kind, part, linear in group_matrices(model):
+            channels = torch.arange(self.count, self.count + linear.weight.shape[part.axis])
+            self.count += len(channels)
+            self.matrices.append((layer, part.matrix, part.axis, linear, slice(self.count - len(channels), self.count)))
+            blocks.setdefault((layer, kind), []).append(channels.view(-1, part.width))
+        groups: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.total = 0
+        for parts in blocks.values():
+            channels = torch.cat(parts, 1)
+            numbers = torch.arange(self.total, self.total + len(channels))
+            self.total += len(channels)
+            groups.setdefault(channels.shape[1], []).append((numbers, channels))
+        self.groups = [tuple(map(torch.cat, zip(*same, strict=True))) for same in groups.values()]
+
+    def sum(self, found: torch.Tensor) -> torch.Tensor:
+        """(…, channels) → (…, groups)"""
+        out = found.new_empty(*found.shape[:-1], self.total)
+        for numbers, channels in self.groups:
+            out[..., numbers.to(out.device)] = found[..., channels.to(out.device)].sum(-1)
+        return out
+
+
+def _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales):  # type: ignore[no-untyped-def]
     """float32 (D, N), twice; numbers: those of the samples, for messages."""
-    members = [((layer, part.matrix), part.axis, linear) for layer, _, part, linear in group_matrices(model)]
     # places for tiles and results, taken before the activations: among them they would leave holes in a CPU's heap
     work = torch.empty(TILE)
-    sums: Sums = {}
-    for place, axis, linear in members:
-        device = "cpu" if linear.weight.is_meta else linear.weight.device
-        sums[place] = torch.empty(2, len(batch), linear.weight.shape[axis], device=device)
+    sums = torch.empty(2, len(batch), channels.count, device=input_device(model))
 
     def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
-        place, axis, linear = members[index]
+        _, _, axis, linear, place = channels.matrices[index]
         weight, here = weight_of(linear, delta.device), work if delta.device == work.device else None
-        found = channel_sums(weight, delta, x, axis, hessian=hessian, scale=scales[0], work=here)
-        sums[place].copy_(torch.stack(found))
+        sums[:, :, place] = channel_sums(weight, delta, x, axis, hessian=hessian, scale=scales[0], work=here)
 
-    with watch_gradients([linear for *_, linear in members], see):
+    with watch_gradients([linear for *_, linear, _ in channels.matrices], see):
         backward(model, batch, scales[0])
-    vector, element = [], []
-    for layer, kinds in enumerate(parts):
-        for kind in KINDS:
-            coarse, fine = [], []
-            for part, _ in kinds[kind]:
-                signed, absolute = (t.unflatten(1, (-1, part.width)) for t in sums[layer, part.matrix])
-                coarse.append((signed.abs() if vector_unit == "row" else signed).sum(-1))
-                fine.append(absolute.sum(-1))
-            vector.append(torch.stack(coarse).sum(0).abs().cpu())
-            element.append(torch.stack(fine).sum(0).cpu())
-    vectors, elements = torch.cat(vector, 1), torch.cat(element, 1)
+    vectors = channels.sum(sums[0].abs() if vector_unit == "row" else sums[0]).abs().cpu()
+    elements = channels.sum(sums[1]).cpu()
     finite = (vectors.isfinite() & elements.isfinite()).all(1)
     if not finite.all():
         if len(scales) == 1:
-            raise SaapError(_not_finite(parts, sums, numbers))
+            raise SaapError(_not_finite(channels, sums, numbers))
         again = ~finite
         vectors[again], elements[again] = _score_batch(
-            model, batch[again], numbers[again], parts, hessian, vector_unit, scales[1:]
+            model, batch[again], numbers[again], channels, hessian, vector_unit, scales[1:]
         )
     return vectors, elements
 
 
-def _not_finite(parts: list[dict], sums: Sums, numbers: torch.Tensor) -> str:
+def _not_finite(channels: _Channels, sums: torch.Tensor, numbers: torch.Tensor) -> str:
     """One bad weight spoils the scores of every matrix: name the first that holds one, else the first bad score."""
     first_bad = ""
-    for layer, kinds in enumerate(parts):
-        for members in kinds.values():
-            for part, linear in members:
-                signed, element = sums[layer, part.matrix]
-                finite = (signed.isfinite() & element.isfinite()).all(1)
-                if finite.all():
-                    continue
-                place = f"the score of layer {layer}, {part.matrix}, sample {numbers[int(finite.int().argmin())]}"
-                if not torch.isfinite(weight_of(linear, signed.device)).all():
-                    return f"{place} is not finite: neither are its weights"
-                first_bad = first_bad or f"{place} is not finite: load the model in float32"
+    for layer, matrix, _, linear, place in channels.matrices:
+        finite = sums[:, :, place].isfinite().all(0).all(1)
+        if finite.all():
+            continue
+        where = f"the score of layer {layer}, {matrix}, sample {numbers[int(finite.int().argmin())]}"
+        if not torch.isfinite(weight_of(linear, sums.device)).all():
+            return f"{where} is not finite: neither are its weights"
+        first_bad = first_bad or f"{where} is not finite: load the model in float32"
     return first_bad

@@ -50,7 +50,7 @@ def _tile_sums(  # type: ignore[no-untyped-def]
 
 def channel_sums(
     weight: torch.Tensor, delta: torch.Tensor, x: torch.Tensor, axis: int, fisher: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """As `saap.salience.channel_sums`, which is its oracle; tiles across a channel are added up in a fixed order."""
     if delta.stride(-1) != 1:
         delta = delta.contiguous()
@@ -59,12 +59,12 @@ def channel_sums(
     (out_features, in_features), samples = weight.shape, len(delta)
     grid = (triton.cdiv(out_features, ROWS), triton.cdiv(in_features, COLUMNS), samples)
     across, channels = (grid[1], out_features) if axis == 0 else (grid[0], in_features)
-    signed, element = torch.empty(2, samples, across, channels, device=weight.device).unbind()
+    sums = torch.empty(2, samples, across, channels, device=weight.device)
     with torch.cuda.device_of(weight):
         _tile_sums[grid](
-            weight, delta, x, signed, element, out_features, in_features, x.shape[1], 1.0 / scale,
+            weight, delta, x, sums[0], sums[1], out_features, in_features, x.shape[1], 1.0 / scale,
             *weight.stride(), *delta.stride()[:2], *x.stride()[:2],
             AXIS=axis, FISHER=fisher, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             BM=ROWS, BN=COLUMNS, BK=TOKENS, num_warps=8,
         )  # fmt: skip
-    return signed.sum(1), element.sum(1)
+    return sums.sum(2)
