@@ -50,6 +50,7 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu", off
         raise SaapError(f"{folder} is converted on loading and cannot stay on disk: load it whole and save it once")
     try:
         options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": True, "output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True  # they are refused below, by name
         if offload:
             options["device_map"] = device_map(config, device)
         if converted:
@@ -64,7 +65,8 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu", off
     model, info = loaded
     # checkpoints of the first Llama carry the rotary frequencies, which are computed
     unexpected = [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
-    wrong = {"missing": info["missing_keys"], "mismatched": info["mismatched_keys"], "unexpected": unexpected}
+    mismatched = [f"{name} {list(held)} for {list(wanted)}" for name, held, wanted in info["mismatched_keys"]]
+    wrong = {"missing": info["missing_keys"], "mismatched": mismatched, "unexpected": unexpected}
     wrong = {what: sorted(map(str, names)) for what, names in wrong.items() if names}
     if wrong:
         raise SaapError(f"the tensors in {folder} do not fit its config.json: {wrong}"[:400])

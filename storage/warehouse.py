@@ -73,13 +73,19 @@ class Warehouse:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A read-only connection. Raises StorageError when there is no warehouse yet."""
+        """A read-only connection; the file is rebuilt first if it is broken or of another version.
+
+        Raises StorageError when there is no warehouse yet.
+        """
         if not self.file.exists():
             raise StorageError(
                 f"no warehouse in {self.root}: run something first (saap run …), or name another --store"
             )
-        with self._lock(), duckdb.connect(str(self.file), read_only=True) as connection:
-            yield connection
+        with self._lock():
+            if self._stale():
+                self._rebuild()
+            with duckdb.connect(str(self.file), read_only=True) as connection:
+                yield connection
 
     def _lock(self) -> FileLock:
         return FileLock(self.root / "warehouse.lock")

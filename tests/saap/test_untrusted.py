@@ -51,6 +51,12 @@ def test_code_beside_the_weights_is_never_run(folder, model_type):
         refused(load, folder, model_type if model_type == "stranger" else "do not fit")
 
 
+def test_codes_in_other_groups_than_config_says_are_refused_by_name(tmp_path):
+    save(to_groupwise(build("llama"), 32), tmp_path)
+    change(tmp_path / "config.json", groupwise={"bits": 4, "group_size": 64})
+    refused(load, tmp_path, "mismatched", "down_proj.scale [64, 3] for [64, 2]")
+
+
 def test_code_of_a_tokenizer_is_never_run(folder):
     (folder / "code.py").write_text(EVIL)
     auto_map = {"AutoTokenizer": ["code.Tokenizer", None]}
