@@ -4,16 +4,27 @@
     python benchmarks/int4_decode.py --shape smollm2-135m
 
 Random weights and scores: speed does not depend on the values. By the pipeline's protocol: models in turn, medians,
-ratios of the same round. Prints a table and, as its last line, one JSON object.
+ratios of the same round. The bytes of LLaMA-7B's weights are counted everywhere, from tensors without storage. Prints a
+table and, as its last line, one JSON object.
 """
 
 import argparse
 import json
+from typing import Any
 
 import torch
 from common import SHAPES, random_llama, randomly_pruned
 
 import saap
+from saap.modeling import use_groupwise
+
+
+def bytes_of_halved_7b() -> float:
+    """The weights of LLaMA-7B's shape pruned by half in int4, over those of the dense one in bfloat16."""
+    dense = random_llama("llama-7b", "meta")
+    halved: Any = randomly_pruned(dense, 0.5)
+    use_groupwise(halved.model.layers, group_size=32)
+    return saap.size_of(halved).weight_bytes / saap.size_of(dense).weight_bytes
 
 
 def main() -> None:
@@ -42,9 +53,12 @@ def main() -> None:
     for row in rows:
         print(f"{row.variant:<18}{row.tokens_per_s:>10.1f}{row.tokens_per_s_spread:>9.0%}{row.decode_ratio:>7.2f}×"
               f"{row.eager_tokens_per_s:>9.1f}{row.weight_bytes / 1e6:>9.0f} MB")  # fmt: skip
+    counted = bytes_of_halved_7b()
+    print(f"LLaMA-7B's shape, half of it in int4: {counted:.3f}× the bytes of the dense one in bfloat16 (counted)")
     figures = {
         "int4_over_dense_decode": round(rows[1].decode_ratio, 3),
         "weights_over_dense": round(rows[1].weight_bytes / rows[0].weight_bytes, 4),
+        "llama_7b_weights_over_dense": round(counted, 4),
         "shape": shape,
         "device": rows[0].device,
     }
