@@ -27,12 +27,12 @@ class Training:
     patience: stop when it has not fallen so many times in a row.
     """
 
-    epochs: float = 2.0
-    batch_size: int = 128
+    epochs: float = 1.0
+    batch_size: int = 8
     micro_batch_size: int = 8
-    learning_rate: float = 1e-4
-    warmup_steps: int = 100
-    schedule: str = "linear"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    schedule: str = "cosine"
     max_length: int = 256
     loss_on: str = "response"
     precision: str = "bfloat16"
