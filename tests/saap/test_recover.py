@@ -23,8 +23,8 @@ from saap import (
 )
 
 RECIPE = Groupwise(rank=8, alpha=16.0)
-SETTINGS = {"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 2e-2, "warmup_steps": 2, "schedule": "linear",
-            "precision": "float32", "held_out": 0.25, "save_steps": 2, "seed": 3}  # fmt: skip
+SETTINGS = {"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 2e-2, "warmup_steps": 2,
+            "schedule": "linear", "precision": "float32", "held_out": 0.25, "save_steps": 2, "seed": 3}  # fmt: skip
 
 KILLED = """
 import json, os, signal, sys
