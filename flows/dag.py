@@ -160,6 +160,8 @@ def build(config: RunConfig, run_id: str = "") -> list[Step]:
         )
     sets = {benchmark: found_or_missing(benchmark) for benchmark in config.evaluate.benchmarks}
     for variant, reference in variants.items():
+        if variant not in config.evaluate.variants:
+            continue
         for benchmark in config.evaluate.benchmarks:
             options = config.evaluate
             params: dict[str, Any] = {"benchmark": benchmark, "dtype": dtype}

@@ -130,6 +130,9 @@ class Recover(Section):
 
 class Evaluate(Section):
     benchmarks: tuple[Benchmark, ...] = Field(get_args(Benchmark), description="which of the nine")
+    variants: tuple[Literal["dense", "pruned", "recovered"], ...] = Field(
+        ("dense", "pruned", "recovered"), description="which models of the run"
+    )
     limit: Positive | None = Field(None, description="first so many items of each accuracy benchmark; all if absent")
     windows: tuple[Annotated[int, Field(ge=2)], ...] = Field(
         (128, 2048), description="perplexity window lengths, tokens"

@@ -47,6 +47,7 @@ DENSE = {"evaluate dense arc_easy", "evaluate dense wikitext2"}
         ("evaluate.limit=5", {label for label in PRUNED | DENSE if "arc" in label}),
         ("evaluate.samples=true", {label for label in PRUNED | DENSE if "arc" in label}),
         ("evaluate.windows=[64]", {label for label in PRUNED | DENSE if "wiki" in label}),
+        ("evaluate.variants=['pruned', 'recovered']", DENSE),
         ("evaluate.benchmarks=['arc_easy']", {label for label in PRUNED | DENSE if "wiki" in label}),
         ("speed.runs=3", {"speed"}),
         ("recover.distill=0", {"recover", "speed"} | RECOVERED),
