@@ -3,7 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from saap import (
     recover,
     to_groupwise,
 )
+from tasks.config import Recover
 
 RECIPE = Groupwise(rank=8, alpha=16.0)
 SETTINGS = {"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 2e-2, "warmup_steps": 2,
@@ -188,3 +189,10 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_losses(tiny_folder, tiny_t
     assert [untimed(s) for s in steps] == [untimed(s) for s in expected_steps]
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_a_run_is_told_what_the_library_does_by_itself():
+    for made in (Training(), Groupwise()):
+        for field in fields(made):
+            if field.name != "distill":  # which needs a teacher
+                assert getattr(made, field.name) == getattr(Recover(), field.name), field.name
