@@ -17,8 +17,8 @@ def rank(step: Step, folder: Path) -> dict[str, Any]:
 
     config = step.config()
     name, needs = config["criterion"], NEEDS[config["criterion"]]
-    runs = "tokens" in needs.statistics and config.get("cuts") != []
-    model, _ = checkpoint(step, "model", use="whole" if runs else "slices")
+    trained = needs.statistics == ("tokens",)  # slices suffice the others; with offload they stay on the CPU
+    model, _ = checkpoint(step, "model", use="whole" if trained else "slices")
     statistics = {statistic: read_statistic(step, statistic) for statistic in needs.statistics}
     options = {option: config[option] for option in needs.options}
     groups = saap.discover(model)
