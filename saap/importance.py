@@ -98,10 +98,11 @@ class _Channels:
     """The channels of all matrices of all groups one after another, and which of them make each group.
 
     matrices: (layer, matrix, axis, linear, its channels) in the order of `group_matrices`; groups: for groups of one
-    width each, their numbers in the order of `discover` and their channels, int64 (n,) and (n, width).
+    width each, their numbers in the order of `discover` and their channels, int64 (n,) and (n, width), on `device`.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.device = input_device(model)
         self.matrices: list[tuple[int, str, int, nn.Linear, slice]] = []
         blocks: dict[tuple[int, str], list[torch.Tensor]] = {}
         self.count = 0
@@ -117,13 +118,13 @@ class _Channels:
             numbers = torch.arange(self.total, self.total + len(channels))
             self.total += len(channels)
             groups.setdefault(channels.shape[1], []).append((numbers, channels))
-        self.groups = [tuple(map(torch.cat, zip(*same, strict=True))) for same in groups.values()]
+        self.groups = [[torch.cat(t).to(self.device) for t in zip(*same, strict=True)] for same in groups.values()]
 
     def sum(self, found: torch.Tensor) -> torch.Tensor:
         """(…, channels) → (…, groups)"""
         out = found.new_empty(*found.shape[:-1], self.total)
         for numbers, channels in self.groups:
-            out[..., numbers.to(out.device)] = found[..., channels.to(out.device)].sum(-1)
+            out[..., numbers] = found[..., channels].sum(-1)
         return out
 
 
@@ -131,7 +132,7 @@ def _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales):
     """float32 (D, N), twice; numbers: those of the samples, for messages."""
     # places for tiles and results, taken before the activations: among them they would leave holes in a CPU's heap
     work = torch.empty(TILE)
-    sums = torch.empty(2, len(batch), channels.count, device=input_device(model))
+    sums = torch.empty(2, len(batch), channels.count, device=channels.device)
 
     def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
         _, _, axis, linear, place = channels.matrices[index]

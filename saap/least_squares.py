@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.models.bloom.modeling_bloom import BloomBlock
 
-from saap.backward import is_offloaded
+from saap.backward import input_device, is_offloaded
 from saap.errors import SaapError
 from saap.families import family_of
 from saap.groups import KINDS, discover
@@ -126,7 +126,7 @@ class _Stream:
         self.blocks = family_of(model.config).blocks(model)
         self.matrices = {(layer, kind): linear for layer, kind, _, linear in output_matrices(model)}
         self.states, self.arguments = [], []
-        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        device = input_device(model)
         for batch in tokens.split(batch_size):
             states, arguments = _enter(model, self.blocks, batch.to(device))
             self.states.append(states)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from saap.backward import is_offloaded
+from saap.backward import input_device, is_offloaded
 from saap.errors import SaapError
 from saap.families import Part
 from saap.groups import group_matrices
@@ -73,7 +73,7 @@ def training_steps(
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(EPOCHS)])
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     model.eval()
     for step, chosen in enumerate(tqdm(order.split(BATCH), desc=name, unit="step")):
         ids = tokens[chosen].to(device)
