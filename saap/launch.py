@@ -41,8 +41,11 @@ def run(job: Job) -> list[dict[str, Any]]:
     from saap.checkpoint import load, load_tokenizer, save
     from saap.recipes import RECIPES
     from saap.recover import Training, recover
+    from saap.shard import claimed
 
+    fsdp = claimed()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if job.device == "cuda" and "LOCAL_RANK" in os.environ else job.device
+    device = "cpu" if fsdp else device  # a model that is to be shared out may be larger than a GPU
     # autocast would round a float32 teacher's weights anew for every batch
     dtype = job.training.get("precision", job.dtype) if job.dtype == "float32" else job.dtype
     teacher = load(job.teacher, dtype=dtype, device=device) if job.teacher else None
@@ -56,6 +59,7 @@ def run(job: Job) -> list[dict[str, Any]]:
         recipe,
         Training(**job.training),
         teacher,
+        fsdp=fsdp,
     )
     if os.environ.get("RANK", "0") == "0":
         save(recovered, job.output, tokenizer)

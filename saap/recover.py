@@ -64,6 +64,8 @@ def recover(
     recipe: Recipe | None = None,
     training: Training | None = None,
     teacher: nn.Module | None = None,
+    *,
+    fsdp: bool = False,
 ) -> tuple[nn.Module, list[TrainingStep]]:
     """Prepare a model by the recipe (default: Groupwise()), train its adapters on Alpaca rows, and merge them.
 
@@ -73,16 +75,20 @@ def recover(
         work: folder for the trainer's checkpoints. When it holds one of an interrupted call with the same arguments,
             training goes on from there, with the same data order, optimiser and random state.
         teacher: the dense model; needed exactly when training.distill is not 0.
+        fsdp: share out the frozen weights of both models among the processes (`saap.shard`); they may come from the
+            CPU, and a model with values comes back in the first process only.
 
     Under accelerate's launcher every process calls this with the same arguments.
     Returns the finished model and the steps. Raises SaapError for bad arguments or a loss that is not finite.
     """
+    from accelerate import PartialState
     from transformers import set_seed
 
+    from saap.shard import average_only_what_learns, gather, shard
     from saap.trainer import train
 
     recipe, training = recipe or Groupwise(), training or Training()
-    device = next(model.parameters()).device
+    device = PartialState().device if fsdp else next(model.parameters()).device
     _check(training, teacher, device)
     examples = [alpaca_example(row, tokenizer, training.max_length, training.loss_on == "text") for row in rows]
     examples = [e for e in examples if any(label != -100 for label in e["labels"])]
@@ -94,18 +100,26 @@ def recover(
         )
     set_seed(training.seed)
     prepared = recipe.prepare(model)
+    empty = shard(prepared, device) if fsdp else None
     if training.gradient_checkpointing:
         prepared.gradient_checkpointing_enable({"use_reentrant": False})
     if teacher is not None:
         teacher.requires_grad_(False).eval()
+        if fsdp:
+            shard(teacher, device)
     attention = prepared.config._attn_implementation
     prepared.set_attn_implementation(fastest_attention(prepared, device.type, training.precision, training.max_length))
     student = Student(prepared, teacher, training.distill)
+    if fsdp:
+        average_only_what_learns(student)
     history = train(student, examples[:kept], examples[kept:], tokenizer, Path(work), training, device)
     steps = _steps(history)
     bad = [s.step for s in steps if not torch.isfinite(torch.tensor(s.loss))]
     if bad:
         raise SaapError(f"the training loss is not finite at step {bad[0]}: lower recover.learning_rate")
+    if empty is not None:
+        gather(prepared, empty)
+        return (recipe.finish(empty) if PartialState().is_main_process else empty), steps
     if training.gradient_checkpointing:
         prepared.gradient_checkpointing_disable()
     prepared.set_attn_implementation(attention)

@@ -89,7 +89,7 @@ def train(
         callbacks=callbacks,
     )
     if trainer.is_fsdp_enabled:
-        raise SaapError("recovery runs data-parallel, not under FSDP: what is trained is small, what is frozen is int4")
+        raise SaapError("accelerate's own FSDP cannot share out int4 codes: call recover(…, fsdp=saap.shard.claimed())")
     trainer.student = student
     trainer.held_out = [_inputs(e) for e in sorted(held_out, key=lambda e: e["length"])]
     trainer.order = _Order([e["length"] for e in examples], training.batch_size, training.seed)

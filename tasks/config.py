@@ -159,7 +159,8 @@ class Compute(Section):
         False, description="score and prune a model larger than the device: its blocks come from disk one by one"
     )
     launch: str | None = Field(
-        None, description="train in several processes: arguments of `accelerate launch`, e.g. '--multi_gpu'"
+        None,
+        description="train in several processes: arguments of `accelerate launch`; '--multi_gpu' or '--use_fsdp'",
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from saap import SaapError, load
 from saap.launch import Job, launched, run
 
-TWO = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+TWO = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 
 
 @pytest.fixture
@@ -22,9 +22,10 @@ def job(tiny_folder, mini, tmp_path):
                training=training)  # fmt: skip
 
 
-def test_two_processes_take_the_same_steps_as_one(job, tmp_path):
+@pytest.mark.parametrize("way", ["--multi_gpu", "--use_fsdp"])
+def test_two_processes_take_the_same_steps_as_one(job, tmp_path, way):
     (tmp_path / "two").mkdir()
-    together = launched(replace(job, work=str(tmp_path / "w2"), output=str(tmp_path / "two")), TWO)
+    together = launched(replace(job, work=str(tmp_path / "w2"), output=str(tmp_path / "two")), f"{way} {TWO}")
     alone = run(job)
     assert len(alone) == len(together) == 2
     for one, two in zip(alone, together, strict=True):
