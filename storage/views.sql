@@ -119,7 +119,8 @@ select l.run_id, l.name, l.model, l.data, l.criterion, l.ratio, r.config->>'$.re
     (r.config->>'$.recover.distill')::double as distill, (r.config->>'$.recover.seed')::integer as seed,
     s.steps, t.seconds, s.training_tokens_per_s, s.last_loss, s.held_out_loss,
     p.average as pruned_average, l.average, p.wikitext2 as pruned_wikitext2, l.wikitext2, p.ptb as pruned_ptb, l.ptb,
-    ln(p.wikitext2 / l.wikitext2) / ln(p.wikitext2 / d.wikitext2) as gap_closed, l.weight_bytes
+    ln(p.wikitext2 / l.wikitext2) / ln(p.wikitext2 / d.wikitext2) as gap_closed,
+    l.parameters, l.weight_bytes, l.tokens_per_s, l.decode_ratio
 from leaderboard l join runs r using (run_id) join steps s using (run_id) join took t using (run_id)
     left join leaderboard p on p.run_id = l.run_id and p.variant = 'pruned'
     left join leaderboard d on d.run_id = l.run_id and d.variant = 'dense'
