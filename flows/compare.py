@@ -20,18 +20,6 @@ from tasks.step import Step
 RANKING = ("score", "gradients", "activations", "fisher", "fuse", "fluctuation", "rank")  # what a criterion costs
 MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
 PAPER_MODEL = "llama-7b"
-# axis → value → the paper's name of it (published_results.method)
-_PAPER = {
-    "criterion.name": {name: name for name in ("saap", "llm_pruner", "wanda_sp", "loraprune", "lorashear")},
-    "fuse.fusion": {
-        "vector": "saap/fusion=separate",
-        "element": "saap/fusion=separate",
-        "weighted": "saap/fusion=weighted",
-        "adaptive": "saap/fusion=adaptive",
-    },
-    "fluctuation.fluctuation": {"mean": "saap/without_asi", "var_weight": "saap/with_asi"},
-    "recover.recipe": {name: f"saap/{name}" for name in ("lora", "qlora", "groupwise")},
-}
 
 
 @dataclass
@@ -133,15 +121,16 @@ def _measured(
 
 def _published(store: Path, row: Row, axes: list[str]) -> tuple[dict[str, float], bool]:
     """The paper's numbers for LLaMA-7B that answer to this row, and whether they are marked as misprints."""
-    names = [_PAPER[axis][value] for axis, value in zip(axes, row.chosen, strict=True) if value in _PAPER.get(axis, {})]
-    if len(names) != 1 or not Warehouse(store).file.exists():
+    if not Warehouse(store).file.exists():
         return {}, False
+    settings = [f"{axis_name(axis)}={value}" for axis, value in zip(axes, row.chosen, strict=True)]
     with Warehouse(store).reading() as connection:
         found = connection.execute(
-            "select benchmark, value, misprint from published_results where model = ? and method = ? "
-            "and abs(ratio - ?) < 0.005 and (tuned = ? or \"table\" in ('X', 'XI')) "
-            "and \"table\" in ('I', 'X', 'XI', 'XII')",
-            [PAPER_MODEL, names[0], row.ratio, row.variant == "recovered"],
+            "with named as (select method from published_names where list_contains(?, setting || '=' || value)) "
+            "select benchmark, value, misprint from published_results join named using (method) "
+            "where (select count(*) from named) = 1 and model = ? and abs(ratio - ?) < 0.005 "
+            "and (tuned = ? or \"table\" in ('X', 'XI')) and \"table\" in ('I', 'X', 'XI', 'XII')",
+            [settings, PAPER_MODEL, row.ratio, row.variant == "recovered"],
         ).fetchall()
     numbers = {benchmark: value for benchmark, value, _ in found}
     if "memory_mib" in numbers:
