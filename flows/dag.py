@@ -24,7 +24,7 @@ VERSIONS = {
     "fisher": 2,
     "rank": 1,
     "prune": 3,
-    "recover": 3,
+    "recover": 4,
     "evaluate": 2,
     "speed": 2,
 }
