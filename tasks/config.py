@@ -117,7 +117,7 @@ class Recover(Section):
         0.9, description="share in the loss of KL(dense model ‖ this one); 0: plain cross-entropy, no dense model held"
     )
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.04, description="share of the rows, the last ones, to choose the best checkpoint by"
+        0.04, description="share of the rows, the last ones, 128 at most, to choose the best checkpoint by"
     )
     patience: Positive | None = Field(
         None, description="stop when the held-out loss has not fallen so many times in a row; never if absent"

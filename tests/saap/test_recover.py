@@ -151,6 +151,13 @@ def test_a_pickle_in_the_work_folder_is_refused_and_not_run(tiny_folder, tiny_to
     assert not (tmp_path / "run").exists()
 
 
+def test_no_more_rows_are_held_out_than_it_takes(tiny_llama, tiny_tokenizer, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["saap.recover"], "HELD_OUT_AT_MOST", 4)
+    settings = SETTINGS | {"batch_size": 4, "epochs": 1, "save_steps": 50}  # a share of 0.25 is 8 rows of the 32
+    _, steps = recover(tiny_llama(), rows, tiny_tokenizer, tmp_path, RECIPE, Training(**settings))
+    assert len(steps) == (32 - 4) / 4
+
+
 @pytest.mark.parametrize(
     "settings",
     [
