@@ -53,12 +53,15 @@ def refit(
         batch_size: sequences at once. Changes speed and memory, not the result.
 
     Raises:
-        SaapError: a ridge that is not positive, or an activation that is not finite.
+        SaapError: a ridge that is not positive, an activation that is not finite, or a BLOOM with
+            `apply_residual_connection_post_layernorm`.
     """
     if ridge <= 0:
         raise SaapError(f"ridge must be positive, got {ridge}")
     if is_offloaded(model):
         raise SaapError("the refit needs a model whose weights are all on its device")
+    if getattr(model.config, "apply_residual_connection_post_layernorm", False):
+        raise SaapError("no refit for a BLOOM whose residual stream is normalised: blocks do not add to their input")
     lost = {(layer, kind) for layer, kind, index in discover(model).blocks() if not keep[index].all()}
     dense, lean = _Stream(model, tokens, batch_size), _Stream(small, tokens, batch_size)
     for layer in tqdm(range(len(dense.blocks)), desc="refit", unit="block"):

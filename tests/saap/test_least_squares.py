@@ -164,3 +164,7 @@ def test_dead_inputs_change_nothing_and_broken_ones_are_an_error(tiny_llama, tok
     model.model.layers[0].mlp.up_proj.to("meta")
     with pytest.raises(SaapError, match="device"):
         refit(small, model, keep, tokens)
+    other = bloom()
+    other.config.apply_residual_connection_post_layernorm = True
+    with pytest.raises(SaapError, match="BLOOM"):
+        refit(other, other, keep, tokens)
