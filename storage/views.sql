@@ -130,6 +130,7 @@ select l.run_id, l.name, l.model, l.data, l.criterion, l.ratio, r.config->>'$.re
     s.steps, t.seconds, s.training_tokens_per_s, s.last_loss, s.held_out_loss,
     p.average as pruned_average, l.average, p.wikitext2 as pruned_wikitext2, l.wikitext2, p.ptb as pruned_ptb, l.ptb,
     ln(p.wikitext2 / l.wikitext2) / ln(p.wikitext2 / d.wikitext2) as gap_closed,
+    ln(p.ptb / l.ptb) / ln(p.ptb / d.ptb) as gap_closed_ptb,
     l.parameters, l.weight_bytes, l.tokens_per_s, l.decode_ratio
 from leaderboard l join runs r using (run_id) join steps s using (run_id) join took t using (run_id)
     left join leaderboard p on p.run_id = l.run_id and p.variant = 'pruned'

@@ -114,7 +114,7 @@ class Recover(Section):
     )
     gradient_checkpointing: bool = Field(False, description="less memory for activations, a third more time")
     distill: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.9, description="share in the loss of KL(dense model ‖ this one); 0: plain cross-entropy, no dense model held"
+        0.0, description="share in the loss of KL(dense model ‖ this one); 0: plain cross-entropy, no dense model held"
     )
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.04, description="share of the rows, the last ones, 128 at most, to choose the best checkpoint by"

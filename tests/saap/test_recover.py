@@ -201,5 +201,4 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_losses(tiny_folder, tiny_t
 def test_a_run_is_told_what_the_library_does_by_itself():
     for made in (Training(), Groupwise()):
         for field in fields(made):
-            if field.name != "distill":  # which needs a teacher
-                assert getattr(made, field.name) == getattr(Recover(), field.name), field.name
+            assert getattr(made, field.name) == getattr(Recover(), field.name), field.name

@@ -150,16 +150,18 @@ def test_a_recovery_is_told_by_its_steps_and_the_share_of_the_gap_it_closed(tmp_
     record.stage(0, stage="recover", key="t", variant=None, benchmark=None, cached=False, seconds=7.0)
     for position, (variant, value) in enumerate({"dense": 2.0, "pruned": 32.0, "recovered": 8.0}.items(), 1):
         with store.publish("evaluate", variant, run_id="r") as folder:
-            perplexity = METRIC | {"benchmark": "wikitext2", "metric": "perplexity", "value": value}
-            write_table(folder, "metrics", [perplexity])
+            perplexity = METRIC | {"metric": "perplexity"}
+            both = [{"benchmark": "wikitext2", "value": value}, {"benchmark": "ptb", "value": value**2}]
+            write_table(folder, "metrics", [perplexity | one for one in both])
         found = {"stage": "evaluate", "key": variant, "variant": variant, "benchmark": "wikitext2"}
         record.stage(position, **found, cached=False, seconds=1.0)
     warehouse = Warehouse(store.root)
     warehouse.load("r")
-    columns = "recipe, seed, distill, steps, seconds, training_tokens_per_s, last_loss, held_out_loss, gap_closed"
-    ((*found, gap),) = ask(warehouse, f"select {columns} from recovery")
+    columns = "recipe, seed, distill, steps, seconds, training_tokens_per_s, last_loss, held_out_loss"
+    columns += ", gap_closed, gap_closed_ptb"
+    ((*found, gap, gap_ptb),) = ask(warehouse, f"select {columns} from recovery")
     assert found == ["lora", 3, 0.5, 3, 7.0, 11.0, 0.0, 2.5]
-    assert gap == pytest.approx(0.5)  # 32 → 8 of 32 → 2
+    assert gap == gap_ptb == pytest.approx(0.5)  # 32 → 8 of 32 → 2, and their squares
 
 
 def test_a_run_whose_process_was_killed_is_told_from_a_living_one(tmp_path):
