@@ -87,7 +87,7 @@ def recover(
     from accelerate import PartialState
     from transformers import set_seed
 
-    from saap.shard import average_only_what_learns, gather, shard
+    from saap.shard import average_only_what_learns, gather, shard, skeleton
     from saap.trainer import train
 
     recipe, training = recipe or Groupwise(), training or Training()
@@ -103,7 +103,9 @@ def recover(
         )
     set_seed(training.seed)
     prepared = recipe.prepare(model)
-    empty = shard(prepared, device) if fsdp else None
+    empty = skeleton(prepared) if fsdp else None
+    if fsdp:
+        shard(prepared, device)
     if training.gradient_checkpointing:
         prepared.gradient_checkpointing_enable({"use_reentrant": False})
     if teacher is not None:

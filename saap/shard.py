@@ -25,18 +25,23 @@ def claimed() -> bool:
     return asked and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def shard(model: Any, device: torch.device) -> Any:
+def skeleton(model: Any) -> Any:
+    """A copy without values, but for the buffers that no checkpoint holds: what `gather` fills again."""
+    held: dict[int, Any] = {id(b): b.to("meta") for b in model.state_dict(keep_vars=True).values()}
+    for parameter in model.parameters():
+        held[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    return copy.deepcopy(model, held)
+
+
+def shard(model: Any, device: torch.device) -> None:
     """Leave this process its part of the frozen weights of the blocks, on its device, in place.
 
     torch's fully_shard puts a block together when it runs, forward and backward. What learns, and what is outside the
     blocks, stays whole on every process. The model may come from the CPU, and need not fit the device; every process
-    calls this with the same one.
-
-    Returns the model's skeleton, for `gather`. Raises SaapError for NF4 weights.
+    calls this with the same one. Raises SaapError for NF4 weights.
     """
     if any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
         raise SaapError("NF4 weights cannot be shared out: use --multi_gpu, or the recipe groupwise or lora")
-    empty = _skeleton(model)
     learning = {p for p in model.parameters() if p.requires_grad}
     for module in model.modules():
         if isinstance(module, GroupwiseLinear):  # fully_shard shares out parameters only
@@ -47,7 +52,6 @@ def shard(model: Any, device: torch.device) -> Any:
     for block in family_of(model.config).blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=learning)
     model.to(device)
-    return empty
 
 
 def average_only_what_learns(student: nn.Module) -> None:
@@ -66,11 +70,3 @@ def gather(model: Any, empty: Any) -> None:
     if first:
         empty.load_state_dict(state, assign=True)
         empty.tie_weights()
-
-
-def _skeleton(model: Any) -> Any:
-    """A copy without values, but for the buffers that no checkpoint holds."""
-    held: dict[int, Any] = {id(b): b.to("meta") for b in model.state_dict(keep_vars=True).values()}
-    for parameter in model.parameters():
-        held[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    return copy.deepcopy(model, held)

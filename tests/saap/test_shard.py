@@ -8,7 +8,7 @@ from torch import distributed, multiprocessing
 from torch.distributed.tensor import DTensor
 
 from saap import RECIPES, SaapError
-from saap.shard import claimed, gather, shard
+from saap.shard import claimed, gather, shard, skeleton
 
 
 def bytes_of(model):
@@ -22,7 +22,8 @@ def process(rank, folder, prepared, tokens, answer):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     dense, whole, state = bytes_of(prepared), copy.deepcopy(prepared), copy.deepcopy(prepared.state_dict())
     learns = sum(p.numel() * p.element_size() for p in prepared.parameters() if p.requires_grad)
-    empty = shard(prepared, torch.device("cpu"))
+    empty = skeleton(prepared)
+    shard(prepared, torch.device("cpu"))
     with torch.no_grad():
         difference = float((prepared(tokens).logits - whole(tokens).logits).abs().max())
     held = bytes_of(prepared)  # after a pass too: the blocks are taken apart again
