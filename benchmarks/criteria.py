@@ -25,6 +25,7 @@ from common import embedded, where
 from torch.nn import functional as F
 
 import saap
+from saap.pruning.plan import PROTECTED
 from tasks.config import Criterion
 from tasks.criteria import NEEDS, SAAP
 from tasks.sources import read_data
@@ -50,7 +51,7 @@ def statistics_of(model: Any, tokens: torch.Tensor, seed: int) -> Callable[[str]
         "tokens": lambda: tokens,
         "seed": lambda: seed,
         "variant": lambda: "param_first",
-        "protect": lambda: saap.plan.PROTECTED,
+        "protect": lambda: PROTECTED,
         "align": lambda: 32,
     }
     return cache(lambda name: makers[name]())

@@ -19,7 +19,7 @@ import torch
 from common import embedded
 
 import saap
-from saap.accuracy import task_file
+from saap.evaluation.accuracy import task_file
 from tasks.sources import data_file
 
 

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from common import SHAPES, held, most_held, random_llama, randomly_pruned, where
 
-from saap.speed import in_turn
+from saap.evaluation.speed import in_turn
 
 
 def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     """A function that makes one optimiser step of a recipe and returns its seconds."""
     from saap import RECIPES
-    from saap.loss import Student
-    from saap.recover import fastest_attention
+    from saap.recovery.loss import Student
+    from saap.recovery.recover import fastest_attention
 
     device = arguments.device
     model = RECIPES[name](rank=arguments.rank).prepare(randomly_pruned(random_llama(arguments.shape, device), 0.2))

@@ -26,10 +26,10 @@ from common import embedded, held, most_held, random_llama, where
 from torch import nn
 
 import saap
-from saap import onednn
-from saap.groups import KINDS, block_parts
-from saap.importance import samples_at_once
-from saap.speed import in_turn
+from saap.evaluation.speed import in_turn
+from saap.models.groups import KINDS, block_parts
+from saap.scoring import onednn
+from saap.scoring.importance import samples_at_once
 
 
 def straightforward(model: nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -228,8 +228,8 @@ def _check_family(settings: RunConfig) -> None:
     """What would end the run at a late stage."""
     from importlib.util import find_spec
 
-    from saap.checkpoint import load_config
-    from saap.families import family_of
+    from saap.models.checkpoint import load_config
+    from saap.models.families import family_of
     from storage.keys import Fingerprints
     from tasks.sources import model_source
 

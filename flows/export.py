@@ -153,7 +153,7 @@ def find_checkpoint(source: str, variant: str | None, store: Path) -> Checkpoint
 
 def card_of(checkpoint: Checkpoint, place: str | None) -> str:
     """README.md of a checkpoint, with the metrics and speeds that its run has in the warehouse."""
-    from saap.card import model_card
+    from saap.export.model_card import model_card
     from storage.artifacts import ArtifactStore
     from storage.warehouse import Warehouse
     from tasks.card import origin_of
@@ -206,7 +206,7 @@ def _upload(files: list[Path], card: str, repository: str, token: str, private: 
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    from saap.untrusted import first_line
+    from saap.errors import first_line
 
     hub = HfApi(token=token)
     operations = [CommitOperationAdd(file.name, str(file)) for file in files]

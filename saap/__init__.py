@@ -6,29 +6,31 @@ Importing it registers the uneven models with transformers, so `AutoModelForCaus
 our checkpoints.
 """
 
-from saap.accuracy import ACCURACY, accuracy
-from saap.adapter import PooledAdapter, add_adapters, merge_adapters
-from saap.checkpoint import convert_gguf, load, load_tokenizer, save
-from saap.compensation import add_mean_bias
 from saap.criteria import CRITERIA
 from saap.errors import DataUnavailable, SaapError
-from saap.families import family_of
-from saap.fisher import mask_fisher
-from saap.fluctuation import asi, fluctuation
-from saap.fusion import fuse
-from saap.groups import Groups, discover, weight_norms
-from saap.importance import score
-from saap.int4 import use_int4_kernels
-from saap.least_squares import refit
-from saap.modeling import GroupwiseLinear, SaapLlamaConfig, SaapLlamaForCausalLM
-from saap.perplexity import Perplexity, perplexity
-from saap.plan import removed_share, select
-from saap.quantize import dequantize, quantize, to_groupwise
-from saap.recipes import RECIPES, Groupwise, Lora, Qlora, Recipe
-from saap.recover import Training, recover
-from saap.speed import compare_speed, size_of
-from saap.statistics import input_moments, taylor_sums
-from saap.surgery import mask, prune, widths
+from saap.evaluation.accuracy import ACCURACY, accuracy
+from saap.evaluation.perplexity import Perplexity, perplexity
+from saap.evaluation.sizes import size_of
+from saap.evaluation.speed import compare_speed
+from saap.int4.adapter import PooledAdapter, add_adapters, merge_adapters
+from saap.int4.kernels import use_int4_kernels
+from saap.int4.quantize import dequantize, quantize, to_groupwise
+from saap.models.checkpoint import convert_gguf, load, load_tokenizer, save
+from saap.models.families import family_of
+from saap.models.groups import Groups, discover, weight_norms
+from saap.models.modeling import GroupwiseLinear, SaapLlamaConfig, SaapLlamaForCausalLM
+from saap.pruning.compensation import add_mean_bias
+from saap.pruning.least_squares import refit
+from saap.pruning.plan import removed_share, select
+from saap.pruning.surgery import mask, prune, widths
+from saap.recovery.recipes import RECIPES, Groupwise, Lora, Qlora, Recipe
+from saap.recovery.recover import recover
+from saap.recovery.training import Training
+from saap.scoring.fisher import mask_fisher
+from saap.scoring.fluctuation import asi, fluctuation
+from saap.scoring.fusion import fuse
+from saap.scoring.importance import score
+from saap.scoring.statistics import input_moments, taylor_sums
 from saap.texts import read_rows, sample_tokens
 
 __all__ = [

@@ -6,3 +6,8 @@ class SaapError(ValueError):
 
 class DataUnavailable(SaapError):
     """Data that could not be had: a download that failed. The message is one line and says what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message in one line of bearable length."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saap.errors import SaapError
-from saap.untrusted import first_line
+from saap.errors import SaapError, first_line
 
 
 def read_rows(file: str | Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from tasks.sources import base_model, data_name
 from tasks.step import Step
 
 if TYPE_CHECKING:
-    from saap.card import Origin
+    from saap.export.model_card import Origin
 
 PACKAGES = ("saap", "torch", "transformers")
 MODELS = ("gguf", "model", "dense")  # what manifests call the model when it lies outside the store
@@ -18,7 +18,7 @@ MODELS = ("gguf", "model", "dense")  # what manifests call the model when it lie
 
 def write_card(step: Step, folder: Path) -> None:
     """README.md of the checkpoint that the step has just saved. Without metrics: those are measured on the artifact."""
-    from saap.card import model_card
+    from saap.export.model_card import model_card
 
     about: dict[str, Any] = {"stage": step.stage, "key": step.key, "params": step.config(), "run_id": step.run_id}
     about |= {"inputs": step.inputs, "outside": dict(step.outside)}
@@ -27,7 +27,7 @@ def write_card(step: Step, folder: Path) -> None:
 
 def origin_of(store: ArtifactStore, manifest: Mapping[str, Any]) -> "Origin":
     """Where an artifact comes from, by its manifest and those of all it was made from, as far as the store has them."""
-    from saap.card import Origin
+    from saap.export.model_card import Origin
 
     manifests = _ancestors(store, manifest)
     stages = {about["stage"]: about["params"] for about in manifests if about["params"]}

@@ -17,7 +17,7 @@ from tasks.step import Step
 @stage_task("recover")
 def recover(step: Step, folder: Path) -> dict[str, Any]:
     from saap import RECIPES, Training
-    from saap.launch import Job, launched, run
+    from saap.recovery.launch import Job, launched, run
 
     config, compute = step.config(), settings(step)
     forget()

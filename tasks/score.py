@@ -12,7 +12,7 @@ from tasks.step import Step
 @stage_task("score")
 def score(step: Step, folder: Path) -> dict[str, Any]:
     from saap import discover
-    from saap.importance import score_batches
+    from saap.scoring.importance import score_batches
 
     config = step.config()
     model, _ = checkpoint(step, "model", use="blocks")

@@ -65,10 +65,7 @@ DATA: dict[str, DataSet] = {
 
 def mini_folder() -> Path:
     """The folder of the embedded mini pack."""
-    spec = importlib.util.find_spec("saap")  # finds the package without importing torch
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0]) / "mini"
+    return Path(__file__).parent / "mini"
 
 
 def data_file(data: str, role: str) -> Path | None:

@@ -23,14 +23,14 @@ def _score(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _gradients(folder: Path) -> Any:
-    from saap.statistics import TaylorSums
+    from saap.scoring.statistics import TaylorSums
 
     found = read_table(folder, "taylor")
     return TaylorSums(found["vectorize"], found["param_first"], found["param_mix"])
 
 
 def _activations(folder: Path) -> Any:
-    from saap.statistics import Moments
+    from saap.scoring.statistics import Moments
 
     found = read_table(folder, "moments")
     edges = np.append(np.flatnonzero(found["channel"] == 0), len(found["channel"]))

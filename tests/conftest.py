@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
@@ -14,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import saap
 from flows.server import prefect_api, quiet_settings
 from storage.keys import Fingerprints
-from tasks.sources import model_source
+from tasks.sources import mini_folder, model_source
 
 torch.set_num_threads(1)
 
@@ -24,7 +23,7 @@ def mini():
     """Rows of a file of the embedded pack, e.g. mini("alpaca/train")."""
 
     def rows(name):
-        file = Path(saap.__file__).parent / "mini" / f"{name}.jsonl"
+        file = mini_folder() / f"{name}.jsonl"
         return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
     return rows

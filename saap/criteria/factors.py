@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from saap.backward import input_device, is_offloaded
 from saap.errors import SaapError
-from saap.families import Part
-from saap.groups import group_matrices
+from saap.models.families import Part
+from saap.models.groups import group_matrices
+from saap.scoring.backward import input_device, is_offloaded
 
 RANK, ALPHA = 8, 16.0
 LEARNING_RATE = 1e-3

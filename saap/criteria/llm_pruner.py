@@ -4,7 +4,7 @@ import numpy as np
 from torch import nn
 
 from saap.errors import SaapError
-from saap.statistics import TaylorSums
+from saap.scoring.statistics import TaylorSums
 
 VARIANTS = ("vectorize", "param_first", "param_mix")
 

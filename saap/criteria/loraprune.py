@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from saap.errors import SaapError
-from saap.groups import discover
+from saap.models.groups import discover
 
 from .factors import ALPHA, RANK, Factor, lora_factors, training_steps
 

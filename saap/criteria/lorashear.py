@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from saap.errors import SaapError
-from saap.groups import Groups, discover
-from saap.statistics import Block, output_matrices
+from saap.models.groups import Groups, discover
+from saap.scoring.statistics import Block, output_matrices
 
 from .factors import LEARNING_RATE, lora_factors, steps_of, training_steps
 

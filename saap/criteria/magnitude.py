@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.groups import KINDS, block_parts, weight_of
+from saap.models.groups import KINDS, block_parts, weight_of
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import numpy as np
 from torch import nn
 
-from saap.groups import discover
+from saap.models.groups import discover
 
 
 def random(model: nn.Module, seed: int) -> np.ndarray:

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.fisher import mask_fisher
-from saap.groups import discover
-from saap.least_squares import refit
-from saap.plan import PROTECTED, select
-from saap.surgery import prune
+from saap.models.groups import discover
+from saap.pruning.least_squares import refit
+from saap.pruning.plan import PROTECTED, select
+from saap.pruning.surgery import prune
+from saap.scoring.fisher import mask_fisher
 
 
 def saap_plus(

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.groups import weight_of
-from saap.statistics import Block, Moments, output_matrices
+from saap.models.groups import weight_of
+from saap.scoring.statistics import Block, Moments, output_matrices
 
 
 @torch.no_grad()

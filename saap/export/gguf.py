@@ -9,11 +9,11 @@ import gguf
 from gguf import GGMLQuantizationType
 from tqdm.auto import tqdm
 
-from saap.checkpoint import load_config, load_tokenizer
 from saap.errors import SaapError
 from saap.export.tensors import Stored, gguf_tensors, head_size, padded
 from saap.export.vocabulary import write_vocabulary
-from saap.untrusted import check_sizes
+from saap.models.checkpoint import load_config, load_tokenizer
+from saap.models.validation import check_sizes
 
 FLOATS = {"f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16}
 FILE_TYPES = {GGMLQuantizationType.F32: 0, GGMLQuantizationType.F16: 1, GGMLQuantizationType.Q4_1: 3}

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from saap.evaluation.sizes import Size
+from saap.evaluation.speed import Speed, time_decoding
 from saap.export.gguf import export_gguf
 from saap.export.llama_cpp import LlamaCpp
-from saap.speed import Size, Speed, time_decoding
 
 
 def llama_cpp_speed(

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType
 from safetensors import safe_open
 
 from saap.errors import SaapError
-from saap.modeling import GroupwiseLinear
-from saap.untrusted import tensor_shapes, weight_files
+from saap.models.modeling import GroupwiseLinear
+from saap.models.validation import tensor_shapes, weight_files
 
 BLOCK = 32  # weights of a row that share a scale and a minimum in Q4_1
 LINEARS = {

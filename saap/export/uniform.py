@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from saap.checkpoint import DTYPES, load, load_config, load_tokenizer, save
 from saap.errors import SaapError
-from saap.quantize import dequantize
-from saap.surgery import complete
+from saap.int4.quantize import dequantize
+from saap.models.checkpoint import DTYPES, complete, load, load_config, load_tokenizer, save
 
 STOCK = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 # config fields that say what a stock model has no use for

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from saap.backward import is_offloaded
+from saap.scoring.backward import is_offloaded
 from tasks.compute import checkpoint, forget
 from tasks.config import Compute
 from tasks.step import Step

@@ -1,0 +1,1 @@
+"""Accuracies, perplexity, size and speed of a model."""

@@ -1,0 +1,1 @@
+"""Group-wise codes: quantising, adapters that merge into them, fast products."""

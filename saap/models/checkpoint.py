@@ -1,0 +1,149 @@
+"""Models on disk: safetensors and config.json, uneven and int4 ones included."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from saap.errors import SaapError, first_line
+from saap.models.convert_baichuan import split_config, split_state
+from saap.models.families import family_of
+from saap.models.offload import device_map
+from saap.models.validation import check_sizes, read_fields
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
+    """Write model (and tokenizer) as safetensors and JSON; loading them again gives the same bits.
+
+    An uneven model brings its modelling file with it, named in config.json's auto_map: without this package
+    `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it.
+    """
+    model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu", offload: bool = False) -> nn.Module:
+    """The model in a local folder, in eval mode. dtype is one of `DTYPES`; int4 codes and scales stay as they are.
+
+    offload leaves the weights of the blocks in their files, from where accelerate fetches them to the device when a
+    block runs: for `discover`, `score` and `weight_norms` of a model larger than the device.
+
+    Raises SaapError for a missing folder, a damaged or truncated file, tensors that do not fit config.json, or a
+    family we cannot prune. Never runs code from the folder, never unpickles, never looks outside it; takes no memory
+    before config.json and the files' headers agree. A Baichuan's W_pack is split (`saap.models.convert_baichuan`).
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    folder = Path(folder)
+    config = load_config(folder)
+    if dtype not in DTYPES:
+        raise SaapError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}")
+    check_sizes(config, folder)
+    converted = _baichuan(read_fields(folder))
+    if offload and converted:
+        raise SaapError(f"{folder} is converted on loading and cannot stay on disk: load it whole and save it once")
+    try:
+        options: dict[str, Any] = {"dtype": DTYPES[dtype], "local_files_only": True, "output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True  # they are refused below, by name
+        if offload:
+            options["device_map"] = device_map(config, device)
+        if converted:
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded: Any = model_class.from_pretrained(None, config=config, state_dict=split_state(folder), **options)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, use_safetensors=True, trust_remote_code=False, **options
+            )
+    except (SafetensorError, OSError, RuntimeError, ValueError, LookupError) as error:
+        raise SaapError(f"cannot load the model in {folder}: {first_line(error)}") from error
+    model, info = loaded
+    # checkpoints of the first Llama carry the rotary frequencies, which are computed
+    unexpected = [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
+    mismatched = [f"{name} {list(held)} for {list(wanted)}" for name, held, wanted in info["mismatched_keys"]]
+    wrong = {"missing": info["missing_keys"], "mismatched": mismatched, "unexpected": unexpected}
+    wrong = {what: sorted(map(str, names)) for what, names in wrong.items() if names}
+    if wrong:
+        raise SaapError(f"the tensors in {folder} do not fit its config.json: {wrong}"[:400])
+    return (model if offload else model.to(device)).eval()
+
+
+def load_config(folder: str | Path) -> Any:
+    """The transformers config of a local folder.
+
+    Raises SaapError if there is none, it cannot be read, or is of a family we do not know.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise SaapError(f"no model in {folder}: there is no config.json")
+    fields = read_fields(folder)
+    try:
+        if _baichuan(fields):
+            return split_config(fields)
+        family_of(SimpleNamespace(model_type=str(fields.get("model_type"))))
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except SaapError:
+        raise
+    except Exception as error:  # transformers lets many kinds through, and all are the file's fault
+        raise SaapError(f"cannot read {folder}/config.json: {first_line(error)}") from error
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a local folder, with a padding token. Raises SaapError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        raise SaapError(f"no tokenizer in {folder} that can be read: {first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def complete(small: Any, model: Any) -> Any:
+    """`small`, made on the meta device and its state loaded, gets from `model` what no state dict holds."""
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if small.get_buffer(name).is_meta:  # rotary frequencies
+            small.get_submodule(owner).register_buffer(leaf, buffer.clone(), persistent=False)
+    small.tie_weights()
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small.eval()
+
+
+def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
+    """Load a GGUF file, dequantised to float32, and save it with its tokenizer as a plain safetensors checkpoint."""
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.initialization import no_init_weights
+
+    gguf = Path(gguf)
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = quantised.config
+    # what came from GGUF refuses to be saved while it calls itself quantised
+    del config.quantization_config
+    family_of(config)
+    with no_init_weights():
+        plain = type(quantised)(config)
+    plain.load_state_dict(quantised.state_dict())
+    plain.tie_weights()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    cut = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
+    if cut is not None and cut.contents() == "smollm":  # transformers takes every byte-level tokenizer for GPT-2's
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    save(plain, folder, tokenizer)
+
+
+def _baichuan(fields: dict[str, Any]) -> bool:
+    """Whether config.json is that of a Baichuan, which transformers would read only with the folder's own code."""
+    return fields.get("model_type") == "baichuan"

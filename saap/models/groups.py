@@ -1,0 +1,109 @@
+"""Coupled groups: what must be removed together (method: SAAP arXiv 2412.15127 §III, LLM-Pruner arXiv 2305.11627)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from saap.models.families import Part, family_of
+
+KINDS = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The N coupled groups of a model, ordered by layer, kind (attention before mlp) and unit.
+
+    layer int32 (N,); kind str (N,), one of KINDS; unit int32 (N,), its number within (layer, kind): the KV head with
+    its query heads, or the MLP channel; parameters int64 (N,), the weights (and biases) that go when the group goes.
+    """
+
+    layer: np.ndarray
+    kind: np.ndarray
+    unit: np.ndarray
+    parameters: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    def scopes(self, scope: str) -> np.ndarray:
+        """int64 (N,): groups with the same number share a scope: 'global', 'kind', 'layer_kind' or 'group'."""
+        kind = (self.kind == "mlp").astype(np.int64)
+        labels = {
+            "global": np.zeros(len(self), np.int64),
+            "kind": kind,
+            "layer_kind": self.layer.astype(np.int64) * len(KINDS) + kind,
+            "group": np.arange(len(self)),
+        }
+        return np.unique(labels[scope], return_inverse=True)[1]
+
+    def blocks(self) -> Iterator[tuple[int, str, np.ndarray]]:
+        """(layer, kind, indices of its groups) for every layer and kind, in order."""
+        edges = np.flatnonzero((np.diff(self.layer) != 0) | (self.kind[1:] != self.kind[:-1])) + 1
+        for index in np.split(np.arange(len(self)), edges):
+            yield int(self.layer[index[0]]), str(self.kind[index[0]]), index
+
+
+def block_parts(model: nn.Module) -> list[dict[str, list[tuple[Part, nn.Linear]]]]:
+    """For each block: kind → [(part, its linear layer)]. Raises SaapError for an unknown family."""
+    family = family_of(model.config)
+    return [
+        {
+            kind: [(part, block.get_submodule(part.matrix)) for part in parts]  # type: ignore[misc]
+            for kind, parts in family.parts(config).items()
+        }
+        for block, config in zip(family.blocks(model), family.block_configs(model), strict=True)
+    ]
+
+
+def group_matrices(model: nn.Module) -> Iterator[tuple[int, str, Part, nn.Linear]]:
+    """(layer, kind, part, linear) of every matrix that belongs to groups, in the order of `discover`."""
+    for layer, kinds in enumerate(block_parts(model)):
+        for kind in KINDS:
+            for part, linear in kinds[kind]:
+                yield layer, kind, part, linear
+
+
+def discover(model: nn.Module) -> Groups:
+    """The coupled groups of a model (also one on the meta device). Raises SaapError for an unknown family."""
+    family = family_of(model.config)
+    layers, kinds, units, parameters = [], [], [], []
+    configs = family.block_configs(model)
+    for layer, (config, parts) in enumerate(zip(configs, block_parts(model), strict=True)):
+        for kind in KINDS:
+            count = family.units(config)[kind]
+            size = 0
+            for part, linear in parts[kind]:
+                size += part.width * linear.weight.shape[1 - part.axis]
+                if part.axis == 0 and linear.bias is not None:
+                    size += part.width
+            layers.append(np.full(count, layer, np.int32))
+            kinds.append(np.full(count, kind))
+            units.append(np.arange(count, dtype=np.int32))
+            parameters.append(np.full(count, size, np.int64))
+    return Groups(*(np.concatenate(a) for a in (layers, kinds, units, parameters)))
+
+
+def weight_of(linear: nn.Linear, device: torch.device | None = None) -> torch.Tensor:
+    """Its weight; one that accelerate keeps on the CPU or on disk is fetched from there (to `device`, if given)."""
+    weight: torch.Tensor = linear.weight.detach()
+    if weight.is_meta and hasattr(linear, "_hf_hook"):
+        weight = linear._hf_hook.weights_map["weight"]  # type: ignore[union-attr, index]
+    return weight if device is None else weight.to(device)
+
+
+@torch.no_grad()
+def weight_norms(model: nn.Module) -> np.ndarray:
+    """float64 (N,): ‖W‖², the sum of squares of all weights (biases apart) of each coupled group."""
+    norms = []
+    for parts in block_parts(model):
+        for kind in KINDS:
+            total: torch.Tensor | None = None
+            for part, linear in parts[kind]:
+                square = weight_of(linear).float().square().sum(1 - part.axis, dtype=torch.float64)
+                square = square.view(-1, part.width).sum(1)
+                total = square if total is None else total + square
+            norms.append(total.cpu().numpy())  # type: ignore[union-attr]
+    return np.concatenate(norms)

@@ -1,0 +1,118 @@
+"""What a stranger's checkpoint could do to its reader, refused before transformers opens it.
+
+Code in the folder is never run and pickles are never read; here are the quieter ways: sizes that fill the memory, file
+names that leave the folder, and fields of config.json that make transformers fetch something else.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from saap.errors import SaapError, first_line
+
+MOST_BLOCKS = 4096
+FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """config.json as a dict. Raises SaapError for what is no JSON object, or asks for what we do not load."""
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SaapError(f"cannot read {folder}/config.json: {first_line(error)}") from error
+    if not isinstance(fields, dict):
+        raise SaapError(f"{folder}/config.json is no JSON object")
+    if fields.get("quantization_config"):
+        raise SaapError(f"the model in {folder} is quantised already: give one with float weights")
+    if fields.get("transformers_weights"):
+        raise SaapError(f"{folder}/config.json names a weights file of its own (transformers_weights): remove that")
+    for name, value in _all_fields(fields):
+        # transformers would download and run a kernel repository of that name
+        if name.endswith("_implementation") and "/" in str(value):
+            raise SaapError(f"{folder}/config.json asks for code from elsewhere ({name} {value}): remove that")
+        if name in ("num_hidden_layers", "n_layer") and isinstance(value, int) and value > MOST_BLOCKS:
+            raise SaapError(f"{folder}/config.json asks for {value} blocks, more than any model has ({MOST_BLOCKS})")
+    return fields
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises SaapError when there are none or an index points elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SaapError(f"cannot read {index}: {first_line(error)}") from error
+        for name in named:
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise SaapError(f"{index} names {name!r}: only safetensors files beside it are read")
+            if not (folder / name).is_file():
+                raise SaapError(f"{index} names {name}, which is missing")
+    if (folder / "adapter_config.json").exists():
+        raise SaapError(f"{folder} holds an adapter: merge it into its model and save that")
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SaapError(f"no *.safetensors in {folder}: save the model with save_pretrained (pickles are not read)")
+    return files
+
+
+def tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """name → shape of every tensor, from the headers alone. Raises SaapError for a damaged file or a foreign dtype."""
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    about = stored.get_slice(name)
+                    kind = about.get_dtype()
+                    if kind not in (("U8",) if name.endswith(".codes") else FLOATS):
+                        raise SaapError(f"{file}: {name} has dtype {kind}; floats are read, and U8 for int4 codes")
+                    shapes[name] = tuple(about.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise SaapError(f"{file} is damaged or no safetensors file: {first_line(error)}") from error
+    return shapes
+
+
+def check_sizes(config: Any, folder: Path) -> Any:
+    """Raises SaapError when config.json describes more numbers than the files hold: before memory is taken for them.
+
+    Returns the model it describes, empty (on the meta device).
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    shapes = tensor_shapes(weight_files(folder))
+    held = sum(prod(shape) for shape in shapes.values())
+    blocks = config.num_hidden_layers
+    if blocks > len(shapes):
+        raise SaapError(
+            f"the {len(shapes)} tensors in {folder} do not fit its config.json: it asks for {blocks} blocks"
+        )
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model.tie_weights()
+    except Exception as error:  # whatever building raises, the file asked for it
+        raise SaapError(f"{folder}/config.json describes no model: {first_line(error)}") from error
+    described = sum(p.numel() for p in model.parameters())  # tied ones once
+    everything = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    described += sum(t.numel() for name, t in model.state_dict().items() if name not in everything)
+    if described > held:
+        raise SaapError(
+            f"the tensors in {folder} do not fit its config.json: it describes {described:,} numbers, they are {held:,}"
+        )
+    return model
+
+
+def _all_fields(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        yield name, value
+        if isinstance(value, dict):
+            yield from _all_fields(value)

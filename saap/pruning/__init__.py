@@ -1,0 +1,1 @@
+"""From a score per coupled group to a smaller model."""

@@ -1,0 +1,171 @@
+"""The columns that stay take over what was removed: output matrices refitted in closed form, block after block.
+
+Minimising ‖WX − W'X'‖² over the weights that stay is the optimal brain surgeon's update (Hassibi & Stork 1993) in the
+form of SparseGPT (arXiv 2301.00774) and ZipLM (2302.04089), for whole columns. Ours is what is fitted to, and how the
+tokens count: see `refit`.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers.models.bloom.modeling_bloom import BloomBlock
+
+from saap.errors import SaapError
+from saap.models.families import family_of
+from saap.models.groups import KINDS, discover
+from saap.scoring.backward import input_device, is_offloaded
+from saap.scoring.statistics import output_matrices
+
+RIDGE = 1.0  # chosen on held-out calibration and instruction text, see docs/saap_plus.md
+
+
+@torch.no_grad()
+def refit(
+    small: nn.Module,
+    model: nn.Module,
+    keep: np.ndarray,
+    tokens: torch.Tensor,
+    *,
+    ridge: float = RIDGE,
+    batch_size: int = 4,
+) -> nn.Module:
+    """Refit every output matrix (o_proj, down_proj and their likes) of the pruned model that lost columns.
+
+    In order of depth, with x_t the inputs the *pruned* model gives the matrix, and h_t, h'_t the residual streams
+    of the dense and the pruned model behind it, each W becomes W + Δ with Δ the minimiser of
+
+        Σ_t ‖h_t − h'_t − Δ x_t‖² / ‖h_t‖²  +  λ‖Δ‖²,      λ = ridge · mean diagonal of Σ_t x_t x_tᵀ / ‖h_t‖².
+
+    So a matrix makes up for its own lost columns and for what the blocks before it left wrong. The weights 1/‖h_t‖² are
+    those of the next normalisation, which sees only directions; without them the few tokens with massive activations
+    (the first of a sequence) decide nearly everything. Shapes, and so checkpoints, stay as they are; biases too.
+
+    Args:
+        small: `prune(model, keep)`, changed in place and returned.
+        tokens: int64 (D, T), the calibration text.
+        ridge: towards the sliced weights; ∞ leaves them.
+        batch_size: sequences at once. Changes speed and memory, not the result.
+
+    Raises:
+        SaapError: a ridge that is not positive, an activation that is not finite, or a BLOOM with
+            `apply_residual_connection_post_layernorm`.
+    """
+    if ridge <= 0:
+        raise SaapError(f"ridge must be positive, got {ridge}")
+    if is_offloaded(model):
+        raise SaapError("the refit needs a model whose weights are all on its device")
+    if getattr(model.config, "apply_residual_connection_post_layernorm", False):
+        raise SaapError("no refit for a BLOOM whose residual stream is normalised: blocks do not add to their input")
+    lost = {(layer, kind) for layer, kind, index in discover(model).blocks() if not keep[index].all()}
+    dense, lean = _Stream(model, tokens, batch_size), _Stream(small, tokens, batch_size)
+    for layer in tqdm(range(len(dense.blocks)), desc="refit", unit="block"):
+        wanted, found = dense.through(layer), lean.through(layer)
+        if (layer, "attention") in lost:
+            drifts = [  # the streams between the halves of the block: what came in, and what attention adds
+                (before + theirs.y["attention"], before - own_before + theirs.y["attention"] - own.y["attention"])
+                for before, own_before, theirs, own in zip(dense.states, lean.states, wanted, found, strict=True)
+            ]
+            _fit(lean.matrices[layer, "attention"], [own.x["attention"] for own in found], drifts, ridge)
+            found = lean.through(layer)
+        if (layer, "mlp") in lost:
+            drifts = [(theirs.out, theirs.out - own.out) for theirs, own in zip(wanted, found, strict=True)]
+            change = _fit(lean.matrices[layer, "mlp"], [own.x["mlp"] for own in found], drifts, ridge)
+            for own in found:
+                own.out += F.linear(own.x["mlp"], change)
+        dense.states = [theirs.out for theirs in wanted]
+        lean.states = [own.out for own in found]
+    return small
+
+
+def _fit(
+    linear: nn.Linear, inputs: list[torch.Tensor], drifts: list[tuple[torch.Tensor, torch.Tensor]], ridge: float
+) -> torch.Tensor:
+    """Add Δ to the weight, and return it. inputs: x of each batch; drifts: h and h − h' of each batch."""
+    gram = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+    cross = torch.zeros(linear.out_features, linear.in_features, device=linear.weight.device)
+    for x, (stream, drift) in zip(inputs, drifts, strict=True):
+        x, stream, drift = (t.flatten(0, -2).float() for t in (x, stream, drift))
+        weighted = x / stream.square().sum(1, keepdim=True)
+        gram.addmm_(weighted.T, x)
+        cross.addmm_(drift.T, weighted)
+    if not torch.isfinite(gram).all() or not torch.isfinite(cross).all():
+        raise SaapError("an activation is not finite: load the model in float32")
+    gram, cross = gram.double(), cross.double()
+    mean = gram.diagonal().mean()
+    gram.diagonal().add_(ridge * mean if mean > 0 else 1.0)
+    change = torch.linalg.solve(gram, cross, left=False).to(linear.weight.dtype)
+    linear.weight += change
+    return change
+
+
+class _Pass:
+    """One batch through one block: x and y, kind → input and output of its output matrix; out, what the block gives."""
+
+    out: torch.Tensor
+
+    def __init__(self) -> None:
+        self.x: dict[str, torch.Tensor] = {}
+        self.y: dict[str, torch.Tensor] = {}
+
+    def watch(self, kind: str) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
+        def hook(linear: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            self.x[kind], self.y[kind] = inputs[0], output
+
+        return hook
+
+
+class _Stream:
+    """The residual stream of a model in front of a block, for each batch of tokens."""
+
+    states: list[torch.Tensor]
+
+    def __init__(self, model: nn.Module, tokens: torch.Tensor, batch_size: int) -> None:
+        self.blocks = family_of(model.config).blocks(model)
+        self.matrices = {(layer, kind): linear for layer, kind, _, linear in output_matrices(model)}
+        self.states, self.arguments = [], []
+        device = input_device(model)
+        for batch in tokens.split(batch_size):
+            states, arguments = _enter(model, self.blocks, batch.to(device))
+            self.states.append(states)
+            self.arguments.append(arguments)
+
+    def through(self, layer: int) -> list[_Pass]:
+        """The block on every batch. The states in front of it stay."""
+        passes = []
+        for states, arguments in zip(self.states, self.arguments, strict=True):
+            args, kwargs = arguments[layer]
+            seen = _Pass()
+            with ExitStack() as stack:
+                for kind in KINDS:
+                    stack.callback(self.matrices[layer, kind].register_forward_hook(seen.watch(kind)).remove)
+                out = self.blocks[layer](states, *args, **kwargs)
+            seen.out = out[0] if isinstance(out, tuple) else out
+            passes.append(seen)
+        return passes
+
+
+def _enter(model: nn.Module, blocks: nn.ModuleList, batch: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    """The first block's input, and the other arguments (masks, positions) the model gives each block.
+
+    The blocks do not run: for this one call they hand their input on.
+    """
+    seen: list[tuple[torch.Tensor, tuple, dict]] = []
+
+    def hand_on(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((states, args, kwargs))
+        return (states, None) if isinstance(blocks[0], BloomBlock) else states
+
+    for block in blocks:
+        block.forward = hand_on
+    try:
+        model.base_model(batch, use_cache=False)  # type: ignore[operator]
+    finally:
+        for block in blocks:
+            del block.forward
+    return seen[0][0], [(args, kwargs) for _, args, kwargs in seen]

@@ -1,0 +1,152 @@
+"""From a score per group to the groups that stay, under a budget of parameters."""
+
+import numpy as np
+
+from saap.errors import SaapError
+from saap.models.groups import Groups
+
+SEARCHES = ("global", "uniform")
+DIRECTIONS = ("lowest", "highest")
+KINDS_SHARE = ("pooled", "equal", "mlp")
+PROTECTED = (0, 1, 2, -1)
+
+
+def select(
+    score: np.ndarray,
+    groups: Groups,
+    ratio: float,
+    *,
+    search: str = "global",
+    direction: str = "lowest",
+    kinds: str = "pooled",
+    protect: tuple[int, ...] = PROTECTED,
+    align: int = 32,
+) -> np.ndarray:
+    """bool (N,): True for the groups that stay.
+
+    Args:
+        score: float (N,), e.g. the ASI of each group.
+        ratio: share, in (0, 1), to remove of the parameters of all prunable structures, protected ones counted.
+        search: 'global': all unprotected groups ordered together, removed until the parameter budget is met;
+            'uniform': the same share of every unprotected block.
+        direction: which end of the score is removed. 'highest' is the literal text of the paper.
+        kinds: how heads and channels share the budget: 'pooled': as their scores have it; 'equal': the same share of
+            the unprotected parameters of each (of each block already in a uniform search); 'mlp': channels only.
+        protect: blocks left whole; negative numbers count from the end.
+        align: a block's MLP keeps a multiple of this many channels (or all of them), the best-scored ones; the
+            budget is met within half a step a block.
+
+    Every block keeps at least one attention group and one step of channels.
+    Raises SaapError for a bad argument, a score that is not finite, or a ratio out of reach.
+    """
+    if search not in SEARCHES or direction not in DIRECTIONS or kinds not in KINDS_SHARE:
+        raise SaapError(f"search must be one of {SEARCHES}, direction of {DIRECTIONS}, kinds of {KINDS_SHARE}")
+    if not 0 < ratio < 1:
+        raise SaapError(f"ratio must lie between 0 and 1 (both excluded), got {ratio}")
+    if align < 1:
+        raise SaapError(f"align must be at least 1, got {align}")
+    if not np.isfinite(score).all():
+        raise SaapError("a score is not finite")
+    layers = int(groups.layer.max()) + 1
+    for layer in protect:
+        if not -layers <= layer < layers:
+            raise SaapError(f"protect names block {layer}, but the model has {layers} blocks")
+    protected = np.isin(groups.layer, [layer % layers for layer in protect])
+    if kinds == "mlp":
+        protected |= groups.kind == "attention"
+    worth = score if direction == "lowest" else -score
+    free = int(groups.parameters[~protected].sum())
+    budget = ratio * int(groups.parameters.sum())
+    if budget >= free:
+        share = free / int(groups.parameters.sum())
+        raise SaapError(
+            f"ratio {ratio} cannot be reached: what may be pruned holds {share:.3f} of the prunable parameters; lower "
+            "the ratio, protect fewer blocks" + (", or let heads go too (kinds)" if kinds == "mlp" else "")
+        )
+    counts = _uniform if search == "uniform" else _each_kind if kinds == "equal" else _global
+    return _keep_best(worth, groups, counts(worth, groups, budget, protected, align))
+
+
+Counts = dict[tuple[int, str], int]
+
+
+def _keep_best(worth: np.ndarray, groups: Groups, counts: Counts) -> np.ndarray:
+    keep = np.zeros(len(groups), bool)
+    for layer, kind, index in groups.blocks():
+        best = index[np.argsort(-worth[index], kind="stable")]
+        keep[best[: counts[layer, kind]]] = True
+    return keep
+
+
+def _least(kind: str, size: int, align: int) -> int:
+    return 1 if kind == "attention" else min(align, size)
+
+
+def _global(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int) -> Counts:
+    candidate = ~protected
+    for _, kind, index in groups.blocks():
+        best = index[np.argsort(-worth[index], kind="stable")]
+        candidate[best[: _least(kind, len(index), align)]] = False
+    order = np.flatnonzero(candidate)
+    order = order[np.argsort(worth[order], kind="stable")]
+    removed = np.concatenate([[0], np.cumsum(groups.parameters[order])])
+    if removed[-1] < budget:
+        raise SaapError(
+            f"ratio {budget / groups.parameters.sum():.3f} cannot be reached: with one attention group and {align} "
+            f"channels left in every unprotected block at most {removed[-1] / groups.parameters.sum():.3f} can go"
+        )
+    keep = np.ones(len(groups), bool)
+    keep[order[: int(np.abs(removed - budget).argmin())]] = False
+
+    counts: Counts = {}
+    partial: list[tuple[int, str]] = []
+    sizes: dict[tuple[int, str], int] = {}
+    for layer, kind, index in groups.blocks():
+        counts[layer, kind] = int(keep[index].sum())
+        sizes[layer, kind] = len(index)
+        if kind == "mlp" and counts[layer, kind] < len(index):
+            partial.append((layer, kind))
+    # largest remainder: round as many blocks up as keeps the total of kept channels nearest to what the cut left
+    up = round(sum(counts[block] % align for block in partial) / align)
+    by_remainder = sorted(partial, key=lambda block: -(counts[block] % align))
+    for rank, block in enumerate(by_remainder):
+        steps = counts[block] // align + (1 if rank < up else 0)
+        counts[block] = min(max(steps, 1) * align, sizes[block])
+    return counts
+
+
+def _each_kind(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int) -> Counts:
+    """Heads first, then channels, which can be cut finer, to what is left of the budget."""
+    heads, cost = groups.kind == "attention", groups.parameters
+    share = budget / cost[~protected].sum()
+    attention = _global(worth, groups, share * cost[~protected & heads].sum(), protected | ~heads, align)
+    spent = cost[heads & ~_keep_best(worth, groups, attention)].sum()
+    mlp = _global(worth, groups, budget - spent, protected | heads, align)
+    return {block: (attention if block[1] == "attention" else mlp)[block] for block in mlp}
+
+
+def _uniform(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int) -> Counts:
+    share = budget / int(groups.parameters[~protected].sum())
+    counts: Counts = {}
+    spare = 0.0  # parameters the heads of a block, being whole, removed too few (+) or too many (−) of
+    for layer, kind, index in groups.blocks():
+        size, cost = len(index), int(groups.parameters[index[0]])
+        if protected[index[0]]:
+            counts[layer, kind] = size
+        elif kind == "attention":
+            counts[layer, kind] = max(1, round(size * (1 - share)))
+            spare = (size * share - (size - counts[layer, kind])) * cost
+        else:
+            wanted = size * (1 - share) - spare / cost
+            if wanted < min(align, size) - align / 2:
+                raise SaapError(
+                    f"ratio {budget / groups.parameters.sum():.3f} cannot be reached: layer {layer} would keep fewer "
+                    f"than {min(align, size)} channels; lower the ratio or align, or protect fewer blocks"
+                )
+            counts[layer, kind] = min(max(round(wanted / align), 1) * align, size)
+    return counts
+
+
+def removed_share(groups: Groups, keep: np.ndarray) -> float:
+    """Share of the parameters of all prunable structures that the plan removes."""
+    return float(groups.parameters[~keep].sum() / groups.parameters.sum())

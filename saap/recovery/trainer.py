@@ -1,0 +1,221 @@
+"""transformers' Trainer, told to save adapters only, to keep one data order, and to show and log what we want."""
+
+import pickle
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from saap.errors import SaapError
+from saap.recovery.loss import Student
+from saap.recovery.training import Training, last_checkpoint
+
+ADAPTERS = "adapters.safetensors"
+
+
+def train(
+    student: Student,
+    examples: list[dict[str, Any]],
+    held_out: list[dict[str, Any]],
+    tokenizer: Any,
+    work: Path,
+    training: Training,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Train what requires a gradient, from the last checkpoint in `work` if there is one.
+
+    Returns the trainer's log: entries with loss, learning_rate and tokens_per_s, and entries with eval_loss.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.micro_batch_size,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup_steps,
+        lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
+        optim="adamw_torch",
+        bf16=training.precision == "bfloat16",
+        fp16=training.precision == "float16",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a ruined model must show
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=training.save_steps,
+        save_steps=training.save_steps,
+        save_total_limit=2,
+        load_best_model_at_end=bool(held_out),
+        metric_for_best_model="eval_loss" if held_out else None,
+        greater_is_better=False if held_out else None,
+        restore_callback_states_from_checkpoint=training.patience is not None,
+        seed=training.seed,
+        use_cpu=device.type == "cpu",
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type != "cpu",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # the codes never change
+        disable_tqdm=True,
+    )
+    at_once = training.micro_batch_size * arguments.world_size
+    if training.batch_size % at_once:
+        raise SaapError(
+            f"batch_size {training.batch_size} must be a multiple of micro_batch_size {training.micro_batch_size} "
+            f"times the {arguments.world_size} processes"
+        )
+    arguments.gradient_accumulation_steps = training.batch_size // at_once
+    callbacks: list[TrainerCallback] = [_Finish(bool(held_out))]
+    if training.patience is not None:
+        if not held_out:
+            raise SaapError("patience needs a held-out part: raise recover.held_out or give more examples")
+        callbacks.append(EarlyStoppingCallback(training.patience))
+    trainer = _AdapterTrainer(
+        model=student,
+        args=arguments,
+        train_dataset=_Examples(examples),
+        eval_dataset=_Examples(held_out),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        callbacks=callbacks,
+    )
+    if trainer.is_fsdp_enabled:
+        raise SaapError("accelerate's own FSDP cannot share out int4 codes: call recover(…, fsdp=shard.claimed())")
+    trainer.student = student
+    trainer.held_out = [_inputs(e) for e in sorted(held_out, key=lambda e: e["length"])]
+    trainer.order = _Order([e["length"] for e in examples], training.batch_size, training.seed)
+    trainer.add_callback(_Progress(trainer))
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = last_checkpoint(work)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except pickle.UnpicklingError as error:
+        raise SaapError(f"{checkpoint} holds a pickled object that is not a tensor: remove it") from error
+    return list(trainer.state.log_history)
+
+
+class _AdapterTrainer(Trainer):
+    """Saves and restores the adapters only: nothing else ever changes."""
+
+    student: Student
+    held_out: list[dict[str, Any]]
+    order: "_Order"
+    tokens: Any = 0
+    began = 0.0
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or "")
+        folder.mkdir(parents=True, exist_ok=True)
+        learned = {name: p.detach() for name, p in self.student.named_parameters() if p.requires_grad}
+        save_file(learned, folder / ADAPTERS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.student.load_state_dict(load_file(Path(resume_from_checkpoint) / ADAPTERS), strict=False)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.order
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        self.tokens = self.tokens + inputs["attention_mask"].sum()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            rate = float(self.tokens) * self.args.world_size / (time.perf_counter() - self.began)
+            logs["tokens_per_s"] = rate
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The mean loss over all labelled tokens of the held-out examples, without the teacher; on every process."""
+        self.student.eval()
+        size, total, count = self.args.per_device_train_batch_size, 0.0, 0
+        for start in range(0, len(self.held_out), size):
+            batch = self._prepare_inputs(self.data_collator(self.held_out[start : start + size]))
+            total += float(self.student(**batch, num_items_in_batch=1)["loss"])
+            count += int((batch["labels"] != -100).sum())
+        metrics = {"eval_loss": total / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class _Progress(TrainerCallback):
+    """A bar with steps, rate, time left and the last loss; and the clock of tokens_per_s."""
+
+    def __init__(self, trainer: _AdapterTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hidden = not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="recover", unit="step", disable=hidden)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.tokens, self.trainer.began = 0, time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_s=f"{logs['tokens_per_s']:.0f}", refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+class _Finish(TrainerCallback):
+    """Measures the held-out loss after the last step too."""
+
+    def __init__(self, held_out: bool) -> None:
+        self.held_out = held_out
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.held_out and state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+class _Order(torch.utils.data.Sampler):
+    """Examples of like length together, in an order that depends on the seed and the epoch alone.
+
+    The trainer's own grouping draws from the global random state, which differs after resuming inside an epoch.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class _Examples(torch.utils.data.Dataset):
+    def __init__(self, examples: list[dict[str, Any]]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _inputs(self.examples[index])
+
+
+def _inputs(example: dict[str, Any]) -> dict[str, Any]:
+    return {name: example[name] for name in ("input_ids", "labels")}

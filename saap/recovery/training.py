@@ -1,0 +1,60 @@
+"""What recovery and its trainer share: settings, the record of a step, where to resume."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a recipe is trained.
+
+    batch_size: examples an optimiser step; micro_batch_size: examples at once on a device.
+    learning_rate: of AdamW, after a linear warm-up over warmup_steps optimiser steps; then by schedule: "linear" or
+    "cosine" to zero, or "constant". max_length: tokens an example is cut at. loss_on: "response" or "text" (all of it).
+    precision: of the arithmetic ("float32", "bfloat16", "float16"); weights keep their dtype, adapters are float32.
+    distill: share of KL(teacher ‖ model) in the loss. held_out: share of the rows, the last ones and 128 at most, that
+    the held-out loss is measured on every save_steps steps and at the end; the best of these checkpoints is what comes
+    back.
+    patience: stop when it has not fallen so many times in a row.
+    """
+
+    epochs: float = 1.0
+    batch_size: int = 8
+    micro_batch_size: int = 8
+    learning_rate: float = 1e-3
+    warmup_steps: int = 10
+    schedule: str = "cosine"
+    max_length: int = 256
+    loss_on: str = "response"
+    precision: str = "bfloat16"
+    gradient_checkpointing: bool = False
+    distill: float = 0.0
+    held_out: float = 0.04
+    patience: int | None = None
+    save_steps: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One optimiser step. loss: its mean over the labelled tokens of the batch; held_out_loss: if measured after it."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    tokens_per_s: float
+    held_out_loss: float | None
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that was written to the end: the trainer writes trainer_state.json last."""
+    folders = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    for folder in reversed(folders):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            return str(folder)
+        except (OSError, json.JSONDecodeError):
+            continue
+    return None

@@ -1,0 +1,1 @@
+"""What each coupled group contributes: importance, statistics, fluctuation."""

@@ -1,0 +1,165 @@
+"""The backward pass that scores need: to the embeddings, with no gradient of a weight, in little memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from saap.models.families import family_of
+from saap.models.groups import weight_of
+from saap.scoring.onednn import LinearsByOneDNN, product
+
+LOGITS = 1 << 20  # at a time: 4 MB of float32
+
+
+def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
+    """Backward pass of scale·Σ_d L_d, L_d the mean next-token cross-entropy of row d of batch, int64 (D, T).
+
+    For hooks to look at: no parameter gets a gradient. The logits are made in pieces and never kept. Where weights are
+    not on their device (accelerate's offload), the forward pass keeps only the inputs of blocks, on the CPU, and the
+    backward pass repeats each block.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    ids = batch.to(input_device(model))
+    with _frozen(model):
+        with torch.enable_grad(), _recomputed(model) if is_offloaded(model) else LinearsByOneDNN():
+            states = embedding(ids).detach().requires_grad_()
+            last = model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
+        predicting, targets = last.detach()[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(last.device)
+        gradient = torch.zeros_like(last)
+        found = _logits_gradient(head, predicting, targets, scale / (ids.shape[1] - 1))
+        gradient[:, :-1] = found.view_as(gradient[:, :-1])
+        last.backward(gradient)
+
+
+@contextmanager
+def watch_gradients(linears: list[nn.Linear], see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """While open, a backward pass calls see(index, x, δ) for each linear: its input and its output's gradient."""
+
+    def hook(index: int) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
+        def forward(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            if output.requires_grad:  # not in a forward pass that will be repeated
+                kept = [_keep(inputs[0])]  # until it is seen: the graph lives longer
+                output.register_hook(lambda delta: see(index, kept.pop()(), delta.detach()))
+
+        return forward
+
+    with ExitStack() as stack:
+        for index, linear in enumerate(linears):
+            handle = linear.register_forward_hook(hook(index))
+            stack.callback(handle.remove)
+        yield
+
+
+def _keep(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What gives x again: of a product, as down_proj's input is, its factors, which autograd keeps in any case."""
+    node: Any = x.grad_fn
+    if type(node).__name__ == "MulBackward0" and node._saved_self is not None and node._saved_other is not None:
+        return lambda: (node._saved_self * node._saved_other).detach()
+    x = x.detach()
+    return lambda: x
+
+
+def see_gradients(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    linears: list[nn.Linear],
+    see: Callable[[int, torch.Tensor, torch.Tensor], None],
+    *,
+    batch_size: int,
+    name: str,
+) -> None:
+    """Backward passes over tokens int64 (D, T), `batch_size` sequences at once: `watch_gradients` of all of them.
+
+    name: of the progress bar. The model is put into eval mode.
+    """
+    model.eval()
+    with tqdm(total=len(tokens), desc=name, unit="sample") as bar:
+        for batch in tokens.split(batch_size):
+            with watch_gradients(linears, see):
+                backward(model, batch)
+            bar.update(len(batch))
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids have to be; the CPU for an embedding that accelerate keeps elsewhere."""
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights of the model on the CPU or on disk, away from the device that computes."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _logits_gradient(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, factor: float) -> torch.Tensor:
+    """factor·∂/∂hidden of the summed cross-entropy of head(hidden), (tokens, H): factor·(softmax − one-hot)·W.
+
+    A part of the vocabulary at a time, so that the head is read once; the sums of e^(logit − highest so far) are
+    carried along as in flash attention. The target is left out of them: with R the sum over the others and E = e^logit
+    of the target, softmax − 1 there is −R / (R + E), which does not cancel.
+    """
+    weight, bias = weight_of(head, hidden.device), head.bias
+    wanted = weight[targets]
+    own = (hidden.float() * wanted.float()).sum(-1, keepdim=True)
+    if bias is not None:
+        own += bias[targets, None]
+    highest, rest = own.clone(), torch.zeros_like(own)
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    step = max(1, LOGITS // len(targets))
+    for start in range(0, len(weight), step):
+        part = weight[start : start + step]
+        odds = product(hidden, part, None if bias is None else bias[start : start + step]).float()
+        before, highest = highest, torch.maximum(highest, odds.amax(-1, keepdim=True))
+        odds.sub_(highest).exp_()
+        here = ((targets >= start) & (targets < start + step)).nonzero().squeeze(1)
+        odds[here, targets[here] - start] = 0
+        shrink = (before - highest).exp_()
+        rest.mul_(shrink).add_(odds.sum(-1, keepdim=True))
+        total.mul_(shrink).add_(product(odds.to(weight.dtype), part.T))
+    whole = rest + (own - highest).exp_()
+    return total.addcmul_(rest, wanted.float(), value=-1).mul_(factor / whole)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """While open, no parameter asks for a gradient, so that nothing is kept to compute one."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _recomputed(model: nn.Module) -> Iterator[None]:
+    """While open, a forward pass keeps only the inputs of blocks, on the CPU; its backward pass repeats each block."""
+    blocks = family_of(model.config).blocks(model)
+    own = [block.__dict__.get("forward") for block in blocks]  # accelerate's, around the class's
+    for block in blocks:
+        block.forward = partial(_checkpointed, block.forward)
+    try:
+        with torch.autograd.graph.save_on_cpu():
+            yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _checkpointed(forward: Callable, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
+    def run(*inputs: torch.Tensor) -> object:
+        with LinearsByOneDNN():  # the second time too
+            return forward(*inputs, **kwargs)
+
+    # reentrant: the first pass builds no graph, which would hold on to the weights it used
+    return checkpoint(run, hidden, *args, use_reentrant=True, preserve_rng_state=False)

@@ -1,0 +1,168 @@
+"""Per-sample Taylor importance of coupled groups, without ever holding a gradient of the model (SAAP eq. 1–2).
+
+For sample d with loss L_d (mean next-token cross-entropy) and weight W, s = W ⊙ ∂L_d/∂W. A backward pass that stops at
+the activations gives, at every linear layer, its input x and the gradient δ of its output; ∂L_d/∂W = δᵀx is formed tile
+by tile, reduced at once, and thrown away. So memory is weights + activations + one tile.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from saap.errors import SaapError
+from saap.models.groups import group_matrices, weight_of
+from saap.scoring.backward import backward, input_device, is_offloaded, watch_gradients
+from saap.scoring.salience import TILE, channel_sums
+
+# Tokens in one pass where no batch size is asked for: enough for full matrix products, since what a pass keeps for its
+# backward grows with them (40 kB a token and block of a model 576 wide, 170 kB of one 4,096 wide in 16 bits). Weights
+# that are fetched block by block are worth more tokens, of which only the inputs of blocks are kept.
+TOKENS_AT_ONCE = {"cpu": 128, "cuda": 384, "offloaded": 8192}
+
+# The loss of a float16 model is scaled, by powers of two so that undoing it is exact: its gradients of 1e-8 would be
+# zero in float16. Where the scaled ones overflow the sample is done again with the next scale.
+LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
+
+HESSIANS = ("none", "fisher")
+VECTOR_UNITS = ("row", "group")
+
+
+def score(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    *,
+    hessian: str = "none",
+    vector_unit: str = "row",
+    batch_size: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Coarse and fine importance of every group for every calibration sample.
+
+    Args:
+        model: a causal language model of a known family, in eval mode or not (it is put there); on one device, or
+            spread by accelerate over devices, CPU and disk. Weights that are not on their device are fetched block by
+            block, and then a pass keeps only the inputs of blocks, on the CPU.
+        tokens: int64 (D, T), T ≥ 2.
+        hessian: 'none' or 'fisher': whether the coarse score has the second-order term too.
+        vector_unit: 'row': |Σ s| per row (or column) of each matrix, then summed over the group (eq. 1);
+            'group': |Σ s| over the whole group at once.
+        batch_size: samples in one pass (None: `samples_at_once`). Changes speed and memory, not the result.
+
+    Returns:
+        vector, element: float32 (D, N), columns in the order of `saap.discover(model)`:
+        vector  I^V = Σ_rows |Σ_weights s|            (eq. 1)
+        element I^E = Σ_weights |s − ½·s²|            (eq. 2, diagonal Fisher for the Hessian)
+
+    Raises:
+        SaapError: unknown family or switch; a score that is not finite (names layer, matrix and sample).
+    """
+    rows = list(score_batches(model, tokens, hessian, vector_unit, batch_size))
+    return np.concatenate([r[0] for r in rows]), np.concatenate([r[1] for r in rows])
+
+
+def score_batches(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    hessian: str = "none",
+    vector_unit: str = "row",
+    batch_size: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`score`, one batch of samples at a time: yields (vector, element), each float32 (batch, N)."""
+    if hessian not in HESSIANS or vector_unit not in VECTOR_UNITS:
+        raise SaapError(f"hessian must be one of {HESSIANS} and vector_unit one of {VECTOR_UNITS}")
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise SaapError(f"calibration tokens must be (samples, length ≥ 2), got {tuple(tokens.shape)}")
+    model.eval()
+    channels = _Channels(model)
+    batch_size = batch_size or samples_at_once(model, tokens.shape[1])
+    scales = LOSS_SCALES if model.dtype == torch.float16 else (1.0,)
+    with tqdm(total=len(tokens), desc="score", unit="sample") as bar:
+        for start in range(0, len(tokens), batch_size):
+            batch = tokens[start : start + batch_size]
+            numbers = torch.arange(start, start + len(batch))
+            vector, element = _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales)
+            yield vector.numpy(), element.numpy()
+            bar.update(len(batch))
+
+
+def samples_at_once(model: nn.Module, length: int) -> int:
+    """How many samples of that length `score` takes in one pass."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    where = "offloaded" if is_offloaded(model) else "cpu" if on_cpu else "cuda"
+    return max(1, TOKENS_AT_ONCE[where] // length)
+
+
+class _Channels:
+    """The channels of all matrices of all groups one after another, and which of them make each group.
+
+    matrices: (layer, matrix, axis, linear, its channels) in the order of `group_matrices`; groups: for groups of one
+    width each, their numbers in the order of `discover` and their channels, int64 (n,) and (n, width), on `device`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.device = input_device(model)
+        self.matrices: list[tuple[int, str, int, nn.Linear, slice]] = []
+        blocks: dict[tuple[int, str], list[torch.Tensor]] = {}
+        self.count = 0
+        for layer, kind, part, linear in group_matrices(model):
+            channels = torch.arange(self.count, self.count + linear.weight.shape[part.axis])
+            self.count += len(channels)
+            self.matrices.append((layer, part.matrix, part.axis, linear, slice(self.count - len(channels), self.count)))
+            blocks.setdefault((layer, kind), []).append(channels.view(-1, part.width))
+        groups: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.total = 0
+        for parts in blocks.values():
+            channels = torch.cat(parts, 1)
+            numbers = torch.arange(self.total, self.total + len(channels))
+            self.total += len(channels)
+            groups.setdefault(channels.shape[1], []).append((numbers, channels))
+        self.groups = [[torch.cat(t).to(self.device) for t in zip(*same, strict=True)] for same in groups.values()]
+
+    def sum(self, found: torch.Tensor) -> torch.Tensor:
+        """(…, channels) → (…, groups)"""
+        out = found.new_empty(*found.shape[:-1], self.total)
+        for numbers, channels in self.groups:
+            out[..., numbers] = found[..., channels].sum(-1)
+        return out
+
+
+def _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales):  # type: ignore[no-untyped-def]
+    """float32 (D, N), twice; numbers: those of the samples, for messages."""
+    # places for tiles and results, taken before the activations: among them they would leave holes in a CPU's heap
+    work = torch.empty(TILE)
+    sums = torch.empty(2, len(batch), channels.count, device=channels.device)
+
+    def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
+        _, _, axis, linear, place = channels.matrices[index]
+        weight, here = weight_of(linear, delta.device), work if delta.device == work.device else None
+        sums[:, :, place] = channel_sums(weight, delta, x, axis, hessian=hessian, scale=scales[0], work=here)
+
+    with watch_gradients([linear for *_, linear, _ in channels.matrices], see):
+        backward(model, batch, scales[0])
+    vectors = channels.sum(sums[0].abs() if vector_unit == "row" else sums[0]).abs().cpu()
+    elements = channels.sum(sums[1]).cpu()
+    finite = (vectors.isfinite() & elements.isfinite()).all(1)
+    if not finite.all():
+        if len(scales) == 1:
+            raise SaapError(_not_finite(channels, sums, numbers))
+        again = ~finite
+        vectors[again], elements[again] = _score_batch(
+            model, batch[again], numbers[again], channels, hessian, vector_unit, scales[1:]
+        )
+    return vectors, elements
+
+
+def _not_finite(channels: _Channels, sums: torch.Tensor, numbers: torch.Tensor) -> str:
+    """One bad weight spoils the scores of every matrix: name the first that holds one, else the first bad score."""
+    first_bad = ""
+    for layer, matrix, _, linear, place in channels.matrices:
+        finite = sums[:, :, place].isfinite().all(0).all(1)
+        if finite.all():
+            continue
+        where = f"the score of layer {layer}, {matrix}, sample {numbers[int(finite.int().argmin())]}"
+        if not torch.isfinite(weight_of(linear, sums.device)).all():
+            return f"{where} is not finite: neither are its weights"
+        first_bad = first_bad or f"{where} is not finite: load the model in float32"
+    return first_bad

@@ -1,0 +1,74 @@
+import pytest
+import yaml
+
+from saap import prune, save, to_groupwise
+from saap.export.model_card import Origin, model_card
+from tests.saap.models.test_families import build, random_keep
+
+METRIC = {
+    "benchmark": "piqa",
+    "metric": "acc",
+    "value": 0.625,
+    "stderr": 0.04,
+    "n": 100,
+    "protocol": "a|b",
+    "data": "x",
+}
+
+
+def origin(**changes):
+    fields = {"base_model": "org/base-1b", "licence": "apache-2.0", "key": "prune/ab12", "run_id": "r7"}
+    stages = {"calibrate": {"count": 50, "seed": None}, "prune": {"ratio": 0.25, "protect": [0, -1]}}
+    return Origin(**(fields | {"stages": stages, "data": {"calibration": "hub"}} | changes))
+
+
+@pytest.fixture
+def bloom(tmp_path):
+    model = prune(build("bloom"), random_keep(build("bloom")))
+    save(model, tmp_path)
+    return model
+
+
+def test_a_card_says_where_the_model_comes_from_and_what_is_left_of_it(bloom, tmp_path):
+    card = model_card(tmp_path, origin(), metrics=[METRIC], speed=[{"tokens_per_s": 12.345678}], place="me/mine")
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["base_model"], front["license"], front["library_name"]) == (
+        "org/base-1b",
+        "apache-2.0",
+        "transformers",
+    )
+    (result,) = front["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == 0.625
+    for text in (
+        "# base-1b, 25% of its prunable parameters removed\n",
+        "| calibrate | count 50 |",
+        "| prune | ratio 0.25, protect [0, -1] |",
+        "| calibration | hub |",
+        "| piqa | acc | 0.625 | 0.04 | 100 | a\\|b | x |",
+        "| 12.346 |",
+        "Dense: 4 heads, 256 channels a block.",
+        'from_pretrained("me/mine", trust_remote_code=True)',
+        "That of the base model: apache-2.0.",
+        "Artifact `prune/ab12` of run `r7`",
+    ):
+        assert text in card
+    for layer, own in enumerate(bloom.config.per_layer_config):
+        assert f"| {layer} | {len(own.kept_heads)} | {own.intermediate_size} |" in card
+
+
+def test_a_card_without_a_hub_id_licence_or_metrics_claims_none(tmp_path):
+    save(to_groupwise(build("llama"), None, groups=4), tmp_path)
+    card = model_card(tmp_path, origin(base_model="my-folder", licence=None, stages={}))
+    front = yaml.safe_load(card.split("---")[1])
+    assert not {"base_model", "license", "model-index"} & front.keys()
+    assert "int4" in front["tags"]
+    assert "# my-folder, pruned, recovered in int4\n" in card
+    assert "not stated" in card
+    assert "## Results" not in card
+
+
+def test_a_card_names_another_criterion_and_recipe(bloom, tmp_path):
+    stages = {"rank": {"criterion": "flap"}, "prune": {"ratio": 0.5}, "recover": {"recipe": "lora"}}
+    card = model_card(tmp_path, origin(stages=stages))
+    assert "# base-1b, 50% of its prunable parameters removed, recovered by lora\n" in card
+    assert "ranked by the criterion 'flap'" in card

@@ -1,0 +1,204 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from saap import (
+    Groupwise,
+    GroupwiseLinear,
+    Lora,
+    PooledAdapter,
+    SaapError,
+    Training,
+    dequantize,
+    load,
+    recover,
+    to_groupwise,
+)
+from tasks.config import Recover
+
+RECIPE = Groupwise(rank=8, alpha=16.0)
+SETTINGS = {"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 2e-2, "warmup_steps": 2,
+            "schedule": "linear", "precision": "float32", "held_out": 0.25, "save_steps": 2, "seed": 3}  # fmt: skip
+
+KILLED = """
+import json, os, signal, sys
+import torch
+from transformers import TrainerCallback, trainer
+from saap import Groupwise, Training, load, load_tokenizer, recover
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(1)
+trainer.DEFAULT_CALLBACKS.append(Kill)
+folder, work, rows, settings = sys.argv[1:]
+recipe, training = Groupwise(rank=8, alpha=16.0), Training(**json.loads(settings))
+recover(load(folder), json.loads(rows), load_tokenizer(folder), work, recipe, training)
+"""
+
+
+def untimed(step):
+    return replace(step, tokens_per_s=0.0)
+
+
+@pytest.fixture(scope="module")
+def rows(mini):
+    """The 32 shortest: 24 to train on, 3 steps an epoch, and 8 held out."""
+    return sorted(mini("alpaca/train"), key=lambda row: len("".join(row.values())))[:32]
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_folder, rows, tmp_path_factory):
+    """The process of a run that kills itself at step 5, and its work folder; the other tests run meanwhile."""
+    work = tmp_path_factory.mktemp("killed")
+    script = [sys.executable, "-c", KILLED, str(tiny_folder), str(work), json.dumps(rows), json.dumps(SETTINGS)]
+    with subprocess.Popen(script, stderr=subprocess.PIPE, text=True) as process:
+        yield process, work
+
+
+@pytest.fixture(scope="module")
+def undisturbed(killed, tiny_folder, tiny_tokenizer, rows, tmp_path_factory):
+    return recover(
+        load(tiny_folder), rows, tiny_tokenizer, tmp_path_factory.mktemp("work"), RECIPE, Training(**SETTINGS)
+    )
+
+
+def test_the_loss_goes_down_and_what_comes_back_is_int4_without_adapters(tiny_folder, undisturbed):
+    model, steps = undisturbed
+    assert [s.step for s in steps] == list(range(1, 10))
+    assert sum(s.loss for s in steps[-3:]) < 0.95 * sum(s.loss for s in steps[:3])
+    assert not any(isinstance(module, PooledAdapter) for module in model.modules())
+    assert sum(isinstance(module, GroupwiseLinear) for module in model.modules()) == 7 * 6
+    assert not model.training
+    # only the zeros have learned anything
+    state = model.state_dict()
+    for name, tensor in to_groupwise(load(tiny_folder), 32).state_dict().items():
+        assert torch.equal(state[name], tensor) != name.endswith(".zero"), name
+
+
+def test_bfloat16_takes_the_same_course_and_leaves_the_attention_as_it_was(
+    tiny_folder, tiny_tokenizer, rows, undisturbed, tmp_path
+):
+    training = Training(**(SETTINGS | {"precision": "bfloat16"}))
+    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, training)
+    assert [s.loss for s in steps] == pytest.approx([s.loss for s in undisturbed[1]], rel=0.02)
+    assert model.config._attn_implementation == undisturbed[0].config._attn_implementation == "sdpa"
+
+
+def test_the_learning_rate_warms_up_and_then_falls_to_zero(undisturbed):
+    _, steps = undisturbed
+    expected = [min(done / 2, (9 - done) / 7) * 2e-2 for done in range(9)]
+    assert [s.learning_rate for s in steps] == pytest.approx(expected, abs=1e-9)
+    assert [s.epoch for s in steps] == pytest.approx([n / 3 for n in range(1, 10)], abs=0.01)
+
+
+def test_the_logged_loss_is_the_mean_over_all_answer_tokens_of_the_batch(tiny_folder, tiny_tokenizer, rows, tmp_path):
+    settings = SETTINGS | {"batch_size": 32, "epochs": 1, "micro_batch_size": 8, "held_out": 0.0}
+    _, (step,) = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, Training(**settings))
+    small, total, count = to_groupwise(load(tiny_folder), 32), 0.0, 0
+    for row in rows:
+        prompt = "Below is an instruction that describes a task"
+        prompt += ", paired with an input that provides further context. " if row["input"] else ". "
+        prompt += "Write a response that appropriately completes the request.\n\n"
+        prompt += f"### Instruction:\n{row['instruction']}\n\n"
+        prompt += f"### Input:\n{row['input']}\n\n" if row["input"] else ""
+        head = tiny_tokenizer(prompt + "### Response:\n")["input_ids"]
+        ids = torch.tensor([(head + tiny_tokenizer(row["output"])["input_ids"] + [2])[:256]])
+        with torch.no_grad():
+            logp = small(ids).logits[0].log_softmax(-1)
+        for t in range(len(head), ids.shape[1]):
+            total -= logp[t - 1, ids[0, t]].item()
+            count += 1
+    assert step.loss == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_best_checkpoint_comes_back_and_training_stops_when_it_gets_no_better(
+    tiny_folder, tiny_tokenizer, rows, tmp_path
+):
+    training = Training(**(SETTINGS | {"learning_rate": 0.3, "schedule": "constant", "warmup_steps": 0, "epochs": 20,
+                                       "save_steps": 1, "patience": 2}))  # fmt: skip
+    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, training)
+    losses = [s.held_out_loss for s in steps]
+    best = min(losses)
+    assert len(steps) == losses.index(best) + 3 < 60
+    measured = Training(**(SETTINGS | {"learning_rate": 1e-30, "epochs": 0.3}))
+    again = dequantize(model)
+    _, (step, *_) = recover(again, rows, tiny_tokenizer, tmp_path / "again", Lora(rank=1), measured)
+    assert step.held_out_loss == pytest.approx(best, rel=2e-3)  # the zeros are float16 now
+
+
+def test_a_pickle_in_the_work_folder_is_refused_and_not_run(tiny_folder, tiny_tokenizer, rows, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "run",)
+
+    settings = SETTINGS | {"epochs": 1, "save_steps": 1}
+    recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path / "work", RECIPE, Training(**settings))
+    shutil.rmtree(tmp_path / "work" / "checkpoint-3")
+    for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt"):
+        torch.save(Touch(), tmp_path / "work" / "checkpoint-2" / name)
+    with pytest.raises(SaapError, match="checkpoint-2"):
+        recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path / "work", RECIPE, Training(**settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_more_rows_are_held_out_than_it_takes(tiny_llama, tiny_tokenizer, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["saap.recovery.recover"], "HELD_OUT_AT_MOST", 4)
+    settings = SETTINGS | {"batch_size": 4, "epochs": 1, "save_steps": 50}  # a share of 0.25 is 8 rows of the 32
+    _, steps = recover(tiny_llama(), rows, tiny_tokenizer, tmp_path, RECIPE, Training(**settings))
+    assert len(steps) == (32 - 4) / 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 10},
+        {"batch_size": 2},
+        {"batch_size": 0},
+        {"batch_size": 32, "micro_batch_size": 32},
+        {"max_length": 4},
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_work_are_refused(tiny_llama, tiny_tokenizer, rows, tmp_path, settings):
+    with pytest.raises(SaapError):
+        recover(tiny_llama(), rows, tiny_tokenizer, tmp_path, RECIPE, Training(**(SETTINGS | settings)))
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny_llama, tiny_tokenizer, rows, tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(SaapError, match="not finite at step 1"):
+        recover(model, rows, tiny_tokenizer, tmp_path, RECIPE, Training(**(SETTINGS | {"epochs": 1})))
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_and_losses(tiny_folder, tiny_tokenizer, rows, undisturbed, killed):
+    (expected, expected_steps), (process, work) = undisturbed, killed
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert {folder.name for folder in work.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    # as if it had been killed a second time, while it wrote the next checkpoint
+    torn = shutil.copytree(work / "checkpoint-4", work / "checkpoint-6")
+    (torn / "trainer_state.json").unlink()
+    (torn / "adapters.safetensors").write_bytes(b"torn")
+
+    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, RECIPE, Training(**SETTINGS))
+    assert [untimed(s) for s in steps] == [untimed(s) for s in expected_steps]
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_a_run_is_told_what_the_library_does_by_itself():
+    for made in (Training(), Groupwise()):
+        for field in fields(made):
+            assert getattr(made, field.name) == getattr(Recover(), field.name), field.name

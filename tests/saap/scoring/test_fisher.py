@@ -1,0 +1,71 @@
+"""The masks' Fisher information against autograd on masks that are really there."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from saap import CRITERIA, SaapError, discover, mask_fisher, prune, refit, select
+from saap.scoring.statistics import output_matrices
+from tests.saap.models.test_families import build
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 512, (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_it_is_the_mean_squared_gradient_of_a_mask_for_each_sample_and_group(family, tiny_llama, tokens):
+    model = tiny_llama() if family == "llama" else build("bloom")
+    found = mask_fisher(model, tokens, batch_size=2)
+    masks = []
+    for _, _, part, linear in output_matrices(model):
+        mask = torch.ones(len(tokens), 1, linear.in_features // part.width, requires_grad=True)
+        linear.register_forward_pre_hook(
+            lambda _, args, mask=mask, width=part.width: (args[0] * mask.repeat_interleave(width, -1),)
+        )
+        masks.append(mask)
+    logits = model(tokens).logits[:, :-1]
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").div(tokens.shape[1] - 1).backward()
+    wanted = np.concatenate([mask.grad.square().mean((0, 1)).numpy() for mask in masks])
+    assert found.shape == (len(discover(model)),)
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-12)
+    np.testing.assert_allclose(mask_fisher(model, tokens, batch_size=5), found, rtol=1e-4, atol=1e-12)
+
+
+def test_a_head_that_costs_as_much_as_a_channel_goes_first_because_it_is_larger(tiny_llama):
+    model = tiny_llama()
+    groups = discover(model)
+    score = CRITERIA["saap_plus"](model, np.ones(len(groups)), torch.empty(0))
+    np.testing.assert_allclose(score * groups.parameters, 1)
+    assert score[groups.kind == "attention"].max() < score[groups.kind == "mlp"].min()
+
+
+def test_ranking_again_after_a_cut_is_pruning_the_pruned_model_by_hand(tiny_llama, tokens):
+    model = tiny_llama()
+    groups, fisher, limits = discover(model), mask_fisher(model, tokens), {"protect": (0, -1), "align": 8}
+
+    def kept(ratio, cuts):
+        score = CRITERIA["saap_plus"](model, fisher, tokens, cuts, **limits)
+        return np.flatnonzero(select(score, groups, ratio, **limits))
+
+    total, wanted = groups.parameters.sum(), np.arange(len(groups))
+    small, ratios = model, (0.15, 0.3, 0.45)
+    for ratio in ratios:  # each time the groups that are left, their own Fisher information, the rest of the budget
+        left = discover(small)
+        score = mask_fisher(small, tokens) / left.parameters
+        wanted = wanted[select(score, left, 1 - (1 - ratio) * total / left.parameters.sum(), **limits)]
+        keep = np.isin(np.arange(len(groups)), wanted)
+        small = refit(prune(model, keep), model, keep, tokens)
+        assert np.array_equal(kept(ratio, [cut for cut in ratios if cut < ratio]), wanted)
+        assert np.array_equal(kept(ratio, ratios[::-1]), wanted)  # later cuts change nothing that earlier ones took
+    assert not np.array_equal(kept(0.45, ()), wanted)
+
+
+def test_a_broken_weight_is_an_error_that_names_the_place(tiny_llama, tokens):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(SaapError, match="not finite"):
+        mask_fisher(model, tokens)
