@@ -10,7 +10,7 @@ from torch import nn
 
 import saap
 from storage.keys import Fingerprints
-from tasks.sources import EMBEDDED_MODEL, model_source
+from tasks.model_source import EMBEDDED_MODEL, model_source
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {

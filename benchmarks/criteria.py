@@ -28,7 +28,7 @@ import saap
 from saap.pruning.plan import PROTECTED
 from tasks.config import Criterion
 from tasks.criteria import NEEDS, SAAP
-from tasks.sources import read_data
+from tasks.data import read_data
 
 
 def perplexity(model: Any, windows: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from common import embedded
 
 import saap
 from saap.evaluation.accuracy import task_file
-from tasks.sources import data_file
+from tasks.data import data_file
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ import saap
 from saap.export.gguf import export_gguf
 from saap.export.llama_cpp import LlamaCpp
 from saap.export.speed import llama_cpp_speed
-from tasks.sources import DATA, mini_folder
+from tasks.data import DATA, mini_folder
 
 PROMPT, WINDOW = 128, 256
 

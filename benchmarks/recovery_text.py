@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flows.cli import run
+from flows.commands.run import run
 from storage.warehouse import Warehouse
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "recovery.toml"

@@ -9,7 +9,8 @@ from typing import Any
 from storage.keys import Fingerprints, digest
 from tasks.config import ACCURACIES, RunConfig
 from tasks.criteria import NEEDS, SAAP
-from tasks.sources import MissingData, data_fingerprint, model_source
+from tasks.data import MissingData, data_fingerprint
+from tasks.model_source import model_source
 from tasks.step import Step
 
 # raise a stage's number when its code starts to give other results: its artifacts, and all after them, are made anew

@@ -16,6 +16,7 @@ from storage.warehouse import Warehouse
 from tasks.activations import activations
 from tasks.calibrate import calibrate
 from tasks.config import load_config
+from tasks.data import MissingData
 from tasks.evaluate import evaluate
 from tasks.fisher import fisher
 from tasks.fluctuation import fluctuation
@@ -26,7 +27,6 @@ from tasks.prune import prune
 from tasks.rank import rank
 from tasks.recover import recover
 from tasks.score import score
-from tasks.sources import MissingData
 from tasks.speed import speed
 from tasks.step import Step
 

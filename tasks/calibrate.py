@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from storage.tables import write_table
-from tasks.sources import read_data
+from tasks.data import read_data
 from tasks.stage import stage_task
 from tasks.step import Step
 

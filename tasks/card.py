@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storage.artifacts import ArtifactStore
-from tasks.sources import base_model, data_name
+from tasks.data import data_name
+from tasks.model_source import base_model
 from tasks.step import Step
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 from storage.tables import write_table
 from tasks.compute import checkpoint, settings
 from tasks.config import ACCURACIES
-from tasks.sources import DATA, MissingData, data_file, data_name, read_data
+from tasks.data import DATA, MissingData, data_file, data_name, read_data
 from tasks.stage import stage_task
 from tasks.step import Step
 

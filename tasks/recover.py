@@ -9,7 +9,7 @@ from storage.artifacts import ArtifactStore
 from storage.tables import write_table
 from tasks.card import write_card
 from tasks.compute import forget, settings
-from tasks.sources import read_data
+from tasks.data import read_data
 from tasks.stage import stage_task
 from tasks.step import Step
 

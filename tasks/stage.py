@@ -11,7 +11,7 @@ from prefect import Task, get_run_logger, task
 from prefect.serializers import JSONSerializer
 
 from storage.artifacts import ArtifactStore
-from tasks.sources import MissingData
+from tasks.data import MissingData
 from tasks.step import Step
 
 Body = Callable[[Step, Path], dict[str, Any]]

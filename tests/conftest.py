@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import saap
 from flows.server import prefect_api, quiet_settings
 from storage.keys import Fingerprints
-from tasks.sources import mini_folder, model_source
+from tasks.data import mini_folder
+from tasks.model_source import model_source
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,7 @@ from flows.plan import plan_rows
 from flows.sweep import combinations
 from tasks.config import ConfigError, RunConfig, check_config, default_toml, load_config
 from tasks.criteria import NEEDS
-from tasks.sources import mini_folder
+from tasks.data import mini_folder
 
 
 @pytest.fixture

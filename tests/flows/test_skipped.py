@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tasks.sources import mini_folder
+from tasks.data import mini_folder
 from tests.flows.conftest import ask, saap
 from tests.flows.test_pipeline import executed, run
 
@@ -44,7 +44,7 @@ def test_a_run_without_the_data_of_a_benchmark_ends_says_so_and_later_runs_only_
 def test_data_that_cannot_be_downloaded_while_running_is_skipped_too(config, store, prefect_server, monkeypatch):
     """The hub answers when the run is planned and is gone when a benchmark is downloaded."""
     import tasks.evaluate
-    from tasks.sources import MissingData
+    from tasks.data import MissingData
 
     def gone(data, role):
         raise MissingData("cannot download wikitext: check the network")

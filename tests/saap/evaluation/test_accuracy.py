@@ -17,7 +17,7 @@ from saap import ACCURACY, SaapError, accuracy, discover, prune
 from saap.evaluation.accuracy import task_file
 from saap.evaluation.harness import SharedQuestionLM
 from saap.models.modeling_baichuan import SaapBaichuanConfig, SaapBaichuanForCausalLM
-from tasks.sources import mini_folder
+from tasks.data import mini_folder
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import saap
-from tasks.sources import DATA, mini_folder
+from tasks.data import DATA, mini_folder
 
 pytestmark = pytest.mark.slow
 

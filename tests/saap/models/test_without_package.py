@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from saap import accuracy, dequantize, load, load_tokenizer, prune, save, to_groupwise
 from saap.models import modeling
-from tasks.sources import mini_folder
+from tasks.data import mini_folder
 from tests.saap.models.test_families import CASES, GREEDY, IDS, LLAMA_LIKE, build, logits, random_keep
 
 PROGRAM = """

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from saap import SaapError, backward, importance, score
+from saap import SaapError, score
+from saap.scoring import backward, importance
 
 BACKWARD = importance.backward
 TOKENS = torch.randint(0, 512, (5, 17), generator=torch.Generator().manual_seed(1))

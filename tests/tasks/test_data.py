@@ -3,7 +3,7 @@
 import pytest
 
 from saap import ACCURACY
-from tasks.sources import DATA, check_columns, data_file
+from tasks.data import DATA, check_columns, data_file
 
 
 @pytest.mark.parametrize("benchmark", sorted(ACCURACY))

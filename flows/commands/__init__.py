@@ -1,0 +1,1 @@
+"""The commands of `saap`, by what they work on."""

@@ -1,0 +1,137 @@
+"""Commands that take a configuration: run, sweep, compare, plan, config."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.printing import console, print_comparison, print_run, print_table
+from tasks.config import ConfigError, RunConfig
+
+ConfigArgument = Annotated[Path, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field: --set prune.ratio=0.5. May be repeated.", show_default=False),
+]
+RunStoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", envvar="SAAP_STORE", help="Store to use instead of the config's.", show_default=False),
+]
+
+
+def _overrides(values: list[str] | None, store: Path | None) -> tuple[str, ...]:
+    return (*(values or ()), *([f'store="{store}"'] if store else []))
+
+
+def run(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
+    """Run the whole job: calibrate, score, fuse, fluctuation, prune, recover, evaluate, speed.
+
+    Stages whose artifacts are in the store are not run again: an interrupted run goes on where it was when the same
+    command is given again. Uses the Prefect server at PREFECT_API_URL, or one of its own for as long as it runs.
+    """
+    from flows.dag import build
+    from tasks.config import load_config
+
+    overrides = _overrides(set_, store)
+    settings = load_config(config, overrides)
+    _start(settings.store)
+    build(settings)  # what is wrong with model or data shows before a server is started
+    _check_family(settings)
+    with _prefect(Path(settings.store)):
+        from flows.run import saap_run
+
+        run_id = saap_run(str(config.resolve()), list(overrides))
+    print_run(Path(settings.store), run_id, settings.data)
+
+
+def sweep(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
+    """Run every combination of the lists in the config's \\[sweep] table; what they share is computed once."""
+    from flows.sweep import combinations
+    from tasks.config import load_config
+
+    overrides = _overrides(set_, store)
+    settings = load_config(config, overrides)
+    runs = combinations(str(config))
+    _start(settings.store)
+    console.print(f"{len(runs)} runs, the last of them {', '.join(runs[-1])}", highlight=False)
+    with _prefect(Path(settings.store)):
+        from flows.sweep import saap_sweep
+
+        saap_sweep(str(config.resolve()), list(overrides))
+    print_comparison(config, overrides)
+
+
+def compare(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    store: RunStoreOption = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw it into this PNG, PDF or SVG too.", show_default=False)
+    ] = None,
+) -> None:
+    """Print what a sweep found: mean and spread over its calibration seeds, the paper's numbers beside them.
+
+    Computes nothing: it shows what the store holds of the sweep, also while it runs.
+    """
+    print_comparison(config, _overrides(set_, store), figure)
+
+
+def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
+    """Show what is cached, what would run, and why. Changes nothing."""
+    from flows.dag import build
+    from flows.plan import plan_rows
+    from tasks.config import load_config
+
+    settings = load_config(config, _overrides(set_, store))
+    rows = plan_rows(build(settings))
+    print_table(["stage", "", "why", "key"], rows)
+    cached = sum(row[1] == "cached" for row in rows)
+    console.print(f"{cached} of {len(rows)} steps are cached in {Path(settings.store).resolve()}", highlight=False)
+
+
+def config() -> None:
+    """Print a whole configuration: every field, its default and what it means. A start for a file of your own."""
+    from tasks.config import default_toml
+
+    print(default_toml(), end="")
+
+
+def _check_family(settings: RunConfig) -> None:
+    """What would end the run at a late stage."""
+    from importlib.util import find_spec
+
+    from saap.models.checkpoint import load_config
+    from saap.models.families import family_of
+    from storage.keys import Fingerprints
+    from tasks.model_source import model_source
+
+    source = model_source(settings.model.path, settings.model.revision, Fingerprints(Path(settings.store)))
+    if settings.speed.llama_cpp and find_spec("xllamacpp") is None:
+        raise ConfigError("speed.llama_cpp needs llama.cpp: pip install -c constraints.txt xllamacpp")
+    if source.kind == "folder":
+        model_config = load_config(source.path)
+        if settings.speed.llama_cpp:
+            from saap.export.gguf import check_config
+
+            check_config(model_config)
+        if not family_of(model_config).int4 and settings.recover.recipe == "groupwise":
+            raise ConfigError(
+                f"{model_config.model_type} has no int4 recovery: set recover.recipe to 'lora', 'qlora' or 'none'"
+            )
+
+
+def _start(store: str) -> None:
+    """Before the first import of Prefect."""
+    from flows.server import quiet_settings
+    from storage.artifacts import ArtifactStore
+
+    ArtifactStore(store).prepare()
+    quiet_settings(Path(store).resolve())
+
+
+def _prefect(store: Path) -> Any:
+    from flows.server import prefect_api
+    from flows.tracebacks import hide_user_tracebacks
+
+    hide_user_tracebacks()
+    return prefect_api(store.resolve())

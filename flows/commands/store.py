@@ -1,0 +1,111 @@
+"""Commands that look at a store: sql, report, rebuild, verify, doctor."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.printing import cell, console, print_run, print_table
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="SAAP_STORE", help="Folder with the artifacts and the warehouse.")
+]
+
+
+def sql(
+    query: Annotated[str, typer.Argument(help='For example "select * from leaderboard".', show_default=False)],
+    store: StoreOption = Path("saap_store"),
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV: a header and rows, nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of rows.")] = False,
+) -> None:
+    """Ask the warehouse, in DuckDB's SQL (read-only).
+
+    Tables: runs, stage_runs, groups, widths, metrics, items, speed, training, published_results. Views: importance (all
+    importance tensors), leaderboard, comparison (dense, pruned, recovered side by side), criteria (over calibration
+    seeds), criteria_published, ablations, recovery, versus_published, significance (is a difference
+    more than noise), seed_spread, stage_reuse.
+    """
+    import duckdb
+
+    from storage.errors import StorageError
+    from storage.warehouse import Warehouse
+
+    try:
+        with Warehouse(store).reading() as connection:
+            result = connection.execute(query)
+            columns = [column[0] for column in result.description or []]
+            rows = result.fetchall()
+    except duckdb.Error as error:
+        raise StorageError(" ".join(str(error).split())[:300]) from error
+    if as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+    elif as_json:
+        print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=str, indent=1))
+    else:
+        print_table(columns, [[cell(value) for value in row] for row in rows])
+
+
+def report(
+    run_id: Annotated[str | None, typer.Argument(help="The newest completed run when absent.")] = None,
+    store: StoreOption = Path("saap_store"),
+    svg: Annotated[Path | None, typer.Option(help="Draw it into this SVG file too.", show_default=False)] = None,
+) -> None:
+    """Print the result table of a run again."""
+    from storage.errors import StorageError
+    from storage.warehouse import Warehouse
+
+    with Warehouse(store).reading() as connection:
+        found = connection.execute(
+            "select run_id, data from runs where coalesce(run_id = ?, status = 'completed') "
+            "order by started_at desc limit 1",
+            [run_id],
+        ).fetchone()
+    if found is None:
+        raise StorageError(f"no such run in {store.resolve()}: saap sql 'select run_id, name, status from runs'")
+    console.record = svg is not None
+    print_run(store, *found)
+    if svg is not None:
+        console.save_svg(str(svg), title="saap report")
+
+
+def rebuild(store: StoreOption = Path("saap_store")) -> None:
+    """Make the warehouse again from the artifacts and run records of the store."""
+    from storage.artifacts import ArtifactStore
+    from storage.warehouse import Warehouse
+
+    ArtifactStore(store).prepare()
+    console.print(f"warehouse rebuilt from {Warehouse(store).rebuild()} runs")
+
+
+def verify(store: StoreOption = Path("saap_store")) -> None:
+    """Read every artifact of the store and compare it with its digests; set aside what is damaged."""
+    from storage.artifacts import ArtifactStore
+
+    artifacts = ArtifactStore(store)
+    checked = list(artifacts.all())
+    damaged = []
+    for stage, key in checked:
+        fault = artifacts.inspect(stage, key, verify=True)[1]
+        if fault is not None:
+            artifacts.find(stage, key, verify=True)
+            damaged.append((f"{stage}/{key}", fault))
+    if damaged:
+        print_table(["set aside", "because"], damaged)
+    console.print(f"{len(checked) - len(damaged)} of {len(checked)} artifacts are whole")
+    if damaged:
+        raise typer.Exit(1)
+
+
+def doctor(store: StoreOption = Path("saap_store")) -> None:
+    """Check versions, devices, disk and hub, and say what is missing and how to get it."""
+    from flows.doctor import examine
+
+    findings = examine(store)
+    print_table(["", "", ""], [(what, "ok" if fine else "MISSING", found) for what, fine, found in findings])
+    if not all(fine for _, fine, _ in findings):
+        raise typer.Exit(1)
