@@ -5,8 +5,9 @@ from typing import Any
 
 from prefect import flow
 
-from flows.run import saap_run
-from tasks.config import ConfigError, check_config, read_toml, set_value
+from flows.job import prepare
+from flows.run import flow_of
+from tasks.config import ConfigError, check_config, load_config, read_toml, set_value
 
 
 def combinations(config: str) -> list[list[str]]:
@@ -39,11 +40,12 @@ def saap_sweep(config: str, overrides: list[str] | None = None) -> list[str]:
     """
     run_ids, failed = [], []
     for chosen in combinations(config):
-        state = saap_run(config, [*chosen, *(overrides or [])], return_state=True)
-        if state.is_completed():
-            run_ids.append(state.result())
-        else:
-            failed.append(f"{', '.join(chosen)}: {state.message}")
+        asked = [*chosen, *(overrides or [])]
+        try:
+            job = prepare(load_config(config, tuple(asked)))
+            run_ids.append(flow_of(job)(config, asked))
+        except Exception as error:
+            failed.append(f"{', '.join(chosen)}: {error}")
     if failed:
         raise ConfigError(f"{len(failed)} of {len(failed) + len(run_ids)} runs failed: {'; '.join(failed)}"[:500])
     return run_ids

@@ -30,3 +30,8 @@ NEEDS: dict[str, Needs] = {
     "magnitude": Needs(),
     "random": Needs((), ("seed",)),
 }
+
+
+def needs_of(criterion: str) -> Needs:
+    """What a criterion needs, by its name in the configuration."""
+    return SAAP if criterion == "saap" else NEEDS[criterion]

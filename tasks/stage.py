@@ -1,101 +1,85 @@
-"""What all stage tasks share: find or publish the artifact, under a lock, and say what happened."""
+"""What a stage is. Each has a file of its own, `tasks/stages/<name>.py`. Imports neither Prefect nor torch."""
 
-import errno
-import logging
-from collections.abc import Callable
-from importlib.metadata import version
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from prefect import Task, get_run_logger, task
-from prefect.serializers import JSONSerializer
-
-from storage.artifacts import ArtifactStore
-from tasks.data import MissingData
+from tasks.artifact import Artifact, Source
+from tasks.config import RunConfig
+from tasks.outside import Outside
 from tasks.step import Step
 
-Body = Callable[[Step, Path], dict[str, Any]]
-PACKAGES = ("saap", "torch", "transformers", "lm-eval", "prefect")
-
-_REPEATS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
+Summary = dict[str, Any]
 
 
-def stage_task(stage: str) -> Callable[[Body], Task[[Step], dict[str, Any]]]:
-    """Make a Prefect task of a stage's body.
+@dataclass
+class Stage:
+    """One stage of a run.
 
-    The body gets the step and an empty folder, fills the folder, and returns a small summary. The task returns a Ref,
-    {stage, key, summary}: never tensors, models or bare paths.
+    version: raised when the code starts to give other results; its artifacts, and all after them, are made anew.
+    takes: the inputs by name and kind, read off the signature of `make`. params: its own part of the configuration.
+    fingerprint: of what it takes from outside the store. make: fills a folder and returns a small summary.
     """
 
-    def decorate(body: Body) -> Task[[Step], dict[str, Any]]:
-        @task(
-            name=stage,
-            task_run_name="{step.label}",
-            cache_key_fn=cache_key,
-            persist_result=True,
-            result_serializer=JSONSerializer(),
-            retries=3,
-            retry_delay_seconds=[2, 10, 60],
-            retry_condition_fn=is_transient,
-        )
-        def run(step: Step) -> dict[str, Any]:
-            ref = find_or_publish(step, body)
-            get_run_logger().info("%s: %s", step.label, ", ".join(f"{k} {v}" for k, v in ref["summary"].items()))
-            return ref
+    name: str
+    version: int
+    publishes: type[Artifact]
+    takes: Mapping[str, type[Artifact]]
+    params: Callable[..., dict[str, Any]]
+    fingerprint: Callable[..., str | None]
+    make: Callable[..., Summary]
 
-        return run
+    def check(self, inputs: Mapping[str, Source]) -> None:
+        """Raises TypeError for an input the stage does not take, or one of another kind."""
+        for name, source in inputs.items():
+            if name not in self.takes or not issubclass(source.kind, self.takes[name]):
+                raise TypeError(f"{self.name} takes {dict(self.takes)}, not {source.kind.__name__} as {name}")
+
+    def run(self, step: Step, folder: Path) -> Summary:
+        """Make the artifact of a step in an empty folder."""
+        inputs = {name: kind(step.place(name)) for name, kind in self.takes.items() if step.has(name)}
+        return self.make(step, folder, **inputs)
+
+
+def stage(
+    *,
+    version: int,
+    publishes: type[Artifact],
+    params: Callable[..., dict[str, Any]],
+    fingerprint: Callable[..., str | None] = lambda outside, inputs: None,
+) -> Callable[[Callable[..., Summary]], Stage]:
+    """Make a Stage of a function (step, folder, *, inputs …) -> summary; an input may be absent if its default is None.
+
+    params takes the RunConfig, fingerprint the `Outside` and the inputs (name → Source); both also take the labels of
+    a stage that a run has several times.
+    """
+
+    def decorate(make: Callable[..., Summary]) -> Stage:
+        hints = get_type_hints(make)
+        takes = {
+            name: next(kind for kind in (*get_args(hints[name]), hints[name]) if kind is not type(None))
+            for name, parameter in inspect.signature(make).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+        return Stage(make.__name__, version, publishes, takes, params, fingerprint, make)
 
     return decorate
 
 
-def find_or_publish(step: Step, body: Body) -> dict[str, Any]:
-    """The Ref of the step's artifact, made now unless it is there; one process makes it, others wait for it."""
-    store = ArtifactStore(step.store)
-    with store.lock(step.stage, step.key):
-        manifest = store.find(step.stage, step.key)
-        if manifest is None:
-            _quiet()
-            about: dict[str, Any] = {
-                "run_id": step.run_id,
-                "params": step.config(),
-                "inputs": [list(i) for i in step.inputs],
-                "outside": dict(step.outside),
-                "versions": {name: version(name) for name in PACKAGES},
-            }
-            with store.publish(step.stage, step.key, **about, summary=(summary := {})) as folder:
-                summary.update(body(step, folder))
-            store.drop_work(step.stage, step.key)
-        else:
-            summary = manifest["summary"]
-    return {"stage": step.stage, "key": step.key, "summary": summary}
+def stage_named(name: str) -> Stage:
+    """The stage in `tasks/stages/<name>.py`."""
+    found: Stage = getattr(importlib.import_module(f"tasks.stages.{name}"), name)
+    return found
 
 
-def cache_key(context: Any, parameters: dict[str, Any]) -> str:
-    step: Step = parameters["step"]
-    return f"{step.stage}-{step.key}"
+def dtype_of(config: RunConfig) -> dict[str, Any]:
+    """The part of the configuration that every stage with a model has in its key."""
+    return {"dtype": config.model.dtype}
 
 
-def is_transient(task: Any, task_run: Any, state: Any) -> bool:
-    """Retry what may go away by itself (network, a disk that hiccups); never what will fail the same way again."""
-    try:
-        state.result()
-    except Exception as failure:
-        # a download that failed says what to do about it, but may pass
-        error = failure.__cause__ if isinstance(failure, MissingData) and failure.__cause__ else failure
-        if getattr(error, "exit_code", None) == 2:
-            return False
-        if isinstance(error, OSError):  # requests', httpx' and the hub's connection errors are OSErrors too
-            return error.errno not in _REPEATS
-        return type(error).__module__.split(".")[0] in ("httpx", "httpcore")
-    return False
-
-
-def _quiet() -> None:
-    """Leave the progress bars of our own long loops, not those of every file that is read or written."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("lm_eval", "bitsandbytes", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def weights_of(outside: Outside, inputs: Mapping[str, Source]) -> str:
+    """The fingerprint of stages that take the dense model."""
+    return outside.model.weights

@@ -35,15 +35,16 @@ class Step:
         return " ".join(part for part in (self.stage, self.variant, self.benchmark) if part)
 
     def config(self) -> dict[str, Any]:
+        """The stage's own part of the configuration."""
         values: dict[str, Any] = json.loads(self.params)
         return values
 
-    def folder(self, name: str) -> Path:
+    def place(self, name: str) -> Path:
         """Where an input lies: an artifact of the store, or something from outside."""
         for input_name, stage, key in self.inputs:
             if input_name == name:
                 return ArtifactStore(self.store).path(stage, key)
         return Path(dict(self.outside)[name])
 
-    def outside_value(self, name: str) -> str:
-        return dict(self.outside)[name]
+    def has(self, name: str) -> bool:
+        return any(name == found for found, *_ in (*self.inputs, *self.outside))

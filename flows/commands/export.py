@@ -156,7 +156,7 @@ def card_of(checkpoint: Checkpoint, place: str | None) -> str:
     from saap.export.model_card import model_card
     from storage.artifacts import ArtifactStore
     from storage.warehouse import Warehouse
-    from tasks.card import origin_of
+    from tasks.model_card import origin_of
 
     if checkpoint.manifest is None or checkpoint.store is None:
         card = checkpoint.folder / "README.md"

@@ -29,19 +29,19 @@ def run(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = 
     Stages whose artifacts are in the store are not run again: an interrupted run goes on where it was when the same
     command is given again. Uses the Prefect server at PREFECT_API_URL, or one of its own for as long as it runs.
     """
-    from flows.dag import build
+    from flows.job import prepare
     from tasks.config import load_config
 
     overrides = _overrides(set_, store)
     settings = load_config(config, overrides)
     _start(settings.store)
-    build(settings)  # what is wrong with model or data shows before a server is started
+    job = prepare(settings)  # what is wrong with model or data shows before a server is started
     _check_family(settings)
     with _prefect(Path(settings.store)):
-        from flows.run import saap_run
+        from flows.run import flow_of
 
-        run_id = saap_run(str(config.resolve()), list(overrides))
-    print_run(Path(settings.store), run_id, settings.data)
+        flow_of(job)(str(config.resolve()), list(overrides))
+    print_run(Path(settings.store), job.run_id, settings.data)
 
 
 def sweep(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:

@@ -66,7 +66,7 @@ def run(job: Job) -> list[dict[str, Any]]:
     return [asdict(step) for step in steps]
 
 
-def launched(job: Job, arguments: str) -> list[dict[str, Any]]:
+def run_launched(job: Job, arguments: str) -> list[dict[str, Any]]:
     """`run` in the processes of `accelerate launch ARGUMENTS`. Raises SaapError when they fail; they say why."""
     file, answer = Path(job.work) / "job.json", Path(job.work) / "steps.json"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 
-from flows.dag import VERSIONS, build
+from flows.dag import build
 from flows.plan import plan_rows
 from flows.sweep import combinations
 from tasks.config import ConfigError, RunConfig, check_config, default_toml, load_config
 from tasks.criteria import NEEDS
 from tasks.data import mini_folder
+from tasks.stages.prune import prune
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def test_missing_calibration_or_recovery_data_is_an_error(settings, tmp_path, ro
 
 def test_a_new_code_version_of_a_stage_makes_it_and_what_follows_anew(settings, monkeypatch):
     before = keys(settings)
-    monkeypatch.setitem(VERSIONS, "prune", VERSIONS["prune"] + 1)
+    monkeypatch.setattr(prune, "version", prune.version + 1)
     after = keys(settings)
     assert {label for label in before if before[label] != after[label]} == {"prune", "recover", "speed"} | PRUNED
 

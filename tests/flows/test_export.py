@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 import saap
 from flows.cli import app
 from flows.dag import build
-from flows.run import TASKS
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
 from tasks.config import load_config
+from tasks.running import find_or_publish
+from tasks.stage import stage_named
 from tests.flows.conftest import saap as command
 from tests.flows.test_cli import refused
 
@@ -41,7 +42,7 @@ def store(tiny_folder, tmp_path_factory):
     record = RunRecord(root, "r1", name="tiny", model="tiny", data="mini", ratio=0.2, config=config.model_dump_json())
     with disable_run_logger():
         for position, step in enumerate(build(config, "r1")):
-            TASKS[step.stage].fn(step)
+            find_or_publish(stage_named(step.stage), step)
             about = {"stage": step.stage, "key": step.key, "variant": step.variant, "benchmark": step.benchmark}
             record.stage(position, **about, cached=False, seconds=1.0)
     record.finish("completed")

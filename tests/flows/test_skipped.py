@@ -43,13 +43,13 @@ def test_a_run_without_the_data_of_a_benchmark_ends_says_so_and_later_runs_only_
 
 def test_data_that_cannot_be_downloaded_while_running_is_skipped_too(config, store, prefect_server, monkeypatch):
     """The hub answers when the run is planned and is gone when a benchmark is downloaded."""
-    import tasks.evaluate
+    import tasks.stages.evaluate
     from tasks.data import MissingData
 
     def gone(data, role):
         raise MissingData("cannot download wikitext: check the network")
 
-    monkeypatch.setattr(tasks.evaluate, "read_data", gone)
+    monkeypatch.setattr(tasks.stages.evaluate, "read_data", gone)
     stages = run(config, "recover.recipe=none")
     assert {s["benchmark"]: s["skipped"] for s in stages if s["skipped"]} == {
         "wikitext2": "cannot download wikitext: check the network"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saap import SaapError, load
-from saap.recovery.launch import Job, launched, run
+from saap.recovery.launch import Job, run, run_launched
 
 TWO = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
 
@@ -27,7 +27,7 @@ def test_two_processes_take_the_same_steps_as_one(job, tmp_path, way):
     (tmp_path / "two").mkdir()
     training = job.training | {"gradient_checkpointing": way == "--use_fsdp"}  # which comes back to a block it left
     other = replace(job, work=str(tmp_path / "w2"), output=str(tmp_path / "two"), training=training)
-    together = launched(other, f"{way} {TWO}")
+    together = run_launched(other, f"{way} {TWO}")
     alone = run(job)
     assert len(alone) == len(together) == 2
     for one, two in zip(alone, together, strict=True):
@@ -40,5 +40,5 @@ def test_two_processes_take_the_same_steps_as_one(job, tmp_path, way):
 
 def test_a_launch_that_fails_is_an_error(job, capfd):
     with pytest.raises(SaapError, match="--no-such-option"):
-        launched(job, "--no-such-option")
+        run_launched(job, "--no-such-option")
     assert "no-such-option" in capfd.readouterr().err

@@ -1,26 +1,51 @@
 """One benchmark on one checkpoint."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from storage.keys import digest
 from storage.tables import write_table
-from tasks.compute import checkpoint, settings
-from tasks.config import ACCURACIES
+from tasks.artifact import Artifact, Source
+from tasks.compute import compute_settings
+from tasks.config import ACCURACIES, RunConfig
 from tasks.data import DATA, MissingData, data_file, data_name, read_data
-from tasks.stage import stage_task
+from tasks.inputs import Checkpoint, Data, load_model, load_tokenizer
+from tasks.outside import Outside
+from tasks.stage import Summary, dtype_of, stage
 from tasks.step import Step
 
 PAPERS_WINDOW = 128
 
 
-@stage_task("evaluate")
-def evaluate(step: Step, folder: Path) -> dict[str, Any]:
-    benchmark, data = step.config()["benchmark"], step.outside_value("data")
-    rows = _accuracies(step, folder) if benchmark in ACCURACIES else _perplexities(step)
-    for row in rows:
-        row |= {"benchmark": benchmark, "data": data_name(data)}
+class Metrics(Artifact):
+    """metrics.parquet and items.parquet; of accuracies also lm-eval's own results."""
+
+
+def _params(config: RunConfig, benchmark: str) -> dict[str, Any]:
+    options, params = config.evaluate, {"benchmark": benchmark, **dtype_of(config)}
+    if benchmark in ACCURACIES:
+        return params | {"limit": options.limit, "samples": options.samples, "harness": version("lm-eval")}
+    return params | {"windows": list(options.windows), "max_tokens": options.max_tokens}
+
+
+def _fingerprint(outside: Outside, inputs: Mapping[str, Source], benchmark: str) -> str:
+    dense = outside.model.weights if inputs["checkpoint"].path else None
+    return digest([dense, None if outside.missing(benchmark) else outside.data(benchmark)])
+
+
+@stage(version=2, publishes=Metrics, params=_params, fingerprint=_fingerprint)
+def evaluate(step: Step, folder: Path, *, checkpoint: Checkpoint, data: Data) -> Summary:
+    benchmark = step.config()["benchmark"]
+    measured = (
+        _accuracies(step, folder, checkpoint, data)
+        if benchmark in ACCURACIES
+        else _perplexities(step, checkpoint, data)
+    )
+    rows = [{**row, "benchmark": benchmark, "data": data_name(data.name)} for row in measured]
     write_table(folder, "metrics", rows)
     write_table(
         folder, "items", [{**row, "item": i, "value": value} for row in rows for i, value in enumerate(row["items"])]
@@ -28,20 +53,20 @@ def evaluate(step: Step, folder: Path) -> dict[str, Any]:
     return {f"{row['metric']} ({row['protocol']})": round(row["value"], 4) for row in rows}
 
 
-def _accuracies(step: Step, folder: Path) -> list[dict[str, Any]]:
+def _accuracies(step: Step, folder: Path, checkpoint: Checkpoint, data: Data) -> list[dict[str, Any]]:
     """Rows of metrics; lm-eval's own results, and its per-sample logs if they are wanted, go into the folder."""
     import saap
 
     config, benchmark = step.config(), step.config()["benchmark"]
-    model, tokenizer = checkpoint(step, "checkpoint", float_weights=True)
+    model = load_model(step, checkpoint, float_weights=True)
     try:
         metrics, results = saap.accuracy(
             model,
-            tokenizer,
+            load_tokenizer(step),
             benchmark,
-            data_file=data_file(step.outside_value("data"), benchmark),
+            data_file=data_file(data.name, benchmark),
             limit=config["limit"],
-            batch_tokens=128 * settings(step)["batch_size"],
+            batch_tokens=128 * compute_settings(step)["batch_size"],
         )
     except saap.DataUnavailable as error:
         raise MissingData(str(error)) from error.__cause__
@@ -52,14 +77,14 @@ def _accuracies(step: Step, folder: Path) -> list[dict[str, Any]]:
     return [asdict(metric) for metric in metrics]
 
 
-def _perplexities(step: Step) -> list[dict[str, Any]]:
+def _perplexities(step: Step, checkpoint: Checkpoint, data: Data) -> list[dict[str, Any]]:
     """Rows of metrics: one for each window length that the model's positions allow."""
     import saap
 
     config, benchmark = step.config(), step.config()["benchmark"]
-    model, tokenizer = checkpoint(step, "checkpoint", float_weights=True)
+    model = load_model(step, checkpoint, float_weights=True)
     column = DATA[benchmark].columns[0]
-    text = [row[column] for row in read_data(step.outside_value("data"), benchmark)]
+    text = [row[column] for row in read_data(data.name, benchmark)]
     longest = getattr(model.config, "max_position_embeddings", None)  # ALiBi models have no limit
     limited = f", first {config['max_tokens']} tokens" if config["max_tokens"] else ""
     rows = []
@@ -69,10 +94,10 @@ def _perplexities(step: Step) -> list[dict[str, Any]]:
         found = saap.perplexity(
             model,
             text,
-            tokenizer,
+            load_tokenizer(step),
             window=window,
             max_tokens=config["max_tokens"],
-            batch_tokens=256 * settings(step)["batch_size"],
+            batch_tokens=256 * compute_settings(step)["batch_size"],
             name=benchmark,
         )
         rows.append(

@@ -7,7 +7,9 @@ from prefect import flow
 
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
-from tasks.stage import stage_task
+from tasks.artifact import Artifact
+from tasks.running import task_of
+from tasks.stage import stage
 from tasks.step import Step
 
 pytestmark = pytest.mark.slow
@@ -21,28 +23,28 @@ def failing(errors):
     """A stage that fails with each of the errors in turn, then works; and how often it was tried."""
     tries = []
 
-    @stage_task("calibrate")
-    def stage(step, folder):
+    @stage(version=1, publishes=Artifact, params=lambda config: {})
+    def calibrate(step, folder):
         tries.append(1)
         (folder / "half.txt").write_text("half")
         if errors:
             raise errors.pop(0)
         return {"fine": True}
 
-    return stage.with_options(retry_delay_seconds=0), tries
+    return task_of(calibrate).with_options(retry_delay_seconds=0), tries
 
 
-def call(stage, step):
+def call(task, step):
     @flow
     def once():
-        return stage(step)
+        return task(step)
 
     return once()
 
 
 def test_a_connection_that_fails_twice_is_tried_again_and_then_works(tmp_path, prefect_server):
-    stage, tries = failing([ConnectionError("reset"), OSError(errno.EIO, "disk hiccup")])
-    assert call(stage, step(tmp_path)) == {"stage": "calibrate", "key": tmp_path.name, "summary": {"fine": True}}
+    task, tries = failing([ConnectionError("reset"), OSError(errno.EIO, "disk hiccup")])
+    assert call(task, step(tmp_path)) == {"stage": "calibrate", "key": tmp_path.name, "summary": {"fine": True}}
     assert len(tries) == 3
     assert ArtifactStore(tmp_path).find("calibrate", tmp_path.name, verify=True)["summary"] == {"fine": True}
 
@@ -51,8 +53,8 @@ def test_a_connection_that_fails_twice_is_tried_again_and_then_works(tmp_path, p
     "error", [StorageError("wrong"), ValueError("bug"), OSError(errno.EACCES, "no"), KeyError("x")]
 )
 def test_an_error_that_would_repeat_is_not_tried_again(tmp_path, prefect_server, error):
-    stage, tries = failing([error])
+    task, tries = failing([error])
     with pytest.raises(type(error)):
-        call(stage, step(tmp_path))
+        call(task, step(tmp_path))
     assert len(tries) == 1
     assert ArtifactStore(tmp_path).find("calibrate", tmp_path.name) is None

@@ -3,13 +3,13 @@ import json
 import pytest
 
 from saap.scoring.backward import is_offloaded
-from tasks.compute import checkpoint, forget
 from tasks.config import Compute
+from tasks.inputs import Checkpoint, forget_model, load_model
 from tasks.step import Step
 
 
-@pytest.mark.parametrize(("use", "on_disk"), [("whole", False), ("blocks", True), ("slices", False)])
-def test_offload_leaves_on_disk_what_a_step_uses_block_by_block(tiny_folder, tmp_path, use, on_disk):
+@pytest.mark.parametrize(("use", "on_disk"), [("whole", False), ("layers", True), ("slices", False)])
+def test_offload_leaves_on_disk_what_a_step_uses_layer_by_layer(tiny_folder, tmp_path, use, on_disk):
     def model(compute):
         step = Step(
             stage="score",
@@ -20,10 +20,10 @@ def test_offload_leaves_on_disk_what_a_step_uses_block_by_block(tiny_folder, tmp
             compute=compute.model_dump_json(),
             store=str(tmp_path),
         )
-        return checkpoint(step, "model", use=use)[0]
+        return load_model(step, Checkpoint(tiny_folder), use=use)
 
     try:
         assert not is_offloaded(model(Compute()))
         assert is_offloaded(model(Compute(offload=True))) == on_disk
     finally:
-        forget()
+        forget_model()

@@ -1,0 +1,86 @@
+"""What stages take that no one of them owns: models, tokenizers, data sets."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tasks.artifact import Artifact
+from tasks.compute import compute_settings
+from tasks.step import Step
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Gguf(Artifact):
+    """A GGUF file."""
+
+
+class Tokenizer(Artifact):
+    """A folder with a tokenizer."""
+
+
+class Weights(Artifact):
+    """A folder with a model: safetensors and config.json."""
+
+
+class Data(Artifact):
+    """'mini', 'hub', or a folder of data sets."""
+
+    @property
+    def name(self) -> str:
+        return str(self.place)
+
+
+class Checkpoint(Tokenizer, Weights):
+    """A model and its tokenizer. Takes two places in a key, the second one under the name 'tokenizer'."""
+
+
+def load_model(
+    step: Step,
+    checkpoint: Checkpoint,
+    *,
+    float_weights: bool = False,
+    use: Literal["whole", "layers", "slices"] = "whole",
+) -> "nn.Module":
+    """The model of an input, on the step's device.
+
+    float_weights replaces int4 layers by float ones of the same values. use: with compute.offload, a model that is used
+    layer by layer leaves the weights of its layers on disk, and one that is only sliced stays on the CPU. The last
+    model stays loaded for the next step: do not change it.
+    """
+    settings = compute_settings(step)
+    offload = settings["offload"] and use == "layers"
+    device = "cpu" if settings["offload"] and use == "slices" else settings["device"]
+    return _load_model(checkpoint.place, step.config()["dtype"], device, float_weights, offload)
+
+
+def load_tokenizer(step: Step) -> Any:
+    """The tokenizer that goes with the step's checkpoint."""
+    return _load_tokenizer(step.place("tokenizer"))
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(folder: Path) -> Any:
+    from saap import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+_kept: dict[tuple[Any, ...], "nn.Module"] = {}  # the last model, by what it was loaded with
+
+
+def _load_model(*how: Any) -> "nn.Module":
+    from saap import dequantize, load
+
+    if how not in _kept:
+        forget_model()  # first: two models at once may not fit
+        folder, dtype, device, float_weights, offload = how
+        model = load(folder, dtype=dtype, device=device, offload=offload)
+        _kept[how] = dequantize(model) if float_weights else model
+    return _kept[how]
+
+
+def forget_model() -> None:
+    """Let go of the model that `load_model` keeps."""
+    _kept.clear()

@@ -1,0 +1,49 @@
+"""What a run takes from outside the store, and its fingerprints."""
+
+from functools import cached_property
+from pathlib import Path
+
+from storage.keys import Fingerprints
+from tasks.config import RunConfig
+from tasks.data import MissingData, data_fingerprint
+from tasks.model_source import ModelSource, model_source
+
+
+class Outside:
+    """The model and the data sets of a configuration; each is looked at once, and only when it is asked for."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._fingerprints = Fingerprints(Path(config.store).resolve())
+        self._data: dict[str, str | MissingData] = {}
+
+    @cached_property
+    def model(self) -> ModelSource:
+        """Raises ConfigError or StorageError for a model that is not there."""
+        return model_source(self._config.model.path, self._config.model.revision, self._fingerprints)
+
+    @property
+    def data_place(self) -> str:
+        """'mini', 'hub', or an absolute path."""
+        data = self._config.data
+        return data if data in ("mini", "hub") else str(Path(data).resolve())
+
+    def data(self, role: str) -> str:
+        """The fingerprint of a role's data. Raises MissingData when it is not there."""
+        if role not in self._data:
+            try:
+                self._data[role] = data_fingerprint(self.data_place, role, self._fingerprints)
+            except MissingData as missing:
+                self._data[role] = missing
+        found = self._data[role]
+        if isinstance(found, MissingData):
+            raise found
+        return found
+
+    def missing(self, role: str) -> str | None:
+        """Why a role's data cannot be had and what helps; None when it is there."""
+        try:
+            self.data(role)
+        except MissingData as missing:
+            return str(missing)
+        return None

@@ -1,0 +1,96 @@
+"""A stage as a Prefect task: find the artifact or publish it, under a lock, and say what happened."""
+
+import errno
+import logging
+from importlib.metadata import version
+from typing import Any
+
+from prefect import Task, get_run_logger
+from prefect.serializers import JSONSerializer
+
+from storage.artifacts import ArtifactStore
+from tasks.data import MissingData
+from tasks.stage import Stage
+from tasks.step import Step
+
+PACKAGES = ("saap", "torch", "transformers", "lm-eval", "prefect")
+
+_REPEATS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
+
+
+def task_of(stage: Stage) -> Task[[Step], dict[str, Any]]:
+    """The Prefect task that has a step's artifact in the store.
+
+    It returns {stage, key, summary}: never tensors, models or bare paths.
+    """
+
+    def run(step: Step) -> dict[str, Any]:
+        reference = find_or_publish(stage, step)
+        summary = ", ".join(f"{name} {value}" for name, value in reference["summary"].items())
+        get_run_logger().info("%s: %s", step.label, summary)
+        return reference
+
+    return Task(
+        run,
+        name=stage.name,
+        task_run_name="{step.label}",
+        cache_key_fn=cache_key,
+        persist_result=True,
+        result_serializer=JSONSerializer(),
+        retries=3,
+        retry_delay_seconds=[2, 10, 60],
+        retry_condition_fn=is_transient,
+    )
+
+
+def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:
+    """The step's artifact, made now unless it is there; one process makes it, others wait for it."""
+    store = ArtifactStore(step.store)
+    with store.lock(step.stage, step.key):
+        manifest = store.find(step.stage, step.key)
+        if manifest is None:
+            _quiet()
+            about: dict[str, Any] = {
+                "run_id": step.run_id,
+                "params": step.config(),
+                "inputs": [list(i) for i in step.inputs],
+                "outside": dict(step.outside),
+                "versions": {name: version(name) for name in PACKAGES},
+            }
+            with store.publish(step.stage, step.key, **about, summary=(summary := {})) as folder:
+                summary.update(stage.run(step, folder))
+            store.drop_work(step.stage, step.key)
+        else:
+            summary = manifest["summary"]
+    return {"stage": step.stage, "key": step.key, "summary": summary}
+
+
+def cache_key(context: Any, parameters: dict[str, Any]) -> str:
+    step: Step = parameters["step"]
+    return f"{step.stage}-{step.key}"
+
+
+def is_transient(task: Any, task_run: Any, state: Any) -> bool:
+    """Retry what may go away by itself (network, a disk that hiccups); never what will fail the same way again."""
+    try:
+        state.result()
+    except Exception as failure:
+        # a download that failed says what to do about it, but may pass
+        error = failure.__cause__ if isinstance(failure, MissingData) and failure.__cause__ else failure
+        if getattr(error, "exit_code", None) == 2:
+            return False
+        if isinstance(error, OSError):  # requests', httpx' and the hub's connection errors are OSErrors too
+            return error.errno not in _REPEATS
+        return type(error).__module__.split(".")[0] in ("httpx", "httpcore")
+    return False
+
+
+def _quiet() -> None:
+    """Leave the progress bars of our own long loops, not those of every file that is read or written."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lm_eval", "bitsandbytes", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

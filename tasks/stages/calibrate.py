@@ -1,0 +1,55 @@
+"""Draw the calibration sequences."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from storage.keys import digest
+from storage.tables import read_table, write_table
+from tasks.artifact import Artifact, Source
+from tasks.data import read_data
+from tasks.inputs import Data, Tokenizer, load_tokenizer
+from tasks.outside import Outside
+from tasks.stage import Summary, stage
+from tasks.step import Step
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Calibration(Artifact):
+    """calibration.parquet."""
+
+    def read(self) -> "torch.Tensor":
+        """The sequences, int64 (samples, length)."""
+        import torch
+
+        table = read_table(self.place, "calibration")
+        samples = int(table["sample"][-1]) + 1
+        return torch.from_numpy(table["token"].astype("int64")).view(samples, -1)
+
+
+def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
+    return digest([outside.model.tokenizer, outside.data("calibration")])
+
+
+@stage(version=1, publishes=Calibration, params=lambda config: config.calibrate.model_dump(), fingerprint=_fingerprint)
+def calibrate(step: Step, folder: Path, *, tokenizer: Tokenizer, data: Data) -> Summary:
+    from saap import sample_tokens
+
+    texts = [row["text"] for row in read_data(data.name, "calibration")]
+    tokens, rows = sample_tokens(texts, load_tokenizer(step), **step.config())
+    count, length = tokens.shape
+    write_table(
+        folder,
+        "calibration",
+        {
+            "sample": np.repeat(np.arange(count), length),
+            "position": np.tile(np.arange(length), count),
+            "token": tokens.flatten().numpy(),
+            "source_row": np.repeat(rows, length),
+        },
+    )
+    return {"samples": count, "tokens": count * length}

@@ -1,0 +1,79 @@
+"""Decide which groups stay, write that down, then cut."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from storage.keys import digest
+from storage.tables import write_table
+from tasks.artifact import Source
+from tasks.compute import compute_settings
+from tasks.config import RunConfig
+from tasks.criteria import needs_of
+from tasks.inputs import Checkpoint, load_model, load_tokenizer
+from tasks.model_card import write_card
+from tasks.outside import Outside
+from tasks.stage import Summary, dtype_of, stage
+from tasks.stages.activations import Activations
+from tasks.stages.calibrate import Calibration
+from tasks.stages.rank import Ranking
+from tasks.step import Step
+
+
+def prune_params(config: RunConfig) -> dict[str, Any]:
+    """The prune section, 'auto' replaced by what the criterion was published with."""
+    params, needs = config.prune.model_dump(mode="json"), needs_of(config.criterion.name)
+    params |= {field: getattr(needs, field) for field in ("search", "compensation") if params[field] == "auto"}
+    return params | dtype_of(config)
+
+
+def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
+    return digest([outside.model.weights, outside.model.tokenizer])
+
+
+@stage(version=3, publishes=Checkpoint, params=prune_params, fingerprint=_fingerprint)
+def prune(
+    step: Step,
+    folder: Path,
+    *,
+    model: Checkpoint,
+    groups: Ranking,
+    activations: Activations | None = None,
+    calibration: Calibration | None = None,
+) -> Summary:
+    import saap
+
+    config = step.config()
+    dense = load_model(step, model, use="slices")
+    found = saap.discover(dense)
+    options = {name: config[name] for name in ("search", "direction", "kinds", "align")}
+    keep = saap.select(groups.read(), found, config["ratio"], protect=tuple(config["protect"]), **options)
+    write_table(folder, "plan", {"layer": found.layer, "kind": found.kind, "unit": found.unit, "kept": keep})
+    write_table(folder, "widths", _widths(found, keep))
+    small = saap.prune(dense, keep)
+    if activations is not None:
+        saap.add_mean_bias(small, dense, keep, activations.read())
+    elif calibration is not None:
+        saap.refit(small, dense, keep, calibration.read(), batch_size=compute_settings(step)["batch_size"])
+    saap.save(small, folder, load_tokenizer(step))
+    write_card(step, folder)
+    parameters = saap.size_of(small).parameters
+    return {
+        "removed_of_prunable": round(saap.removed_share(found, keep), 6),
+        "parameters": parameters,
+        "of_total": round(1 - parameters / saap.size_of(dense).parameters, 6),
+    }
+
+
+def _widths(groups: Any, keep: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": layer,
+            "kind": kind,
+            "units": len(index),
+            "kept": int(keep[index].sum()),
+            "parameters": int(groups.parameters[index].sum()),
+            "kept_parameters": int(groups.parameters[index][keep[index]].sum()),
+        }
+        for layer, kind, index in groups.blocks()
+    ]

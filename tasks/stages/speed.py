@@ -1,0 +1,63 @@
+"""Speed, memory and size of the variants of a run, alternating in one process."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from storage.tables import write_table
+from tasks.artifact import Artifact
+from tasks.compute import compute_settings
+from tasks.config import RunConfig
+from tasks.inputs import Weights, forget_model
+from tasks.stage import Summary, dtype_of, stage, weights_of
+from tasks.step import Step
+
+
+class Speeds(Artifact):
+    """speed.parquet."""
+
+
+def _params(config: RunConfig) -> dict[str, Any]:
+    machine = machine_name(config.compute.device, config.compute.threads)
+    return config.speed.model_dump() | dtype_of(config) | {"machine": machine}
+
+
+@stage(version=2, publishes=Speeds, params=_params, fingerprint=weights_of)
+def speed(step: Step, folder: Path, *, dense: Weights, pruned: Weights, recovered: Weights | None = None) -> Summary:
+    import saap
+
+    config = step.config()
+    dtype, device = config.pop("dtype"), compute_settings(step)["device"]
+    config.pop("machine")
+    in_llama_cpp = config.pop("llama_cpp")
+    forget_model()
+    given = {"dense": dense, "pruned": pruned, "recovered": recovered}
+    places = {name: weights.place for name, weights in given.items() if weights is not None}
+    models = {name: saap.load(place, dtype=dtype, device=device) for name, place in places.items()}
+    sizes = {name: saap.size_of(model) for name, model in models.items()}
+    for model in models.values():
+        saap.use_int4_kernels(model)
+    rows = saap.compare_speed(models, sizes, **config)
+    if in_llama_cpp:
+        from saap.export.speed import llama_cpp_speed
+
+        models.clear()
+        rows += llama_cpp_speed(places, sizes, **config)
+    write_table(folder, "speed", [asdict(row) for row in rows])
+    return {row.variant: f"{row.tokens_per_s:.1f} tokens/s" for row in rows}
+
+
+def machine_name(device: str, threads: int | None) -> str:
+    """What a speed was measured on: part of its key, and of nothing else's. Read without torch."""
+    names = [device, str(threads or os.cpu_count())]
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                names.append(line.partition(":")[2].strip())
+                break
+    except OSError:
+        pass
+    for gpu in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        names += [line.partition(":")[2].strip() for line in gpu.read_text().splitlines() if line.startswith("Model")]
+    return ", ".join(names)
