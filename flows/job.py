@@ -17,10 +17,10 @@ class Job:
     run_id: str
     steps: list[Step]
 
-    @property
-    def title(self) -> str:
-        """What Prefect's UI calls the run."""
-        return f"{self.settings.name}: {self.settings.model.path} at {self.settings.prune.ratio:g}"
+
+def title_of(settings: RunConfig) -> str:
+    """What Prefect's UI calls the run."""
+    return f"{settings.name}: {settings.model.path} at {settings.prune.ratio:g}"
 
 
 def prepare(settings: RunConfig) -> Job:

@@ -3,11 +3,11 @@
 from functools import cache
 from typing import Any
 
-from prefect import Flow, Task, flow, get_run_logger
+from prefect import Flow, Task, flow, get_run_logger, runtime
 from prefect.artifacts import create_table_artifact
 from prefect.states import State
 
-from flows.job import Job, prepare
+from flows.job import Job, prepare, title_of
 from flows.report import result_rows, skipped_rows
 from storage.artifacts import ArtifactStore
 from storage.runs import RunRecord, mark_killed
@@ -19,7 +19,12 @@ from tasks.stage import stage_named
 from tasks.step import Step
 
 
-@flow(name="saap", flow_run_name="{config} {overrides}", validate_parameters=False)
+def _deployed_title() -> str:
+    asked: dict[str, Any] = runtime.flow_run.parameters
+    return title_of(load_config(asked["config"], tuple(asked["overrides"] or ())))
+
+
+@flow(name="saap", flow_run_name=_deployed_title, validate_parameters=False)
 def saap_run(config: str | None = None, overrides: list[str] | None = None) -> str:
     """Run every stage of a configuration and return the run id.
 
@@ -34,7 +39,7 @@ def flow_of(job: Job) -> Flow[[str | None, list[str]], str]:
     def run_prepared(config: str | None, overrides: list[str]) -> str:
         return run_job(job)
 
-    return Flow(run_prepared, name=saap_run.name, flow_run_name=job.title, validate_parameters=False)
+    return Flow(run_prepared, name=saap_run.name, flow_run_name=title_of(job.settings), validate_parameters=False)
 
 
 def run_job(job: Job) -> str:
