@@ -24,9 +24,9 @@ def sql(
     """Ask the warehouse, in DuckDB's SQL (read-only).
 
     Tables: runs, stage_runs, groups, widths, metrics, items, speed, training, published_results. Views: importance (all
-    importance tensors), leaderboard, comparison (dense, pruned, recovered side by side), criteria (over calibration
-    seeds), criteria_published, ablations, recovery, versus_published, significance (is a difference
-    more than noise), seed_spread, stage_reuse.
+    importance tensors), leaderboard (a row a different result), results (a row a run and variant), comparison (dense,
+    pruned, recovered side by side), criteria (over calibration seeds), criteria_published, ablations, recovery,
+    versus_published, significance (is a difference more than noise), seed_spread, stage_reuse.
     """
     import duckdb
 
