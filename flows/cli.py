@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from flows.commands import export, run, store
+from flows.commands import export, report, run, store
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,7 +20,8 @@ app = typer.Typer(
 )
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(run.run, run.sweep, run.plan, run.compare, run.config),
-    *(store.sql, store.report, store.rebuild, store.verify, store.doctor),
+    report.report,
+    *(store.sql, store.rebuild, store.verify, store.doctor),
 )
 for command in COMMANDS:
     app.command()(command)

@@ -1,6 +1,7 @@
--- The warehouse's views. After a change here, raise VERSION in warehouse.py: existing files are then rebuilt.
+-- The views of the warehouse. After a change here, raise VERSION in warehouse.py: existing files are then rebuilt.
 
-create view leaderboard as
+-- one row a run and variant; the average of the accuracies only when all seven are there
+create view results as
 with scores as (
     select run_id, variant,
         case when count(*) filter (metric <> 'perplexity') = 7
@@ -10,8 +11,25 @@ with scores as (
     from metrics where papers group by run_id, variant)
 select r.run_id, r.name, r.model, r.data, r.criterion, r.ratio, s.variant, s.average, s.wikitext2, s.ptb,
     v.parameters, v.weight_bytes, v.tokens_per_s, v.decode_ratio, r.started_at
-from scores s join runs r using (run_id) left join speed v on v.run_id = s.run_id and v.variant = s.variant
-order by s.average desc nulls last;
+from scores s join runs r using (run_id) left join speed v on v.run_id = s.run_id and v.variant = s.variant;
+
+-- One row a different result, best first: runs that found the same artifacts count once, under the newest of them, and a
+-- run that has got only as far as a part of another's benchmarks does not count. A dense model has no criterion or ratio.
+create view leaderboard as
+with found as (
+    select run_id, variant, list_sort(list(distinct key)) as keys from metrics group by run_id, variant),
+newest as (
+    select keys, variant, max_by(run_id, (started_at, run_id)) as run_id, count(*) as runs,
+        max_by(v.run_id, (started_at, run_id)) filter (v.run_id is not null) as timed
+    from found f join runs using (run_id) left join speed v using (run_id, variant) group by keys, variant),
+whole as (
+    select * from newest n where not exists (
+        from newest o where len(o.keys) > len(n.keys) and o.variant = n.variant and list_has_all(o.keys, n.keys)))
+select run_id, started_at, name, model, data, if(variant = 'dense', null, criterion) as criterion,
+    if(variant = 'dense', null, ratio) as ratio, variant, average, wikitext2, ptb,
+    v.parameters, v.weight_bytes, v.tokens_per_s, v.decode_ratio, w.runs
+from whole w join results r using (run_id, variant) left join speed v on v.run_id = w.timed and v.variant = r.variant
+order by average desc nulls last, wikitext2 nulls last, started_at desc;
 
 create view comparison as
 select run_id, benchmark, metric, protocol, papers,
@@ -40,7 +58,7 @@ select l.run_id, l.name, l.model, l.data, l.criterion, r.config->>'$.criterion.v
     r.config->>'$.prune.compensation' as compensation, r.config->>'$.recover.recipe' as recipe,
     (r.config->>'$.calibrate.count')::integer as samples, (r.config->>'$.calibrate.seed')::integer as seed,
     json_merge_patch(r.config, '{"name": null, "store": null, "compute": null, "calibrate": {"seed": null}}') as settings
-from leaderboard l join runs r using (run_id) left join cost c using (run_id);
+from results l join runs r using (run_id) left join cost c using (run_id);
 
 -- the same, over the seeds: mean and sample standard deviation of each number; a run made twice counts once
 create view criteria as
@@ -104,7 +122,7 @@ with ours as (
         stderr * if(metric = 'perplexity', 1, 100) as stderr, n, protocol, data
     from metrics where papers
     union all by name
-    select run_id, variant, 'average' as benchmark, average * 100 as value from leaderboard where average is not null
+    select run_id, variant, 'average' as benchmark, average * 100 as value from results where average is not null
     union all by name
     select run_id, variant, unnest(['parameters', 'memory_mib', 'tokens_per_s']) as benchmark,
         unnest([parameters::double, weight_bytes / 1048576, tokens_per_s]) as value
@@ -132,9 +150,9 @@ select l.run_id, l.name, l.model, l.data, l.criterion, l.ratio, r.config->>'$.re
     ln(p.wikitext2 / l.wikitext2) / ln(p.wikitext2 / d.wikitext2) as gap_closed,
     ln(p.ptb / l.ptb) / ln(p.ptb / d.ptb) as gap_closed_ptb,
     l.parameters, l.weight_bytes, l.tokens_per_s, l.decode_ratio
-from leaderboard l join runs r using (run_id) join steps s using (run_id) join took t using (run_id)
-    left join leaderboard p on p.run_id = l.run_id and p.variant = 'pruned'
-    left join leaderboard d on d.run_id = l.run_id and d.variant = 'dense'
+from results l join runs r using (run_id) join steps s using (run_id) join took t using (run_id)
+    left join results p on p.run_id = l.run_id and p.variant = 'pruned'
+    left join results d on d.run_id = l.run_id and d.variant = 'dense'
 where l.variant = 'recovered' order by l.model, l.ratio, recipe, seed, l.started_at;
 
 -- Exact two-sided McNemar test: of the n items that only one side has right, `few` fall to the side with fewer.

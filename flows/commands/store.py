@@ -1,4 +1,4 @@
-"""Commands that look at a store: sql, report, rebuild, verify, doctor."""
+"""Commands that look at a store: sql, rebuild, verify, doctor."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.printing import cell, console, print_run, print_table
+from flows.printing import cell, console, print_table
 
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="SAAP_STORE", help="Folder with the artifacts and the warehouse.")
@@ -24,9 +24,9 @@ def sql(
     """Ask the warehouse, in DuckDB's SQL (read-only).
 
     Tables: runs, stage_runs, groups, widths, metrics, items, speed, training, published_results. Views: importance (all
-    importance tensors), leaderboard, comparison (dense, pruned, recovered side by side), criteria (over calibration
-    seeds), criteria_published, ablations, recovery, versus_published, significance (is a difference
-    more than noise), seed_spread, stage_reuse.
+    importance tensors), leaderboard (a row a different result), results (a row a run and variant), comparison (dense,
+    pruned, recovered side by side), criteria (over calibration seeds), criteria_published, ablations, recovery,
+    versus_published, significance (is a difference more than noise), seed_spread, stage_reuse.
     """
     import duckdb
 
@@ -48,29 +48,6 @@ def sql(
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=str, indent=1))
     else:
         print_table(columns, [[cell(value) for value in row] for row in rows])
-
-
-def report(
-    run_id: Annotated[str | None, typer.Argument(help="The newest completed run when absent.")] = None,
-    store: StoreOption = Path("saap_store"),
-    svg: Annotated[Path | None, typer.Option(help="Draw it into this SVG file too.", show_default=False)] = None,
-) -> None:
-    """Print the result table of a run again."""
-    from storage.errors import StorageError
-    from storage.warehouse import Warehouse
-
-    with Warehouse(store).reading() as connection:
-        found = connection.execute(
-            "select run_id, data from runs where coalesce(run_id = ?, status = 'completed') "
-            "order by started_at desc limit 1",
-            [run_id],
-        ).fetchone()
-    if found is None:
-        raise StorageError(f"no such run in {store.resolve()}: saap sql 'select run_id, name, status from runs'")
-    console.record = svg is not None
-    print_run(store, *found)
-    if svg is not None:
-        console.save_svg(str(svg), title="saap report")
 
 
 def rebuild(store: StoreOption = Path("saap_store")) -> None:

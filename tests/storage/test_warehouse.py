@@ -181,3 +181,31 @@ def test_a_run_whose_process_was_killed_is_told_from_a_living_one(tmp_path):
 def test_asking_before_anything_ran_says_what_to_do(tmp_path):
     with pytest.raises(StorageError, match="saap run"), Warehouse(tmp_path).reading():
         pass
+
+
+def test_the_leaderboard_has_a_row_for_each_different_result_best_first(tmp_path):
+    store = ArtifactStore(tmp_path)
+    store.prepare()
+    values = {"good": 0.75, "poor": 0.25}
+    for key, value in values.items():
+        for benchmark in ("boolq", "piqa"):
+            with store.publish("evaluate", f"{key}-{benchmark}", run_id="r1") as folder:
+                metric = METRIC | {"benchmark": benchmark, "metric": "perplexity", "value": 1 / value}
+                write_table(folder, "metrics", [metric | {"benchmark": "wikitext2" if benchmark == "piqa" else "ptb"}])
+    runs = {  # run → variant → the benchmarks it has got to
+        "r1": {"dense": "good boolq piqa", "pruned": "poor boolq piqa"},
+        "r2": {"dense": "good boolq piqa", "pruned": "poor boolq piqa"},  # the same again
+        "r3": {"dense": "good boolq"},  # stopped on the way
+    }
+    for run_id, variants in runs.items():
+        record, position = RunRecord(store.root, run_id, **ABOUT), 0
+        for variant, (key, *benchmarks) in ((v, text.split()) for v, text in variants.items()):
+            for benchmark in benchmarks:
+                about = {"stage": "evaluate", "variant": variant, "benchmark": benchmark}
+                record.stage(position, **about, key=f"{key}-{benchmark}", cached=run_id != "r1", seconds=1.0)
+                position += 1
+        record.finish("completed")
+        Warehouse(store.root).load(run_id)
+    found = ask(Warehouse(store.root), "select run_id, variant, criterion, ratio, wikitext2, runs from leaderboard")
+    assert found == [("r2", "dense", None, None, 1 / 0.75, 2), ("r2", "pruned", "saap", 0.2, 4.0, 2)]
+    assert len(ask(Warehouse(store.root), "from results")) == 5
