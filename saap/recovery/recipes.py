@@ -113,20 +113,10 @@ class Qlora(Lora):
     """
 
     def prepare(self, model: Any) -> Any:
-        import bitsandbytes as bnb
+        from saap.recovery.nf4 import to_nf4
 
         for path, module in list(self.layers(model)):
-            weight = module.weight.detach()
-            four: Any = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, module.bias is not None, quant_type="nf4", device="meta"
-            )
-            # bitsandbytes' CPU kernel reads the wrong scale where a row ends in the middle of a block of 64
-            block = 32 if weight.device.type == "cpu" and module.in_features % 64 == 32 else 64
-            codes: Any = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", blocksize=block)
-            four.weight, four.bias = codes.to(weight.device), module.bias
-            # else a pass without gradients lays the codes out for inference: no training on, no merging after that
-            four.support_avx512bf16_for_cpu = False
-            model.set_submodule(path, four)
+            model.set_submodule(path, to_nf4(module))
         model.is_loaded_in_4bit = True  # how peft knows
         return super().prepare(model)
 
@@ -147,9 +137,9 @@ RECIPES: dict[str, type[Recipe]] = {"groupwise": Groupwise, "lora": Lora, "qlora
 def _float_weight(layer: Any) -> torch.Tensor:
     if not hasattr(layer.weight, "quant_state"):
         return layer.weight.data
-    import bitsandbytes as bnb
+    from saap.recovery.nf4 import from_nf4
 
-    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return from_nf4(layer)
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

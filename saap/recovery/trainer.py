@@ -3,10 +3,13 @@
 import pickle
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import (
@@ -39,7 +42,8 @@ def train(
 
     Returns the trainer's log: entries with loss, learning_rate and tokens_per_s, and entries with eval_loss.
     """
-    arguments = TrainingArguments(
+    arguments = OneDevice(
+        own_device=str(device),
         output_dir=str(work),
         num_train_epochs=training.epochs,
         per_device_train_batch_size=training.micro_batch_size,
@@ -101,6 +105,29 @@ def train(
     except pickle.UnpicklingError as error:
         raise SaapError(f"{checkpoint} holds a pickled object that is not a tensor: remove it") from error
     return list(trainer.state.log_history)
+
+
+@dataclass
+class OneDevice(TrainingArguments):
+    """Training on the device the model is on, unless a launcher gives each process its own.
+
+    The trainer by itself takes the first GPU, and wraps the model in DataParallel when it sees several: a batch then
+    has as many times the examples.
+    """
+
+    own_device: str = "cpu"
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        found: torch.device = super()._setup_devices
+        if self.distributed_state.distributed_type != DistributedType.NO:
+            return found
+        device = torch.device(self.own_device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        self._n_gpu = min(self._n_gpu, 1)
+        self.distributed_state.device = device
+        return device
 
 
 class _AdapterTrainer(Trainer):

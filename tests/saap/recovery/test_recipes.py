@@ -9,6 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from saap import RECIPES, Groupwise, GroupwiseLinear, Lora, Qlora, SaapError, Training, load, recover, save
 from saap.recovery.loss import Student
+from saap.recovery.nf4 import from_nf4, to_nf4
 
 IDS = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(4))
 NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -62,6 +63,21 @@ def test_untrained_adapters_leave_lora_as_it_was_and_qlora_as_nf4_is(tiny_llama)
             continue
         # four bits of a normal weight: with 16 levels at its quantiles, about a tenth of its norm is lost
         assert 0.05 < (four[name] - weight).norm() / weight.norm() < 0.12
+
+
+@pytest.mark.parametrize("width", [64, 72, 80, 81, 96, 100, 112, 128, 176, 240])
+def test_nf4_rows_of_any_length_are_read_right_forward_and_back(width):
+    torch.manual_seed(0)
+    linear = nn.Linear(width, 48)
+    four = to_nf4(linear)
+    weight = from_nf4(four)
+    assert 0.05 < (weight - linear.weight).norm() / linear.weight.norm() < 0.12
+    x = torch.randn(5, width, requires_grad=True)
+    (found,) = torch.autograd.grad((y := four(x)).square().sum(), x)
+    plain = torch.nn.functional.linear(x, weight, linear.bias)
+    (expected,) = torch.autograd.grad(plain.square().sum(), x)
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from saap import (
     Groupwise,
@@ -21,6 +22,7 @@ from saap import (
     recover,
     to_groupwise,
 )
+from saap.recovery.trainer import OneDevice
 from tasks.config import Recover
 
 RECIPE = Groupwise(rank=8, alpha=16.0)
@@ -44,6 +46,16 @@ folder, work, rows, settings = sys.argv[1:]
 recipe, training = Groupwise(rank=8, alpha=16.0), Training(**json.loads(settings))
 recover(load(folder), json.loads(rows), load_tokenizer(folder), work, recipe, training)
 """
+
+
+@pytest.fixture(scope="module")
+def interrupted(killed):
+    """The work folder of the killed run."""
+    process, work = killed
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert {folder.name for folder in work.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    return work
 
 
 def untimed(step):
@@ -182,11 +194,11 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny_llama, tiny_tokenizer, rows,
         recover(model, rows, tiny_tokenizer, tmp_path, RECIPE, Training(**(SETTINGS | {"epochs": 1})))
 
 
-def test_a_killed_run_goes_on_to_the_same_weights_and_losses(tiny_folder, tiny_tokenizer, rows, undisturbed, killed):
-    (expected, expected_steps), (process, work) = undisturbed, killed
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, errors
-    assert {folder.name for folder in work.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+def test_a_killed_run_goes_on_to_the_same_weights_and_losses(
+    tiny_folder, tiny_tokenizer, rows, undisturbed, interrupted, tmp_path
+):
+    expected, expected_steps = undisturbed
+    work = shutil.copytree(interrupted, tmp_path / "work")
     # as if it had been killed a second time, while it wrote the next checkpoint
     torn = shutil.copytree(work / "checkpoint-4", work / "checkpoint-6")
     (torn / "trainer_state.json").unlink()
@@ -196,6 +208,37 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_losses(tiny_folder, tiny_t
     assert [untimed(s) for s in steps] == [untimed(s) for s in expected_steps]
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_a_run_goes_on_with_less_memory_to_the_same_weights_but_for_rounding(
+    tiny_folder, tiny_tokenizer, rows, undisturbed, interrupted, tmp_path
+):
+    expected, expected_steps = undisturbed
+    work = shutil.copytree(interrupted, tmp_path / "work")
+    training = Training(**(SETTINGS | {"micro_batch_size": 2, "gradient_checkpointing": True}))
+    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, RECIPE, training)
+    for field in ("step", "loss", "learning_rate"):
+        found, wanted = ([getattr(step, field) for step in history] for history in (steps, expected_steps))
+        assert found == pytest.approx(wanted, rel=1e-4), field
+    state = model.state_dict()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_training_takes_one_device_however_many_are_visible(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4}
+    assert TrainingArguments(**options).train_batch_size == 8  # what the trainer makes of it
+    pinned = OneDevice(**options, own_device="cpu:0")
+    assert (pinned.n_gpu, pinned.train_batch_size, pinned.device) == (1, 4, torch.device("cpu:0"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_the_second_gpu_is_trained_there(tiny_folder, tiny_tokenizer, rows, undisturbed, tmp_path):
+    model = load(tiny_folder, device="cuda:1")
+    model, steps = recover(model, rows, tiny_tokenizer, tmp_path, RECIPE, Training(**SETTINGS))
+    assert {tensor.device for tensor in model.state_dict().values()} == {torch.device("cuda:1")}
+    assert [s.loss for s in steps] == pytest.approx([s.loss for s in undisturbed[1]], rel=1e-3)
 
 
 def test_a_run_is_told_what_the_library_does_by_itself():
