@@ -3,6 +3,8 @@
 Needs only torch and transformers, so that a checkpoint can carry this file to people who do not have the package.
 """
 
+import copy
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -28,18 +30,24 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 
+@dataclass(kw_only=True, repr=False, eq=False)
 class UnevenConfig:
     """Before a dense config class: `per_layer_config` (transformers' own layout) and, for int4 models, `groupwise`.
 
     `groupwise` is `{"bits": b, "group_size": G}`, `{"bits": b, "groups": L}` or None (float weights); `output_bias`
-    says whether o_proj and down_proj have a bias each: the mean of what was pruned.
+    says whether o_proj and down_proj have a bias each: the mean of what was pruned; `heads` what goes together in
+    attention: a KV head with its query heads ("kv"), or one query head ("query").
     """
+
+    groupwise: dict | None = None
+    output_bias: bool = False
+    heads: str = "kv"
 
     def validate_architecture(self) -> None:
         """Heads need not add up to the hidden size: `head_dim` is explicit."""
 
     @classmethod
-    def from_dense(cls, config: Any, per_layer: dict[int, dict[str, int]]) -> Any:
+    def from_dense(cls, config: Any, per_layer: dict[int, dict[str, Any]]) -> Any:
         fields = config.to_dict()
         for name in ("model_type", "architectures", "per_layer_config", "transformers_version", "auto_map"):
             fields.pop(name, None)
@@ -183,40 +191,53 @@ def use_groupwise(layers: nn.Module, bits: int = 4, group_size: int | None = Non
 
 
 class UnevenModel:
-    """Before a dense causal model class: block i is a `layer_class` built from `config.per_layer_config[i]`."""
+    """Before a dense causal model class: layer i is a `layer_class` built from `config.per_layer_config[i]`."""
 
     config_class: Any
     layer_class: Any
+    layers_path = "layers"  # in the base model
+    outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  # in a layer
 
     def __init__(self: Any, config: Any) -> None:
-        # everything but the blocks has one width: build it from a configuration without blocks
-        frame: Any = config.per_layer_config[0]
+        # everything but the layers has one width: build it from a configuration without layers
+        frame: Any = copy.copy(config.per_layer_config[0])
         frame.num_hidden_layers = 0
         super().__init__(frame)  # type: ignore[call-arg]
         config._attn_implementation = frame._attn_implementation
-        self.config = self.model.config = config
+        self.config = self.base_model.config = config
+        layers = self.base_model.get_submodule(self.layers_path)
         for index, layer_config in enumerate(config.per_layer_config):
-            self.model.layers.append(self.layer_class(layer_config, index))
+            layers.append(self.layer_class(layer_config, index))
         if config.output_bias:
-            for block in self.model.layers:
-                for linear in (block.self_attn.o_proj, block.mlp.down_proj):
-                    linear.bias = nn.Parameter(torch.zeros(linear.out_features))
+            for linear in (layer.get_submodule(path) for layer in layers for path in self.outputs):
+                linear.bias = nn.Parameter(torch.zeros(linear.out_features))
         if config.groupwise:
-            use_groupwise(self.model.layers, **config.groupwise)
+            use_groupwise(layers, **config.groupwise)
         self.post_init()
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the blocks have configurations of their own and must agree with the masks."""
+        """As in transformers; the layers have configurations of their own and must agree with the masks."""
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
-        for block in self.model.layers:
-            block.self_attn.config._attn_implementation = self.config._attn_implementation
+        for module in self.base_model.get_submodule(self.layers_path).modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = self.config._attn_implementation
+
+
+def register(*models: Any) -> None:
+    """With transformers' Auto classes; save_pretrained copies the file of the class into the checkpoint.
+
+    It copies the files that one imports by a relative name too, and names the class in config.json's auto_map.
+    """
+    for model in models:
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+        model.config_class.register_for_auto_class()
+        model.register_for_auto_class("AutoModelForCausalLM")
 
 
 @strict
 class SaapLlamaConfig(UnevenConfig, LlamaConfig):
     model_type = "saap_llama"
-    groupwise: dict | None = None
-    output_bias: bool = False
 
 
 class SaapLlamaForCausalLM(UnevenModel, LlamaForCausalLM):
@@ -227,8 +248,6 @@ class SaapLlamaForCausalLM(UnevenModel, LlamaForCausalLM):
 @strict
 class SaapMistralConfig(UnevenConfig, MistralConfig):
     model_type = "saap_mistral"
-    groupwise: dict | None = None
-    output_bias: bool = False
 
 
 class SaapMistralForCausalLM(UnevenModel, MistralForCausalLM):
@@ -239,8 +258,6 @@ class SaapMistralForCausalLM(UnevenModel, MistralForCausalLM):
 @strict
 class SaapQwen2Config(UnevenConfig, Qwen2Config):
     model_type = "saap_qwen2"
-    groupwise: dict | None = None
-    output_bias: bool = False
 
 
 class SaapQwen2ForCausalLM(UnevenModel, Qwen2ForCausalLM):
@@ -251,8 +268,6 @@ class SaapQwen2ForCausalLM(UnevenModel, Qwen2ForCausalLM):
 @strict
 class SaapQwen3Config(UnevenConfig, Qwen3Config):
     model_type = "saap_qwen3"
-    groupwise: dict | None = None
-    output_bias: bool = False
 
 
 class SaapQwen3ForCausalLM(UnevenModel, Qwen3ForCausalLM):
@@ -260,9 +275,4 @@ class SaapQwen3ForCausalLM(UnevenModel, Qwen3ForCausalLM):
     layer_class = Qwen3DecoderLayer
 
 
-for _model in (SaapLlamaForCausalLM, SaapMistralForCausalLM, SaapQwen2ForCausalLM, SaapQwen3ForCausalLM):
-    AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
-    # save_pretrained copies this file into the checkpoint and names it in config.json
-    _model.config_class.register_for_auto_class()
-    _model.register_for_auto_class("AutoModelForCausalLM")
+register(SaapLlamaForCausalLM, SaapMistralForCausalLM, SaapQwen2ForCausalLM, SaapQwen3ForCausalLM)

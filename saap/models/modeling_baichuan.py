@@ -3,7 +3,6 @@
 Needs only torch and transformers, so that a checkpoint can carry this file to people who do not have the package.
 """
 
-import copy
 import math
 from typing import Any
 
@@ -11,30 +10,22 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+
+from .modeling import UnevenConfig, UnevenModel, register
 
 
 @strict
-class SaapBaichuanConfig(LlamaConfig):
-    """A Llama config whose positions are ALiBi, with `per_layer_config` (transformers' own layout).
+class SaapBaichuanConfig(UnevenConfig, LlamaConfig):
+    """A Llama config whose positions are ALiBi.
 
     Per layer: `kept_heads`, the original numbers of its heads, ascending (None: all), and `intermediate_size`.
-    `num_attention_heads` stays that of the dense model: it fixes the head size and the ALiBi slopes. `output_bias` says
-    whether o_proj and down_proj have a bias each: the mean of what was pruned.
+    `num_attention_heads` stays that of the dense model: it fixes the head size and the ALiBi slopes.
     """
 
     model_type = "saap_baichuan"
     kept_heads: list[int] | None = None
-    output_bias: bool = False
-
-    @classmethod
-    def from_dense(cls, config: LlamaConfig, per_layer: dict[int, dict[str, Any]]) -> "SaapBaichuanConfig":
-        fields = config.to_dict()
-        for name in ("model_type", "architectures", "per_layer_config", "transformers_version", "auto_map"):
-            fields.pop(name, None)
-        fields["per_layer_config"] = {layer: dict(own) for layer, own in per_layer.items()}
-        return cls(**fields)
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -91,32 +82,12 @@ class SaapBaichuanBlock(LlamaDecoderLayer):
         self.self_attn = SaapBaichuanAttention(config, layer_idx)
 
 
-class SaapBaichuanForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM, block i a SaapBaichuanBlock built from `config.per_layer_config[i]`."""
-
+class SaapBaichuanForCausalLM(UnevenModel, LlamaForCausalLM):
     config_class = SaapBaichuanConfig
+    layer_class = SaapBaichuanBlock
     _no_split_modules = ["SaapBaichuanBlock"]  # noqa: RUF012
     # masks must be there to add to, as only those of 'eager' always are
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
 
-    def __init__(self, config: SaapBaichuanConfig) -> None:
-        # everything but the blocks has one width: build it from a configuration without blocks
-        frame: Any = copy.deepcopy(config.per_layer_config[0])
-        frame.num_hidden_layers = 0
-        super().__init__(frame)
-        config._attn_implementation = frame._attn_implementation
-        self.config = self.model.config = config
-        for index, layer_config in enumerate(config.per_layer_config):
-            self.model.layers.append(SaapBaichuanBlock(layer_config, index))
-        if config.output_bias:
-            for block in self.model.layers:
-                for linear in (block.self_attn.o_proj, block.mlp.down_proj):
-                    linear.bias = nn.Parameter(torch.zeros(linear.out_features))
-        self.post_init()
 
-
-AutoConfig.register("saap_baichuan", SaapBaichuanConfig, exist_ok=True)
-AutoModelForCausalLM.register(SaapBaichuanConfig, SaapBaichuanForCausalLM, exist_ok=True)
-# save_pretrained copies this file into the checkpoint and names it in config.json
-SaapBaichuanConfig.register_for_auto_class()
-SaapBaichuanForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+register(SaapBaichuanForCausalLM)

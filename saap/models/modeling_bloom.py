@@ -8,30 +8,23 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM
 from transformers.models.bloom.modeling_bloom import BloomBlock
+
+from .modeling import UnevenConfig, UnevenModel, register
 
 
 @strict
-class SaapBloomConfig(BloomConfig):
-    """A BLOOM config with `per_layer_config` (transformers' own layout).
+class SaapBloomConfig(UnevenConfig, BloomConfig):
+    """A BLOOM config with, per layer, `kept_heads`, the original numbers of its heads, ascending, and
+    `intermediate_size`, its MLP width; None stands for all heads and for 4 · hidden_size.
 
-    Per layer: `kept_heads`, the original numbers of its heads, ascending, and `intermediate_size`, its MLP width;
-    None stands for all heads and for 4 · hidden_size. `num_attention_heads` stays that of the dense model: it fixes
-    the head size and the ALiBi slopes.
+    `num_attention_heads` stays that of the dense model: it fixes the head size and the ALiBi slopes.
     """
 
     model_type = "saap_bloom"
     kept_heads: list[int] | None = None
     intermediate_size: int | None = None
-
-    @classmethod
-    def from_dense(cls, config: BloomConfig, per_layer: dict[int, dict[str, Any]]) -> "SaapBloomConfig":
-        fields = config.to_dict()
-        for name in ("model_type", "architectures", "per_layer_config", "transformers_version", "auto_map"):
-            fields.pop(name, None)
-        fields["per_layer_config"] = {layer: dict(own) for layer, own in per_layer.items()}
-        return cls(**fields)
 
 
 class SaapBloomBlock(BloomBlock):
@@ -60,26 +53,12 @@ class SaapBloomBlock(BloomBlock):
         return super().forward(hidden_states, alibi, *args, **kwargs)
 
 
-class SaapBloomForCausalLM(BloomForCausalLM):
-    """BloomForCausalLM, block i built from `config.per_layer_config[i]`."""
-
+class SaapBloomForCausalLM(UnevenModel, BloomForCausalLM):
     config_class = SaapBloomConfig
+    layer_class = SaapBloomBlock
+    layers_path = "h"
+    outputs = ("self_attention.dense", "mlp.dense_4h_to_h")
     _no_split_modules = ["SaapBloomBlock"]  # noqa: RUF012
 
-    def __init__(self, config: SaapBloomConfig) -> None:
-        # everything but the blocks has one width: build it from a configuration without blocks
-        frame: Any = config.per_layer_config[0]
-        frame.num_hidden_layers = 0
-        super().__init__(frame)
-        config._attn_implementation = frame._attn_implementation
-        self.config = self.transformer.config = config
-        for index, layer_config in enumerate(config.per_layer_config):
-            self.transformer.h.append(SaapBloomBlock(layer_config, index))
-        self.post_init()
 
-
-AutoConfig.register("saap_bloom", SaapBloomConfig, exist_ok=True)
-AutoModelForCausalLM.register(SaapBloomConfig, SaapBloomForCausalLM, exist_ok=True)
-# save_pretrained copies this file into the checkpoint and names it in config.json
-SaapBloomConfig.register_for_auto_class()
-SaapBloomForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+register(SaapBloomForCausalLM)

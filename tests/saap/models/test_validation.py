@@ -45,10 +45,10 @@ def test_code_beside_the_weights_is_never_run(folder, model_type):
     (folder / "code.py").write_text(EVIL)
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     change(folder / "config.json", model_type=model_type, auto_map=auto_map)
-    if model_type == "llama":
+    if model_type == "stranger":
+        refused(load, folder, model_type)
+    else:  # an uneven config whose layers are equal is a plain model
         load(folder)
-    else:
-        refused(load, folder, model_type if model_type == "stranger" else "do not fit")
 
 
 def test_codes_in_other_groups_than_config_says_are_refused_by_name(tmp_path):
