@@ -1,6 +1,7 @@
 """Statistics as criteria take them, read from the artifacts of the stages that published them."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def _gradients(folder: Path) -> Any:
     from saap.scoring.statistics import TaylorSums
 
     found = read_table(folder, "taylor")
-    return TaylorSums(found["vectorize"], found["param_first"], found["param_mix"])
+    return TaylorSums(**{field.name: found[field.name] for field in fields(TaylorSums)})
 
 
 def _activations(folder: Path) -> Any:
