@@ -58,6 +58,9 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("vectorize", pa.float64(), "sum over rows of |sum of weight times mean gradient|"),
         ("param_first", pa.float64(), "sum of |weight times mean gradient|"),
         ("param_mix", pa.float64(), "the same with the second-order term inside"),
+        ("vectorize_as_coded", pa.float64(), "with grouped queries: query heads counted as in LLM-Pruner's code"),
+        ("param_first_as_coded", pa.float64(), "the same"),
+        ("param_mix_as_coded", pa.float64(), "the same"),
     ),
     "fisher": _schema(
         *_GROUP, ("fisher", pa.float64(), "mean over the samples of its squared first-order share in the loss")

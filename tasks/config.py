@@ -64,6 +64,10 @@ class Criterion(Section):
         "saap", "saap_plus", "llm_pruner", "wanda_sp", "flap", "hywia", "loraprune", "lorashear", "magnitude", "random"
     ] = Field("saap", description="what ranks the groups; [score], [fuse], [fluctuation] are saap's")
     variant: Literal["vectorize", "param_first", "param_mix"] = Field("param_first", description="of llm_pruner")
+    query_heads: Literal["as_coded", "served"] = Field(
+        "as_coded",
+        description="llm_pruner, grouped queries: heads counted as its code does, or those the KV head serves",
+    )
     cuts: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.1, 0.2, 0.35), description="ratios below prune.ratio after which saap_plus ranks what is left again"
     )
@@ -71,8 +75,9 @@ class Criterion(Section):
 
 class Prune(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="share of all prunable parameters to remove")
-    search: Literal["auto", "global", "uniform"] = Field(
-        "auto", description="one budget for all blocks, a share of each, or as the criterion was published"
+    search: Literal["auto", "global", "uniform", "uniform_down"] = Field(
+        "auto",
+        description="one budget for all blocks, a share of each (heads rounded, or rounded down), or as published",
     )
     direction: Literal["lowest", "highest"] = Field("lowest", description="end of the ranking that is removed")
     kinds: Literal["pooled", "equal", "mlp"] = Field(

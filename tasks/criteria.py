@@ -21,11 +21,11 @@ NEEDS: dict[str, Needs] = {
     "saap_plus": Needs(
         ("fisher", "tokens"), ("cuts", "protect", "align"), search="global", compensation="least_squares"
     ),
-    "llm_pruner": Needs(("gradients",), ("variant",)),
-    "wanda_sp": Needs(("activations",)),
+    "llm_pruner": Needs(("gradients",), ("variant", "query_heads"), search="uniform_down"),
+    "wanda_sp": Needs(("tokens",), ("ratio", "kinds", "protect", "align"), search="uniform_down"),
     "flap": Needs(("activations",), search="global", compensation="bias"),
-    "hywia": Needs(("score",)),
-    "loraprune": Needs(("tokens",), ("seed",)),
+    "hywia": Needs(("score",), search="uniform_down"),
+    "loraprune": Needs(("tokens",), ("seed",), search="uniform_down"),
     "lorashear": Needs(("tokens",), ("seed",), search="global"),
     "magnitude": Needs(),
     "random": Needs((), ("seed",)),

@@ -1,22 +1,70 @@
 """Wanda-sp: Wanda (Sun et al., arXiv 2306.11695) on structures, as FLAP (arXiv 2312.11983) compares with it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
-from saap.models.groups import weight_of
-from saap.scoring.statistics import Block, Moments, output_matrices
+from saap.errors import SaapError
+from saap.models.groups import discover
+from saap.pruning.plan import PROTECTED, select
+from saap.scoring.backward import is_offloaded
+from saap.scoring.stream import Stream
+
+BATCH = 4  # sequences at once; no part of the result
 
 
 @torch.no_grad()
-def wanda_sp(model: nn.Module, activations: dict[Block, Moments]) -> np.ndarray:
+def wanda_sp(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    ratio: float,
+    kinds: str = "pooled",
+    protect: Sequence[int] = PROTECTED,
+    align: int = 32,
+) -> np.ndarray:
     """mean_i |W_ij| · ‖x_j‖₂ of column j of o_proj and down_proj, summed over the columns of a head.
 
-    Published with the same share of every block (`search = "uniform"`). Our reading: with grouped queries a group is
-    all columns of the query heads of a KV head; ‖x_j‖ goes over all calibration tokens.
+    As its authors' code runs: layer after layer, the inputs of both matrices are those behind the layers already
+    pruned, the layer itself still whole; then its lowest heads and channels go and its new output is passed on. How
+    many go is what `select(search="uniform_down")` takes at this ratio, which no score changes: so that search, its
+    default, keeps what was kept here.
+
+    Our reading: with grouped queries a group is all columns of the query heads of a KV head; channels come in steps of
+    `align` (1 in its code).
+
+    Args:
+        tokens: int64 (D, T), the calibration text.
+        ratio, kinds, protect, align: as in `saap.select`.
+
+    Raises:
+        SaapError: a ratio out of reach, an activation that is not finite, or weights away from their device.
     """
+    if is_offloaded(model):
+        raise SaapError("wanda_sp prunes as it goes, and needs a model whose weights are all on its device")
+    groups = discover(model)
+    limits = {"search": "uniform_down", "kinds": kinds, "protect": tuple(protect), "align": align}
+    counted = select(np.zeros(len(groups)), groups, ratio, **limits)  # type: ignore[arg-type]
+    left = {(layer, kind): int(counted[index].sum()) for layer, kind, index in groups.blocks()}
+    stream = Stream(model.eval(), tokens, BATCH)
     scores = []
-    for layer, kind, part, linear in output_matrices(model):
-        column = weight_of(linear).float().abs().mean(0, dtype=torch.float64).cpu().numpy()
-        scores.append((column * activations[layer, kind].norm).reshape(-1, part.width).sum(1))
+    for layer in tqdm(range(len(stream.blocks)), desc="wanda_sp", unit="block"):
+        passes = stream.through(layer)
+        masks = {}
+        for kind in passes[0].x:
+            linear = stream.matrices[layer, kind]
+            squares = sum(found.x[kind].flatten(0, -2).double().square().sum(0) for found in passes)
+            column = linear.weight.float().abs().mean(0, dtype=torch.float64)
+            score = (column * torch.as_tensor(squares).sqrt()).view(-1, stream.widths[layer, kind]).sum(1).cpu().numpy()
+            if not np.isfinite(score).all():
+                raise SaapError(f"an activation in layer {layer} ({kind}) is not finite: load the model in float32")
+            scores.append(score)
+            lowest = np.argsort(-score, kind="stable")[left[layer, kind] :]
+            if len(lowest):
+                masks[kind] = torch.from_numpy(lowest)
+        if masks:
+            passes = stream.through(layer, without=masks)
+        stream.states = [found.out for found in passes]
     return np.concatenate(scores)

@@ -5,22 +5,16 @@ form of SparseGPT (arXiv 2301.00774) and ZipLM (2302.04089), for whole columns. 
 tokens count: see `refit`.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers.models.bloom.modeling_bloom import BloomBlock
 
 from saap.errors import SaapError
-from saap.models.families import family_of
-from saap.models.groups import KINDS, discover
-from saap.scoring.backward import input_device, is_offloaded
-from saap.scoring.statistics import output_matrices
+from saap.models.groups import discover
+from saap.scoring.backward import is_offloaded
+from saap.scoring.stream import Stream
 
 RIDGE = 1.0  # chosen on held-out calibration and instruction text, see docs/saap_plus.md
 
@@ -63,7 +57,7 @@ def refit(
     if getattr(model.config, "apply_residual_connection_post_layernorm", False):
         raise SaapError("no refit for a BLOOM whose residual stream is normalised: blocks do not add to their input")
     lost = {(layer, kind) for layer, kind, index in discover(model).blocks() if not keep[index].all()}
-    dense, lean = _Stream(model, tokens, batch_size), _Stream(small, tokens, batch_size)
+    dense, lean = Stream(model, tokens, batch_size), Stream(small, tokens, batch_size)
     for layer in tqdm(range(len(dense.blocks)), desc="refit", unit="block"):
         wanted, found = dense.through(layer), lean.through(layer)
         if (layer, "attention") in lost:
@@ -102,70 +96,3 @@ def _fit(
     change = torch.linalg.solve(gram, cross, left=False).to(linear.weight.dtype)
     linear.weight += change
     return change
-
-
-class _Pass:
-    """One batch through one block: x and y, kind → input and output of its output matrix; out, what the block gives."""
-
-    out: torch.Tensor
-
-    def __init__(self) -> None:
-        self.x: dict[str, torch.Tensor] = {}
-        self.y: dict[str, torch.Tensor] = {}
-
-    def watch(self, kind: str) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
-        def hook(linear: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            self.x[kind], self.y[kind] = inputs[0], output
-
-        return hook
-
-
-class _Stream:
-    """The residual stream of a model in front of a block, for each batch of tokens."""
-
-    states: list[torch.Tensor]
-
-    def __init__(self, model: nn.Module, tokens: torch.Tensor, batch_size: int) -> None:
-        self.blocks = family_of(model.config).blocks(model)
-        self.matrices = {(layer, kind): linear for layer, kind, _, linear in output_matrices(model)}
-        self.states, self.arguments = [], []
-        device = input_device(model)
-        for batch in tokens.split(batch_size):
-            states, arguments = _enter(model, self.blocks, batch.to(device))
-            self.states.append(states)
-            self.arguments.append(arguments)
-
-    def through(self, layer: int) -> list[_Pass]:
-        """The block on every batch. The states in front of it stay."""
-        passes = []
-        for states, arguments in zip(self.states, self.arguments, strict=True):
-            args, kwargs = arguments[layer]
-            seen = _Pass()
-            with ExitStack() as stack:
-                for kind in KINDS:
-                    stack.callback(self.matrices[layer, kind].register_forward_hook(seen.watch(kind)).remove)
-                out = self.blocks[layer](states, *args, **kwargs)
-            seen.out = out[0] if isinstance(out, tuple) else out
-            passes.append(seen)
-        return passes
-
-
-def _enter(model: nn.Module, blocks: nn.ModuleList, batch: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
-    """The first block's input, and the other arguments (masks, positions) the model gives each block.
-
-    The blocks do not run: for this one call they hand their input on.
-    """
-    seen: list[tuple[torch.Tensor, tuple, dict]] = []
-
-    def hand_on(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append((states, args, kwargs))
-        return (states, None) if isinstance(blocks[0], BloomBlock) else states
-
-    for block in blocks:
-        block.forward = hand_on
-    try:
-        model.base_model(batch, use_cache=False)  # type: ignore[operator]
-    finally:
-        for block in blocks:
-            del block.forward
-    return seen[0][0], [(args, kwargs) for _, args, kwargs in seen]

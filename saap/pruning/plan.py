@@ -1,11 +1,14 @@
 """From a score per group to the groups that stay, under a budget of parameters."""
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 
 from saap.errors import SaapError
 from saap.models.groups import Groups
 
-SEARCHES = ("global", "uniform")
+SEARCHES = ("global", "uniform", "uniform_down")
 DIRECTIONS = ("lowest", "highest")
 KINDS_SHARE = ("pooled", "equal", "mlp")
 PROTECTED = (0, 1, 2, -1)
@@ -28,7 +31,9 @@ def select(
         score: float (N,), e.g. the ASI of each group.
         ratio: share, in (0, 1), to remove of the parameters of all prunable structures, protected ones counted.
         search: 'global': all unprotected groups ordered together, removed until the parameter budget is met;
-            'uniform': the same share of every unprotected block.
+            'uniform': the same share of every unprotected block, heads rounded to the nearest whole one;
+            'uniform_down': the same with heads rounded down, as LLM-Pruner, Wanda-sp and LoRAPrune do in their code.
+            In both the channels of a block make up for what whole heads take too much or too little.
         direction: which end of the score is removed. 'highest' is the literal text of the paper.
         kinds: how heads and channels share the budget: 'pooled': as their scores have it; 'equal': the same share of
             the unprotected parameters of each (of each block already in a uniform search); 'mlp': channels only.
@@ -63,11 +68,12 @@ def select(
             f"ratio {ratio} cannot be reached: what may be pruned holds {share:.3f} of the prunable parameters; lower "
             "the ratio, protect fewer blocks" + (", or let heads go too (kinds)" if kinds == "mlp" else "")
         )
-    counts = _uniform if search == "uniform" else _each_kind if kinds == "equal" else _global
+    counts = _SHARES.get(search) or (_each_kind if kinds == "equal" else _global)
     return _keep_best(worth, groups, counts(worth, groups, budget, protected, align))
 
 
 Counts = dict[tuple[int, str], int]
+Round = Callable[[float], int]
 
 
 def _keep_best(worth: np.ndarray, groups: Groups, counts: Counts) -> np.ndarray:
@@ -125,7 +131,9 @@ def _each_kind(worth: np.ndarray, groups: Groups, budget: float, protected: np.n
     return {block: (attention if block[1] == "attention" else mlp)[block] for block in mlp}
 
 
-def _uniform(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int) -> Counts:
+def _uniform(
+    worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int, whole: Round = round
+) -> Counts:
     share = budget / int(groups.parameters[~protected].sum())
     counts: Counts = {}
     spare = 0.0  # parameters the heads of a block, being whole, removed too few (+) or too many (−) of
@@ -134,7 +142,7 @@ def _uniform(worth: np.ndarray, groups: Groups, budget: float, protected: np.nda
         if protected[index[0]]:
             counts[layer, kind] = size
         elif kind == "attention":
-            counts[layer, kind] = max(1, round(size * (1 - share)))
+            counts[layer, kind] = max(1, whole(size * (1 - share)))
             spare = (size * share - (size - counts[layer, kind])) * cost
         else:
             wanted = size * (1 - share) - spare / cost
@@ -145,6 +153,18 @@ def _uniform(worth: np.ndarray, groups: Groups, budget: float, protected: np.nda
                 )
             counts[layer, kind] = min(max(round(wanted / align), 1) * align, size)
     return counts
+
+
+def _uniform_down(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int) -> Counts:
+    """Where one share of heads and channels alike, heads rounded down, can meet the budget, it has these numbers.
+
+    For with s that share, h of H heads gone and a, m the parameters of heads and channels, h/H ≤ s; so budget/(a + m)
+    = (a·h/H + m·s)/(a + m) lies between h/H and s, and rounds down to h heads as well.
+    """
+    return _uniform(worth, groups, budget, protected, align, lambda kept: math.ceil(kept - 1e-9))
+
+
+_SHARES = {"uniform": _uniform, "uniform_down": _uniform_down}
 
 
 def removed_share(groups: Groups, keep: np.ndarray) -> float:

@@ -6,7 +6,7 @@ to groups (`output_matrices`), so whose inputs are what the groups write.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -39,11 +39,19 @@ class TaylorSums:
 
     With W·ḡ from the mean gradient ḡ over the samples and h = mean of the squared per-sample gradients:
     vectorize Σ_rows |Σ W·ḡ|; param_first Σ |W·ḡ|; param_mix Σ |W·ḡ − ½·W²·h|.
+
+    Under its own name each with the query heads that its KV head serves. With "_as_coded" the sums of LLM-Pruner's
+    code: it folds the rows of q_proj and the columns of o_proj, R = H_q/H_kv times as many as those of k_proj, to
+    (R, H_kv·d) and sums over the first axis, so KV head h gets the query heads h, h + H_kv, h + 2·H_kv, …, where those
+    it serves are h·R … h·R + R − 1. Without grouped queries both are the same.
     """
 
     vectorize: np.ndarray
     param_first: np.ndarray
     param_mix: np.ndarray
+    vectorize_as_coded: np.ndarray
+    param_first_as_coded: np.ndarray
+    param_mix_as_coded: np.ndarray
 
 
 def output_matrices(model: nn.Module) -> Iterator[tuple[int, str, Part, nn.Linear]]:
@@ -102,7 +110,11 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
             second[index].addcmul_(gradient, gradient)
 
     see_gradients(model, tokens, [linear for *_, linear in members], see, batch_size=batch_size, name="gradients")
-    found: dict[str, dict[Block, torch.Tensor]] = {"vectorize": {}, "param_first": {}, "param_mix": {}}
+    found: dict[str, dict[Block, torch.Tensor]] = {field.name: {} for field in fields(TaylorSums)}
+    narrowest: dict[Block, int] = {}  # rows a unit of k_proj and v_proj
+    for layer, kind, part, _ in members:
+        if part.axis == 0:
+            narrowest[layer, kind] = min(part.width, narrowest.get((layer, kind), part.width))
     with torch.no_grad():
         for index, (layer, kind, part, linear) in enumerate(members):
             weight = linear.weight.float()
@@ -116,8 +128,12 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
             ):
                 if not torch.isfinite(rows).all():
                     raise SaapError(f"the score of layer {layer}, {part.matrix} is not finite: use float32")
-                units = rows.double().view(-1, part.width).sum(1).cpu()
-                found[name][layer, kind] = found[name].get((layer, kind), 0) + units
+                rows = rows.double().cpu()
+                repeats = max(1, part.width // narrowest[layer, kind])  # query heads a KV head
+                units = rows.view(-1, part.width).sum(1)
+                folded = rows.view(repeats, -1).sum(0).view(-1, part.width // repeats).sum(1)
+                for variant, sums in ((name, units), (f"{name}_as_coded", folded)):
+                    found[variant][layer, kind] = found[variant].get((layer, kind), 0) + sums
     return TaylorSums(**{name: torch.cat(list(sums.values())).numpy() for name, sums in found.items()})
 
 

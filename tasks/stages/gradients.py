@@ -1,5 +1,6 @@
 """Taylor importances from summed gradients, as LLM-Pruner has them."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,10 @@ class Taylor(Artifact):
         from saap.scoring.statistics import TaylorSums
 
         table = read_table(self.place, "taylor")
-        return TaylorSums(table["vectorize"], table["param_first"], table["param_mix"])
+        return TaylorSums(**{field.name: table[field.name] for field in fields(TaylorSums)})
 
 
-@stage(version=1, publishes=Taylor, params=dtype_of, fingerprint=weights_of)
+@stage(version=2, publishes=Taylor, params=dtype_of, fingerprint=weights_of)
 def gradients(step: Step, folder: Path, *, model: Checkpoint, calibration: Calibration) -> Summary:
     import saap
 

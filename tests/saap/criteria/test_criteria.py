@@ -29,6 +29,9 @@ def statistics_of(model, tokens):
         "tokens": lambda: tokens,
         "seed": lambda: SEED,
         "variant": lambda: "param_mix",
+        "query_heads": lambda: "as_coded",
+        "ratio": lambda: 0.3,
+        "kinds": lambda: "pooled",
         "cuts": lambda: (0.1, 0.2),
         "protect": lambda: (0, -1),
         "align": lambda: 8,
@@ -113,22 +116,39 @@ def collect(model, tokens):
     return seen
 
 
-def test_wanda_sp_is_the_mean_of_weight_times_input_norm(tiny_llama, tokens):
-    x = collect(tiny_llama(), tokens)
-    wanted = []
-    for layer, kind, w, width in columns(tiny_llama()):
-        metric = np.abs(w) * np.linalg.norm(x[layer, kind], axis=0)
-        wanted += [metric.mean(0)[start : start + width].sum() for start in range(0, w.shape[1], width)]
-    np.testing.assert_allclose(ranking("wanda_sp", tiny_llama(), tokens), wanted, rtol=1e-4)
+def test_wanda_sp_is_the_mean_of_weight_times_input_norm_behind_what_it_has_pruned(tiny_llama, tokens):
+    """Layer after layer: a copy with the layers before it pruned gives the inputs; int(s·H) heads and channels go."""
+    model, wanted = tiny_llama(n_kv=4), []
+    groups = discover(model)
+    keep = np.ones(len(groups), bool)
+    for layer in range(6):
+        masked = saap.mask(model, keep)
+        x = collect(masked, tokens)
+        for at, kind, w, width in columns(masked):
+            if at != layer:
+                continue
+            width //= 2 if kind == "attention" else 1  # no grouped queries here
+            metric = (np.abs(w) * np.linalg.norm(x[layer, kind], axis=0)).mean(0).reshape(-1, width).sum(1)
+            wanted += list(metric)
+            index = np.flatnonzero((groups.layer == layer) & (groups.kind == kind))
+            if layer not in (0, 5):
+                keep[index[np.argsort(metric)[: int(0.5 * len(metric))]]] = False
+    ratio = groups.parameters[~keep].sum() / groups.parameters.sum()
+    limits = {"protect": (0, -1), "align": 1}
+    score = CRITERIA["wanda_sp"](model, tokens, ratio, **limits)
+    np.testing.assert_allclose(score, wanted, rtol=1e-4)
+    assert np.array_equal(select(score, groups, ratio, search="uniform_down", **limits), keep)
+    assert not np.allclose(score, CRITERIA["wanda_sp"](model, tokens, ratio / 8, **limits), rtol=1e-3)
 
 
-def test_flap_is_the_standardised_fluctuation_of_the_inputs(tiny_llama, tokens):
+def test_flap_is_the_standardised_fluctuation_of_the_inputs_squared_for_attention(tiny_llama, tokens):
     x = collect(tiny_llama(), tokens)
     wanted = []
     for layer, kind, w, width in columns(tiny_llama()):
         inputs = x[layer, kind]
         m = ((inputs - inputs.mean(0)) ** 2).sum(0) / (len(inputs) - 1) * np.linalg.norm(w, axis=0) ** 2
-        z = (m - m.mean()) / np.sqrt(((m - m.mean()) ** 2).mean())
+        m = m**2 if kind == "attention" else m
+        z = (m - m.mean()) / np.sqrt(((m - m.mean()) ** 2).sum() / (len(m) - 1))
         wanted += [z[start : start + width].mean() for start in range(0, w.shape[1], width)]
     np.testing.assert_allclose(ranking("flap", tiny_llama(), tokens), wanted, rtol=1e-3, atol=1e-5)
 
@@ -137,7 +157,11 @@ def test_llm_pruner_gives_the_variant_it_is_asked_for(tiny_llama, tokens):
     model = tiny_llama()
     sums = taylor_sums(model, tokens)
     for variant in ("vectorize", "param_first", "param_mix"):
-        assert np.array_equal(CRITERIA["llm_pruner"](model, sums, variant), getattr(sums, variant))
+        coded = CRITERIA["llm_pruner"](model, sums, variant)
+        served = CRITERIA["llm_pruner"](model, sums, variant, "served")
+        assert np.array_equal(coded, getattr(sums, f"{variant}_as_coded"))
+        assert np.array_equal(served, getattr(sums, variant))
+        assert not np.array_equal(coded, served)
     with pytest.raises(saap.SaapError, match="variant"):
         CRITERIA["llm_pruner"](model, sums, "element")
 
@@ -176,7 +200,7 @@ def test_magnitude_is_the_mean_absolute_weight_and_random_repeats_itself(tiny_ll
 def test_weights_that_accelerate_keeps_elsewhere_are_fetched_or_the_criterion_says_it_cannot(name, tiny_llama, tokens):
     away = cpu_offload(tiny_llama(), execution_device="cpu")
     assert away.model.layers[2].mlp.down_proj.weight.is_meta
-    if name in ("saap_plus", "llm_pruner", "loraprune", "lorashear"):
+    if name in ("saap_plus", "llm_pruner", "wanda_sp", "loraprune", "lorashear"):
         with pytest.raises(saap.SaapError, match="all on its device"):
             ranking(name, away, tokens)
     else:

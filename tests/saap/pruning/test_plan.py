@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from saap import Groups, SaapError, removed_share, select
+from saap.pruning.plan import SEARCHES
 
 COST = {"attention": 4096, "mlp": 192}
 
@@ -45,7 +46,7 @@ def free(groups, protect):
 SEEDS = range(24)
 
 
-@pytest.mark.parametrize("search", ["global", "uniform"])
+@pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_plan_keeps_protected_blocks_whole_the_best_of_each_block_and_whole_steps(seed, search):
     groups, score, align, protect, ratio = random_case(seed)
@@ -105,7 +106,7 @@ def test_global_search_in_single_channels_equals_removing_one_after_another(seed
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("search", ["global", "uniform"])
+@pytest.mark.parametrize("search", SEARCHES)
 def test_channels_only_leaves_every_head_and_meets_the_budget(seed, search):
     groups, align = make_groups(6, 4, 256), (1, 8, 32)[seed % 3]
     score = np.random.default_rng(seed).normal(size=len(groups)) - 5 * (groups.kind == "attention")
@@ -145,6 +146,45 @@ def test_uniform_search_removes_the_same_share_of_every_free_block(seed):
     for layer in range(1, 5):
         removed = groups.parameters[(groups.layer == layer) & ~keep].sum()
         assert abs(removed - wanted) <= align / 2 * COST["mlp"]
+
+
+def kept_of(groups, keep, layer, kind):
+    return int(keep[(groups.layer == layer) & (groups.kind == kind)].sum())
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "channels", "costs", "ratio", "wanted"),
+    [
+        # SmolLM2-135M. 0.2 of 30 blocks is 816,679 parameters in each of 26: no whole head of 3 at 23 %, 472.6 channels
+        (30, 3, 1536, (294912, 1728), 0.2, (3, 1063)),
+        # 0.5 is 2,041,698: 57.7 % of 3 heads is one, and the other 1,746,786 are 1010.9 channels
+        (30, 3, 1536, (294912, 1728), 0.5, (2, 525)),
+        # LLaMA-7B, 25 % of blocks 4–29 (LLM-Pruner's script)
+        (32, 32, 11008, (4 * 128 * 4096, 3 * 4096), 0.25 * 26 / 32, (24, 8256)),
+    ],
+)
+def test_heads_are_rounded_down_as_worked_out_by_hand(layers, heads, channels, costs, ratio, wanted):
+    groups = make_groups(layers, heads, channels)
+    groups.parameters[:] = np.where(groups.kind == "attention", *costs)
+    protect = (0, 1, 2, -1) if layers == 30 else (0, 1, 2, 3, -1, -2)
+    score = np.random.default_rng(0).normal(size=len(groups))
+    keep = select(score, groups, ratio, search="uniform_down", protect=protect, align=1)
+    for layer in range(layers):
+        counts = kept_of(groups, keep, layer, "attention"), kept_of(groups, keep, layer, "mlp")
+        assert counts == ((heads, channels) if layer in whole(groups, protect) else wanted)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_heads_rounded_down_are_those_of_one_share_of_heads_and_channels(seed):
+    """Wanda-sp and LoRAPrune remove int(s·heads) and int(s·channels) of a block; so do we for what that removes."""
+    rng = np.random.default_rng(seed)
+    groups, s = make_groups(6, heads := int(rng.integers(1, 33)), 256), float(rng.uniform(0.05, 0.9))
+    gone = min(int(s * heads), heads - 1), int(s * 256)
+    ratio = 4 * (gone[0] * COST["attention"] + gone[1] * COST["mlp"]) / groups.parameters.sum()
+    keep = select(rng.normal(size=len(groups)), groups, ratio, search="uniform_down", protect=(0, -1), align=1)
+    for layer in range(1, 5):
+        assert kept_of(groups, keep, layer, "attention") == heads - gone[0]
+        assert kept_of(groups, keep, layer, "mlp") == 256 - gone[1]
 
 
 @pytest.mark.parametrize("search", ["global", "uniform"])

@@ -92,6 +92,28 @@ def test_taylor_sums_are_those_of_autograd(tiny_llama, tokens):
         np.testing.assert_allclose(getattr(sums, name), values, rtol=2e-4, err_msg=name)
 
 
+def test_the_sums_as_coded_fold_query_heads_as_llm_pruner_does(tiny_llama, tokens):
+    """Two KV heads, six query heads: 0, 1, 2 go with the first KV head, its code counts 0, 2, 4 there."""
+    shape = {"hidden_size": 96, "num_attention_heads": 6, "num_hidden_layers": 2}
+    sums, oracle = taylor_sums(tiny_llama(**shape), tokens), tiny_llama(**shape).double()
+    oracle(tokens, labels=tokens).loss.backward()
+    groups = discover(oracle)
+    for layer, block in enumerate(oracle.model.layers):
+        of = {
+            name: (p.weight * p.weight.grad).detach().abs()
+            for name, p in ((n, getattr(block.self_attn, n)) for n in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        }
+        query = [float(of["q_proj"][i : i + 16].sum() + of["o_proj"][:, i : i + 16].sum()) for i in range(0, 96, 16)]
+        shared = [float(of["k_proj"][i : i + 16].sum() + of["v_proj"][i : i + 16].sum()) for i in (0, 16)]
+        at = (groups.layer == layer) & (groups.kind == "attention")
+        coded = [shared[0] + query[0] + query[2] + query[4], shared[1] + query[1] + query[3] + query[5]]
+        served = [shared[0] + sum(query[:3]), shared[1] + sum(query[3:])]
+        np.testing.assert_allclose(sums.param_first_as_coded[at], coded, rtol=2e-4)
+        np.testing.assert_allclose(sums.param_first[at], served, rtol=2e-4)
+        channels = (groups.layer == layer) & (groups.kind == "mlp")
+        assert np.array_equal(sums.param_first_as_coded[channels], sums.param_first[channels])
+
+
 def test_the_statistics_refuse_what_is_not_finite(tiny_llama, tokens):
     model = tiny_llama()
     with torch.no_grad():

@@ -1,0 +1,102 @@
+"""A model's residual stream, block by block: what each block gets and gives on the calibration text."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.bloom.modeling_bloom import BloomBlock
+
+from saap.models.families import family_of
+from saap.models.groups import KINDS
+from saap.scoring.backward import input_device
+from saap.scoring.statistics import output_matrices
+
+
+class Pass:
+    """One batch through one block: x and y, kind → input and output of its output matrix; out, what the block gives."""
+
+    out: torch.Tensor
+
+    def __init__(self) -> None:
+        self.x: dict[str, torch.Tensor] = {}
+        self.y: dict[str, torch.Tensor] = {}
+
+    def watch(self, kind: str) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
+        def hook(linear: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            self.x[kind], self.y[kind] = inputs[0], output
+
+        return hook
+
+
+class Stream:
+    """The residual stream of a model in front of a block, for each batch of tokens."""
+
+    states: list[torch.Tensor]
+
+    def __init__(self, model: nn.Module, tokens: torch.Tensor, batch_size: int) -> None:
+        self.blocks = family_of(model.config).blocks(model)
+        self.matrices = {(layer, kind): linear for layer, kind, _, linear in output_matrices(model)}
+        self.widths = {(layer, kind): part.width for layer, kind, part, _ in output_matrices(model)}  # columns a unit
+        self.states, self.arguments = [], []
+        device = input_device(model)
+        for batch in tokens.split(batch_size):
+            states, arguments = _enter(model, self.blocks, batch.to(device))
+            self.states.append(states)
+            self.arguments.append(arguments)
+
+    def through(self, layer: int, without: Mapping[str, torch.Tensor] | None = None) -> list[Pass]:
+        """The block on every batch. The states in front of it stay.
+
+        without: kind → int64 (removed,), units of the layer that write nothing, as if they were pruned.
+        """
+        passes = []
+        for states, arguments in zip(self.states, self.arguments, strict=True):
+            args, kwargs = arguments[layer]
+            seen = Pass()
+            with ExitStack() as stack:
+                for kind, units in (without or {}).items():
+                    silence = _silence(units, self.widths[layer, kind])
+                    stack.callback(self.matrices[layer, kind].register_forward_pre_hook(silence).remove)
+                for kind in KINDS:
+                    stack.callback(self.matrices[layer, kind].register_forward_hook(seen.watch(kind)).remove)
+                out = self.blocks[layer](states, *args, **kwargs)
+            seen.out = out[0] if isinstance(out, tuple) else out
+            passes.append(seen)
+        return passes
+
+
+def _silence(units: torch.Tensor, width: int) -> Callable[[nn.Module, tuple], torch.Tensor]:
+    """A hook that zeroes the inputs of an output matrix that belong to these units."""
+
+    def hook(linear: nn.Module, inputs: tuple) -> torch.Tensor:
+        x: torch.Tensor = inputs[0].clone()
+        x.unflatten(-1, (-1, width))[..., units.to(x.device), :] = 0
+        return x
+
+    return hook
+
+
+def _enter(model: nn.Module, blocks: nn.ModuleList, batch: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    """The first block's input, and the other arguments (masks, positions) the model gives each block.
+
+    The blocks do not run: for this one call they hand their input on.
+    """
+    seen: list[tuple[torch.Tensor, tuple, dict]] = []
+
+    def hand_on(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((states, args, kwargs))
+        return (states, None) if isinstance(blocks[0], BloomBlock) else states
+
+    own = [block.__dict__.get("forward") for block in blocks]  # accelerate's, around the class's
+    for block in blocks:
+        block.forward = hand_on
+    try:
+        model.base_model(batch, use_cache=False)  # type: ignore[operator]
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+    return seen[0][0], [(args, kwargs) for _, args, kwargs in seen]
