@@ -108,8 +108,8 @@ def print_differences(new: Results, old: Results) -> None:
         points = [100 * abs(new[key] - old[key]) for key in shared if key[2] != "perplexity"]
         equal = sum(point == 0 for point in points)
         print(
-            f"{variant}: {equal} of {len(points)} accuracies are equal, the others at most {max(points, default=0):.1f} "
-            f"points apart; perplexities differ by {max(ratios, default=0):.1e} at most"
+            f"{variant}: {equal} of {len(points)} accuracies are equal, the others at most "
+            f"{max(points, default=0):.1f} points apart; perplexities differ by {max(ratios, default=0):.1e} at most"
         )
 
 
