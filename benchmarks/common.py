@@ -1,5 +1,6 @@
 """What the benchmarks share: models made on the spot, and memory as the system or the GPU's allocator has it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,13 @@ def where(device: str | torch.device) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def processor() -> str:
+    """The processor's name, how many of its cores there are, and torch's threads."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown processor'}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
 
 
 def held(device: str | torch.device) -> int:

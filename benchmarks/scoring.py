@@ -27,8 +27,8 @@ from torch import nn
 
 import saap
 from saap.evaluation.speed import in_turn
+from saap.models import products
 from saap.models.groups import KINDS, block_parts
-from saap.scoring import onednn
 from saap.scoring.importance import samples_at_once
 
 
@@ -151,9 +151,9 @@ def main() -> None:
     }
 
     def with_pytorchs_products() -> None:
-        there, onednn.THERE = onednn.THERE, False
+        there, products.THERE = products.THERE, False
         saap.score(model, tokens)
-        onednn.THERE = there
+        products.THERE = there
 
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     sides: dict[str, Callable[[], object]] = {
@@ -161,7 +161,7 @@ def main() -> None:
         "ours": lambda: found.update(ours=saap.score(model, tokens)),
         "forward": lambda: forward(model, tokens),
     }
-    if onednn.THERE and device.type == "cpu" and model.dtype == torch.float32:
+    if products.by_onednn() and device.type == "cpu" and model.dtype == torch.float32:
         sides["ours, PyTorch's products"] = with_pytorchs_products
     taken = in_turn({side: partial(seconds, action) for side, action in sides.items()}, arguments.rounds, 0, "rounds")
     errors = [

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ ACCURACY = {
 class Metric:
     """One number of one benchmark; `papers` marks the metric that the papers' tables show.
 
+    stderr: NaN for a single item.
     items: 0 or 1 for each of the n items, in the order of the data; value is their mean.
     """
 
@@ -78,6 +80,7 @@ def accuracy(
     about = ACCURACY[benchmark]
     if data_file is not None:
         read_rows(data_file, about.columns)
+    _describe_machine_once()
     lm = SharedQuestionLM(model, tokenizer, batch_tokens)
     with tempfile.TemporaryDirectory() as folder, _downloading(benchmark, data_file is None):
         spec = benchmark if data_file is None else str(task_file(Path(folder), benchmark, Path(data_file)))
@@ -90,7 +93,7 @@ def accuracy(
         Metric(
             metric=name,
             value=float(found[f"{name},none"]),
-            stderr=float(found[f"{name}_stderr,none"]),
+            stderr=_number(found[f"{name}_stderr,none"]),
             n=results["n-samples"][benchmark]["effective"],
             protocol=f"{harness} task v{task_version}, 0-shot" + (f", first {limit}" if limit else ""),
             harness=harness,
@@ -102,6 +105,18 @@ def accuracy(
         if f"{name},none" in found
     ]
     return metrics, json.loads(json.dumps(results, default=str))
+
+
+def _number(value: Any) -> float:
+    return math.nan if value == "N/A" else float(value)
+
+
+@lru_cache(maxsize=1)
+def _describe_machine_once() -> None:
+    """lm-eval writes what it runs on into each of its results; to find that out it starts ten programs, every time."""
+    from torch.utils import collect_env
+
+    collect_env.get_pretty_env_info = lru_cache(maxsize=1)(collect_env.get_pretty_env_info)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 from tqdm.auto import tqdm
 
+from saap.evaluation.log_probs import log_probs
 from saap.models.families import family_of
+from saap.models.products import FastLinears
 
 
 @dataclass
@@ -106,21 +108,23 @@ class SharedQuestionLM(HFLM):
         mask = torch.zeros(len(batch), 1, length, length, dtype=self.model.dtype)
         mask.masked_fill_(~seen[:, None], torch.finfo(mask.dtype).min)
 
-        columns, inverse = torch.tensor([c for _, _, cs, _ in places for c in cs]).unique(return_inverse=True)
-        logits = self.model(
-            ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=positions.to(self.device),
-            logits_to_keep=columns.to(self.device),
-            use_cache=False,
-        ).logits
+        with FastLinears():
+            hidden = self.model.base_model(
+                ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                position_ids=positions.to(self.device),
+                use_cache=False,
+            ).last_hidden_state
+        # an answer's first token is predicted where those of the question's other answers are
+        asked = torch.tensor([row * length + column for _, row, columns, _ in places for column in columns])
+        unique, rows = asked.unique(return_inverse=True)
+        targets = torch.tensor([t for *_, tokens in places for t in tokens])
+        head = self.model.get_output_embeddings()
+        found, likeliest = log_probs(head, hidden.flatten(0, 1)[unique.to(hidden.device)], rows, targets)
         counts = [len(tokens) for *_, tokens in places]
-        rows = torch.tensor([row for _, row, *_ in places]).repeat_interleave(torch.tensor(counts))
-        targets = torch.tensor([t for *_, tokens in places for t in tokens]).to(logits.device)
-        logits = logits[rows.to(logits.device), inverse.to(logits.device)].float()
-        log_probs = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu()
-        greedy = (logits.argmax(-1) == targets).cpu()
         return {
             request: (float(its.sum()), bool(hits.all()))
-            for (request, *_), its, hits in zip(places, log_probs.split(counts), greedy.split(counts), strict=True)
+            for (request, *_), its, hits in zip(
+                places, found.cpu().split(counts), likeliest.cpu().split(counts), strict=True
+            )
         }

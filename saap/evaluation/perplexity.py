@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from saap.errors import SaapError
+from saap.evaluation.log_probs import log_probs
+from saap.models.products import FastLinears
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,17 @@ def perplexity(
     if len(windows) == 0:
         raise SaapError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
     device = next(model.parameters()).device
+    head = model.get_output_embeddings()  # type: ignore[operator]
     losses = []
     step = max(1, batch_tokens // window)
     with tqdm(total=len(windows), desc=f"{name} @{window}", unit="window") as bar:
         for batch in windows.split(step):
             batch = batch.to(device)
-            logits = model(batch, use_cache=False).logits[:, :-1].float()
-            nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-            losses.append(nll.view(len(batch), -1).mean(1).double().cpu())
+            with FastLinears():
+                hidden = model.base_model(batch, use_cache=False).last_hidden_state[:, :-1]  # type: ignore[operator]
+            targets = batch[:, 1:]
+            found, _ = log_probs(head, hidden.flatten(0, 1), torch.arange(targets.numel()), targets.flatten())
+            losses.append(-found.view(targets.shape).mean(1).double().cpu())
             bar.update(len(batch))
     loss = torch.cat(losses)
     value = math.exp(min(loss.mean().item(), 700.0))  # a broken model must not end in an overflow error

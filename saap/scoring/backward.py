@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from saap.models.families import family_of
 from saap.models.groups import weight_of
-from saap.scoring.onednn import LinearsByOneDNN, product
+from saap.models.products import FastLinears, product
 
 LOGITS = 1 << 20  # at a time: 4 MB of float32
 
@@ -27,7 +27,7 @@ def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     ids = batch.to(input_device(model))
     with _frozen(model):
-        with torch.enable_grad(), _recomputed(model) if is_offloaded(model) else LinearsByOneDNN():
+        with torch.enable_grad(), _recomputed(model) if is_offloaded(model) else FastLinears():
             states = embedding(ids).detach().requires_grad_()
             last = model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
         predicting, targets = last.detach()[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(last.device)
@@ -158,7 +158,7 @@ def _recomputed(model: nn.Module) -> Iterator[None]:
 
 def _checkpointed(forward: Callable, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
     def run(*inputs: torch.Tensor) -> object:
-        with LinearsByOneDNN():  # the second time too
+        with FastLinears():  # the second time too
             return forward(*inputs, **kwargs)
 
     # reentrant: the first pass builds no graph, which would hold on to the weights it used

@@ -2,7 +2,7 @@
 
 import torch
 
-from saap.scoring.onednn import product
+from saap.models.products import product
 
 try:
     from saap.scoring import salience_triton

@@ -37,7 +37,7 @@ def _fingerprint(outside: Outside, inputs: Mapping[str, Source], benchmark: str)
     return digest([dense, None if outside.missing(benchmark) else outside.data(benchmark)])
 
 
-@stage(version=2, publishes=Metrics, params=_params, fingerprint=_fingerprint)
+@stage(version=3, publishes=Metrics, params=_params, fingerprint=_fingerprint)
 def evaluate(step: Step, folder: Path, *, checkpoint: Checkpoint, data: Data) -> Summary:
     benchmark = step.config()["benchmark"]
     measured = (

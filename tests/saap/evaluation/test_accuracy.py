@@ -83,6 +83,13 @@ def test_limit_takes_the_first_items(model, tiny_tokenizer, jsonl, loop):
     assert "first 5" in metrics[0].protocol
 
 
+def test_one_item_has_no_standard_error(model, tiny_tokenizer, jsonl, loop):
+    metrics, raw = accuracy(model, tiny_tokenizer, "arc_easy", data_file=jsonl, limit=1)
+    assert [(m.value, m.n) for m in metrics] == [(column[0], 1) for column in loop]
+    assert all(math.isnan(m.stderr) for m in metrics)
+    assert raw["results"]["arc_easy"]["acc_stderr,none"] == "N/A"
+
+
 def test_parquet_gives_what_jsonl_gives(model, tiny_tokenizer, jsonl, items, loop, tmp_path):
     pq.write_table(pa.Table.from_pylist(items), tmp_path / "test.parquet")
     metrics, _ = accuracy(model, tiny_tokenizer, "arc_easy", data_file=tmp_path / "test.parquet", batch_tokens=150)

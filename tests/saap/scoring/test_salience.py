@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from saap.models.products import FastLinears, product
 from saap.scoring import salience
-from saap.scoring.onednn import LinearsByOneDNN, product
 
 
 def make(out, inside, dtype, samples=3, tokens=37, scale=1.0):
@@ -55,7 +55,7 @@ def test_the_kernel_gives_the_same_sums():
     """On a GPU as it is; without one in Triton's interpreter, which has to be asked for before Triton is imported."""
     program = (
         "import torch\n"
-        "from saap import salience_triton\n"
+        "from saap.scoring import salience_triton\n"
         "from tests.saap.scoring.test_salience import CASES, check\n"
         "sums = lambda w, d, x, axis, hessian, scale: "
         "salience_triton.channel_sums(w, d, x, axis, hessian == 'fisher', scale)\n"
@@ -86,7 +86,7 @@ def test_linear_layers_by_onednn_have_the_same_outputs_and_gradients():
     layer = torch.nn.Sequential(torch.nn.Linear(17, 30), torch.nn.SiLU(), torch.nn.Linear(30, 9, bias=False))
     x = torch.randn(2, 5, 17, requires_grad=True)
     (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
-    with LinearsByOneDNN():
+    with FastLinears():
         y = layer(x)
         (found,) = torch.autograd.grad(y.square().sum(), x)
     torch.testing.assert_close(y, layer(x))

@@ -1,7 +1,13 @@
-"""float32 matrix products on x86 CPUs by oneDNN. PyTorch asks MKL for them, which is half as fast on an AMD Zen 5."""
+"""float32 matrix products on x86 CPUs by the faster of two libraries: oneDNN, or MKL, which PyTorch asks.
+
+Which one that is depends on the processor: on an AMD Zen 5 oneDNN is more than twice as fast, on others they are equal.
+So it is measured, once a process.
+"""
 
 import platform
+import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,9 +23,32 @@ THERE = (
 
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """a·bᵀ + bias for a (…, k) and b (n, k). Other dtypes and devices: as PyTorch does it."""
-    if THERE and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
+    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and by_onednn():
+        return _onednn(a, b, bias)
     return F.linear(a, b, bias)
+
+
+def by_onednn() -> bool:
+    """Whether `product` asks oneDNN in this process, with the threads it has now."""
+    return THERE and _onednn_is_faster(torch.get_num_threads())
+
+
+@lru_cache
+def _onednn_is_faster(threads: int) -> bool:
+    """By the best of five products of a linear layer's shape each, in turn, 0.1 s in all: by a tenth at least."""
+    a, b = torch.ones(256, 1024), torch.ones(1024, 1024)
+    taken = {F.linear: float("inf"), _onednn: float("inf")}
+    with torch.no_grad():
+        for _ in range(6):  # one more, as each side's first call sets it up
+            for multiply in taken:
+                start = time.perf_counter()
+                multiply(a, b)
+                taken[multiply] = min(taken[multiply], time.perf_counter() - start)
+    return taken[_onednn] < 0.9 * taken[F.linear]
+
+
+def _onednn(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
 
 
 def _dense(t: torch.Tensor) -> torch.Tensor:
@@ -29,12 +58,12 @@ def _dense(t: torch.Tensor) -> torch.Tensor:
     return t.mT.contiguous().mT if t.ndim == 2 and t.stride(0) == 1 else t.contiguous()
 
 
-class LinearsByOneDNN(TorchFunctionMode):
+class FastLinears(TorchFunctionMode):
     """While open, linear layers use `product`, forward and backward. Their weights get no gradients."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not kwargs:
-            return _Linear.apply(*args)
+            return _Linear.apply(*args) if torch.is_grad_enabled() else product(*args)
         return func(*args, **(kwargs or {}))
 
 

@@ -1,0 +1,47 @@
+"""Log-probabilities of given tokens, with the logits made a part of the vocabulary at a time."""
+
+from typing import Any
+
+import torch
+
+from saap.models.products import product
+
+LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}  # at a time: 4 MB of float32, which stay in a CPU's caches; 256 MB
+
+
+@torch.no_grad()
+def log_probs(
+    head: Any, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log softmax(head(hidden[row]))[token] for each of K pairs (row, token), and whether no token is likelier.
+
+    Args:
+        head: the linear layer that gives logits, without gradients.
+        hidden: (N, H), the states that predict; each is multiplied once, however many pairs ask for it.
+        rows, tokens: int64 (K,).
+
+    Returns:
+        float32 (K,) and bool (K,), on the head's device. The sums are in float32 whatever the logits' dtype.
+        Of equal logits the first is the likeliest, as argmax has it.
+
+    With m the highest logit so far and Z = Σ e^(logit − m), a further part of the vocabulary updates both, as in flash
+    attention.
+    """
+    weight, bias = head.weight, head.bias
+    hidden, rows, tokens = hidden.to(weight.device), rows.to(weight.device), tokens.to(weight.device)
+    highest = torch.full((len(hidden), 1), -torch.inf, device=weight.device)
+    total, likeliest = torch.zeros_like(highest), torch.zeros_like(highest, dtype=torch.long)
+    own = torch.empty(len(rows), device=weight.device)
+    step = max(1, LOGITS[weight.device.type] // len(hidden))
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        logits = product(hidden, weight[part], None if bias is None else bias[part]).float()
+        here = ((tokens >= start) & (tokens < start + step)).nonzero().squeeze(1)
+        own[here] = logits[rows[here], tokens[here] - start]
+        best, place = logits.max(-1, keepdim=True)
+        likeliest = torch.where(best > highest, place + start, likeliest)
+        before, highest = highest, torch.maximum(highest, best)
+        odds = logits.sub_(highest).exp_()
+        total.mul_((before - highest).exp_()).add_(odds.sum(-1, keepdim=True))
+    normaliser = (highest + total.log()).squeeze(1)
+    return own - normaliser[rows], likeliest.squeeze(1)[rows] == tokens
