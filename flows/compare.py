@@ -1,48 +1,43 @@
 """The runs of a sweep side by side: means and spreads over its calibration seeds, the paper's numbers beside them.
 
-Read from the artifacts that the sweep's own keys name: no other run can slip in, and what is missing shows.
+A run is found by the keys of its steps: no run of other code, data or settings can slip in, and what is missing shows.
 """
 
-import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import duckdb
+
 from flows.dag import build
 from flows.sweep import combinations
 from storage.artifacts import ArtifactStore
-from storage.tables import read_table
 from storage.warehouse import Warehouse
-from tasks.config import ACCURACIES, load_config, parse_value
-from tasks.step import Step
+from tasks.config import load_config, parse_value
 
-RANKING = ("score", "gradients", "activations", "fisher", "fuse", "fluctuation", "rank")  # what a criterion costs
 MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
 PAPER_MODEL = "llama-7b"
 
 
 @dataclass
 class Row:
-    """One setting of the axes and one variant. values: measure → a number a calibration seed; accuracies in percent."""
+    """One setting of the axes and one variant: means over the calibration seeds; accuracies in percent."""
 
     chosen: tuple[str, ...]
     ratio: float
     variant: str
     runs: int = 0
-    values: dict[str, list[float]] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)  # of ranking
+    means: dict[str, float] = field(default_factory=dict)  # by measure
+    spreads: dict[str, float] = field(default_factory=dict)  # sample standard deviations, of two seeds or more
+    seconds: float | None = None  # to rank
     published: dict[str, float] = field(default_factory=dict)  # measure → the paper's number
     misprint: bool = False
 
     def mean(self, measure: str) -> float | None:
-        found = self.values.get(measure)
-        return statistics.fmean(found) if found else None
+        return self.means.get(measure)
 
     def spread(self, measure: str) -> float | None:
-        """Sample standard deviation over the seeds; None with fewer than two."""
-        found = self.values.get(measure, [])
-        return statistics.stdev(found) if len(found) > 1 else None
+        return self.spreads.get(measure)
 
 
 @dataclass
@@ -51,91 +46,116 @@ class Comparison:
 
     axes: list[str]
     rows: list[Row]
-    missing: int  # runs without all their numbers
+    missing: int  # runs that are not complete
     runs: int
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """One run of a sweep: where it stands in the table, and its steps' keys."""
+
+    chosen: tuple[str, ...]
+    model: str
+    ratio: float
+    keys: list[str]
+    parameters: float | None  # of the pruned model, if it is there
 
 
 def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     """What the store holds of a sweep. Raises ConfigError for a file without a [sweep] table."""
     sweep = combinations(config)
-    rows: dict[tuple[Any, ...], Row] = {}
-    axes: list[str] = []
-    missing, store = 0, Path()
-    for chosen in sweep:
-        values = {path: parse_value(text) for path, _, text in (choice.partition("=") for choice in chosen)}
-        axes = [path for path in values if path not in ("prune.ratio", "calibrate.seed")]
-        settings = load_config(config, (*chosen, *overrides))
-        store = Path(settings.store)
-        steps = build(settings)
-        artifacts = ArtifactStore(store)
-        manifests = {step.key: artifacts.inspect(step.stage, step.key)[0] for step in steps}
-        missing += None in manifests.values()
-        ranking = [manifests[step.key] for step in steps if step.stage in RANKING]
-        for variant, found in _measured(artifacts, steps, manifests):
-            if variant == "dense":  # one model, whatever is cut from it
-                row = Row(tuple(str(values[axis]) if axis == "model.path" else "" for axis in axes), 0.0, variant)
-            else:
-                row = Row(tuple(str(values[axis]) for axis in axes), settings.prune.ratio, variant)
-            row = rows.setdefault((row.variant, row.ratio, row.chosen), row)
-            if variant == "dense" and row.runs:
-                continue
-            row.runs += 1
-            row.seconds.append(sum(manifest["seconds"] for manifest in ranking if manifest))
-            for measure, value in found.items():
-                row.values.setdefault(measure, []).append(value)
-    order = {"dense": 0, "pruned": 1, "recovered": 2}
-    ordered = sorted(rows.values(), key=lambda row: (order[row.variant], row.ratio))
-    for row in ordered:
-        row.published, row.misprint = _published(store, row, axes)
-    return Comparison(axes, ordered, missing, len(sweep))
-
-
-def _measured(
-    artifacts: ArtifactStore, steps: list[Step], manifests: dict[str, dict[str, Any] | None]
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """(variant, measure → value) of one run, for the variants whose benchmarks are all there."""
-    evaluations = [step for step in steps if step.stage == "evaluate"]
-    for variant in dict.fromkeys(str(step.variant) for step in evaluations):
-        mine = [step for step in evaluations if step.variant == variant]
-        if any(manifests[step.key] is None for step in mine):
-            continue
-        values: dict[str, float] = {}
-        for step in mine:
-            found = read_table(artifacts.path(step.stage, step.key), "metrics")
-            for benchmark, value in zip(
-                *(found[name][found["papers"]] for name in ("benchmark", "value")), strict=True
-            ):
-                values[str(benchmark)] = float(value) * (100 if benchmark in ACCURACIES else 1)
-        if all(benchmark in values for benchmark in ACCURACIES):
-            values["average"] = sum(values[benchmark] for benchmark in ACCURACIES) / len(ACCURACIES)
-        for step in steps:
-            manifest = manifests[step.key]
-            if manifest and step.stage == "prune" and variant == "pruned":
-                values["parameters"] = float(manifest["summary"]["parameters"])
-            elif manifest and step.stage == "speed":
-                speed = read_table(artifacts.path(step.stage, step.key), "speed")
-                here = list(speed["variant"]).index(variant)
-                values |= {m: float(speed[m][here]) for m in ("parameters", "weight_bytes", "tokens_per_s")}
-        yield variant, values
-
-
-def _published(store: Path, row: Row, axes: list[str]) -> tuple[dict[str, float], bool]:
-    """The paper's numbers for LLaMA-7B that answer to this row, and whether they are marked as misprints."""
+    names = [choice.partition("=")[0] for choice in sweep[0]]
+    axes = [name for name in names if name not in ("prune.ratio", "calibrate.seed")]
+    store = Path(load_config(config, overrides).store)
+    wanted = [_combination(config, chosen, overrides, axes) for chosen in sweep]
     if not Warehouse(store).file.exists():
-        return {}, False
-    settings = [f"{axis_name(axis)}={value}" for axis, value in zip(axes, row.chosen, strict=True)]
+        return Comparison(axes, [], len(sweep), len(sweep))
     with Warehouse(store).reading() as connection:
-        found = connection.execute(
-            "with named as (select method from published_names where list_contains(?, setting || '=' || value)) "
-            "select benchmark, value, misprint from published_results join named using (method) "
-            "where (select count(*) from named) = 1 and model = ? and abs(ratio - ?) < 0.005 "
-            "and (tuned = ? or \"table\" in ('X', 'XI')) and \"table\" in ('I', 'X', 'XI', 'XII')",
-            [settings, PAPER_MODEL, row.ratio, row.variant == "recovered"],
-        ).fetchall()
-    numbers = {benchmark: value for benchmark, value, _ in found}
-    if "memory_mib" in numbers:
-        numbers["weight_bytes"] = numbers["memory_mib"] * 2**20
-    return {m: numbers[m] for m in MEASURES if m in numbers}, any(misprint for *_, misprint in found)
+        runs = _runs_of(connection, wanted)
+        rows = _rows(connection, wanted, runs, axes)
+    return Comparison(axes, rows, len(sweep) - len(runs), len(sweep))
+
+
+def _combination(config: str, chosen: list[str], overrides: tuple[str, ...], axes: list[str]) -> _Combination:
+    values = {path: str(parse_value(text)) for path, _, text in (choice.partition("=") for choice in chosen)}
+    settings = load_config(config, (*chosen, *overrides))
+    steps = build(settings)
+    cut = next(step for step in steps if step.stage == "prune")
+    manifest, _ = ArtifactStore(settings.store).inspect(cut.stage, cut.key)
+    parameters = float(manifest["summary"]["parameters"]) if manifest else None
+    keys = [step.key for step in steps if step.missing is None]
+    return _Combination(
+        tuple(values[axis] for axis in axes), values.get("model.path", ""), settings.prune.ratio, keys, parameters
+    )
+
+
+def _runs_of(connection: duckdb.DuckDBPyConnection, wanted: list[_Combination]) -> dict[int, str]:
+    """Number of a combination → the newest completed run that has all its steps."""
+    found = connection.execute(
+        "with had as (select run_id, list(key) as keys from stage_runs join runs using (run_id) "
+        "where status = 'completed' and skipped is null group by run_id), "
+        "wanted as (select unnest(range(len($wanted))) as number, unnest($wanted) as keys) "
+        "select number, max(run_id) from wanted join had on list_has_all(had.keys, wanted.keys) group by number",
+        {"wanted": [combination.keys for combination in wanted]},
+    ).fetchall()
+    return dict(found)
+
+
+def _rows(
+    connection: duckdb.DuckDBPyConnection, wanted: list[_Combination], runs: dict[int, str], axes: list[str]
+) -> list[Row]:
+    """A row a setting and variant, dense first; the dense model once, whatever is cut from it."""
+    rows: dict[tuple[Any, ...], Row] = {}
+    places: dict[tuple[tuple[str, ...], float], list[int]] = {}
+    for number in sorted(runs):
+        places.setdefault((wanted[number].chosen, wanted[number].ratio), []).append(number)
+    for (chosen, ratio), numbers in places.items():
+        for row in _means(connection, [runs[number] for number in numbers], axes):
+            row.chosen, row.ratio = chosen, ratio
+            if row.variant == "dense":
+                model = wanted[numbers[0]].model
+                row.chosen, row.ratio, row.runs = tuple(model if axis == "model.path" else "" for axis in axes), 0.0, 1
+                row.spreads, row.seconds = {}, None
+            elif row.variant == "pruned" and "parameters" not in row.means:
+                sizes = [size for size in (wanted[number].parameters for number in numbers) if size is not None]
+                row.means |= {"parameters": sum(sizes) / len(sizes)} if sizes else {}
+            rows.setdefault((row.variant, row.ratio, row.chosen), row)
+    order = {"dense": 0, "pruned": 1, "recovered": 2}
+    return sorted(rows.values(), key=lambda row: (order[row.variant], row.ratio))
+
+
+def _means(connection: duckdb.DuckDBPyConnection, runs: list[str], axes: list[str]) -> list[Row]:
+    """A row a variant: what the view `criteria` says, of these runs alone."""
+    columns = ", ".join(f"avg({m}), stddev_samp({m})" for m in MEASURES)
+    found = connection.execute(
+        f"select variant, settings, count(*), avg(seconds_to_rank), {columns} from ablations "
+        "where list_contains(?, run_id) group by variant, settings",
+        [runs],
+    ).fetchall()
+    rows = []
+    for variant, settings, count, seconds, *numbers in found:
+        row = Row((), 0.0, variant, runs=count, seconds=seconds)
+        for measure, mean, spread in zip(MEASURES, numbers[::2], numbers[1::2], strict=True):
+            scale = 100 if measure == "average" else 1
+            row.means |= {} if mean is None else {measure: mean * scale}
+            row.spreads |= {} if spread is None else {measure: spread * scale}
+        row.published, row.misprint = _published(connection, settings, variant, axes)
+        rows.append(row)
+    return rows
+
+
+def _published(
+    connection: duckdb.DuckDBPyConnection, settings: str, variant: str, axes: list[str]
+) -> tuple[dict[str, float], bool]:
+    """The paper's numbers for LLaMA-7B that answer to a setting, and whether they are marked as misprints."""
+    found = connection.execute(
+        "select setting, benchmark, published, misprint from criteria_published "
+        "where settings = ? and variant = ? and list_contains(?, setting)",
+        [settings, variant, [axis_name(axis) for axis in axes]],
+    ).fetchall()
+    if len({setting for setting, *_ in found}) != 1:
+        return {}, False
+    return {benchmark: value for _, benchmark, value, _ in found}, any(misprint for *_, misprint in found)
 
 
 _COLUMNS = {
@@ -150,14 +170,14 @@ _COLUMNS = {
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text: mean ± spread over the seeds; 'paper' is LLaMA-7B as printed, for the eye only."""
-    shown = [m for m in MEASURES if any(m in row.values for row in comparison.rows)]
+    shown = [m for m in MEASURES if any(m in row.means for row in comparison.rows)]
     published = any(row.published for row in comparison.rows)
     columns = [*map(axis_name, comparison.axes), "ratio", "variant", "seeds", *(_COLUMNS[m][0] for m in shown)]
     rows = []
     for row in comparison.rows:
         cells = [*row.chosen, f"{row.ratio:g}" if row.ratio else "", row.variant, str(row.runs)]
         cells += [_cell(row.mean(m), row.spread(m), _COLUMNS[m][1]) for m in shown]
-        cells.append(_cell(statistics.fmean(row.seconds), None, 1.0) if row.variant != "dense" else "")
+        cells.append("" if row.variant == "dense" else _cell(row.seconds, None, 1.0))
         if published:
             numbers = ", ".join(f"{_COLUMNS[m][0]} {v * _COLUMNS[m][1]:g}" for m, v in row.published.items())
             cells.append(numbers + (" (misprint)" if row.misprint else ""))

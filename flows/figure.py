@@ -22,8 +22,8 @@ def draw(comparison: Comparison, file: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in comparison.rows if row.variant != "dense"]
-    measures = [m for m in _TITLES if any(m in row.values for row in rows)]
-    variants = [v for v in ("pruned", "recovered") if any(row.variant == v and row.values for row in rows)]
+    measures = [m for m in _TITLES if any(m in row.means for row in rows)]
+    variants = [v for v in ("pruned", "recovered") if any(row.variant == v and row.means for row in rows)]
     if not measures:
         raise StorageError("nothing to draw: no run of this sweep has been evaluated; start it with saap sweep")
     settings = list(dict.fromkeys(row.chosen for row in rows))

@@ -51,7 +51,7 @@ with cost as (
     select run_id, sum(seconds) as seconds_to_rank from stage_runs
     where stage in ('score', 'gradients', 'activations', 'fisher', 'fuse', 'fluctuation', 'rank') group by run_id)
 select l.run_id, l.name, l.model, l.data, l.criterion, r.config->>'$.criterion.variant' as criterion_variant, l.ratio,
-    l.variant, l.average, l.wikitext2, l.ptb, c.seconds_to_rank,
+    l.variant, l.average, l.wikitext2, l.ptb, l.parameters, l.weight_bytes, l.tokens_per_s, c.seconds_to_rank,
     r.config->>'$.fuse.fusion' as fusion, r.config->>'$.fluctuation.fluctuation' as fluctuation,
     r.config->>'$.fluctuation.asi_scope' as asi_scope, r.config->>'$.prune.direction' as direction,
     r.config->>'$.prune.search' as search, r.config->>'$.prune.kinds' as kinds,
@@ -69,6 +69,8 @@ select model, data, criterion, criterion_variant, ratio, variant, count(*) as se
     avg(wikitext2) as wikitext2, stddev_samp(wikitext2) as wikitext2_spread,
     avg(ptb) as ptb, stddev_samp(ptb) as ptb_spread,
     avg(average) as average, stddev_samp(average) as average_spread,
+    avg(parameters) as parameters, avg(weight_bytes) as weight_bytes, avg(tokens_per_s) as tokens_per_s,
+    stddev_samp(tokens_per_s) as tokens_per_s_spread,
     avg(seconds_to_rank) as seconds_to_rank,
     fusion, fluctuation, asi_scope, direction, search, kinds, compensation, recipe, samples, settings
 from once group by all order by model, data, ratio, variant, wikitext2;
@@ -88,16 +90,20 @@ select * from (values
 -- Its tables X and XI are of recovered models: they stand beside our pruned ones too, and tuned says so.
 create view criteria_published as
 with ours as (
-    select *, unnest(['wikitext2', 'ptb', 'average']) as benchmark,
-        unnest([wikitext2, ptb, 100 * average]) as ours,
-        unnest([wikitext2_spread, ptb_spread, 100 * average_spread]) as ours_spread
-    from criteria)
+    select *, unnest(['wikitext2', 'ptb', 'average', 'parameters', 'weight_bytes', 'tokens_per_s']) as benchmark,
+        unnest([wikitext2, ptb, 100 * average, parameters, weight_bytes, tokens_per_s]) as ours,
+        unnest([wikitext2_spread, ptb_spread, 100 * average_spread, null, null, tokens_per_s_spread]) as ours_spread
+    from criteria),
+theirs as (
+    select * replace (if(benchmark = 'memory_mib', 'weight_bytes', benchmark) as benchmark,
+        if(benchmark = 'memory_mib', value * 1048576, value) as value) from published_results)
 select o.model, o.data, o.criterion, o.ratio, o.variant, o.fusion, o.fluctuation, o.recipe, o.samples, o.seeds,
-    o.benchmark, o.ours, o.ours_spread, p.value as published, p.method, p."table", p.tuned, p.misprint, o.settings
+    o.benchmark, o.ours, o.ours_spread, p.value as published, p.method, p."table", p.tuned, p.misprint, n.setting,
+    o.settings
 from ours o join published_names n
     on n.setting = 'criterion' and n.value = o.criterion or o.criterion = 'saap'
         and (n.setting, n.value) in (('fusion', o.fusion), ('fluctuation', o.fluctuation), ('recipe', o.recipe))
-join published_results p
+join theirs p
     on p.model = 'llama-7b' and p."table" in ('I', 'X', 'XI', 'XII') and p.benchmark = o.benchmark
     and p.method = n.method and abs(p.ratio - o.ratio) < 0.005
     and (p.tuned = (o.variant = 'recovered') or p."table" in ('X', 'XI'))

@@ -19,7 +19,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.tables import SCHEMAS
 
-VERSION = 11  # raise it when a table or view changes: a file of another version is rebuilt from the store
+VERSION = 13  # raise it when a table or view changes: a file of another version is rebuilt from the store
 
 # stage → the tables loaded from its artifact
 STAGE_TABLES = {

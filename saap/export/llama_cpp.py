@@ -13,10 +13,34 @@ import numpy as np
 from saap.errors import SaapError
 
 
-class _Settings(ctypes.Structure):
-    """Room for llama_model_params or llama_context_params: passed by value, larger than either in any version."""
+class _ModelParams(ctypes.Structure):
+    """llama_model_params, as the library fills it in: passed by value, larger than it is in any version."""
 
-    _fields_ = (("words", c_uint64 * 64),)
+    _fields_ = (("rest", c_uint64 * 64),)
+
+
+class _ContextParams(ctypes.Structure):
+    """llama_context_params of the xllamacpp in constraints.txt; what we set has a name."""
+
+    _fields_ = (
+        ("n_ctx", c_uint32),
+        ("n_batch", c_uint32),
+        ("n_ubatch", c_uint32),
+        ("_3", c_uint32 * 4),
+        ("n_threads", c_int32),
+        ("n_threads_batch", c_int32),
+        ("_9", c_uint32 * 4),
+        ("flash_attn_type", c_int32),
+        ("_14", c_uint32 * 12),
+        ("type_k", c_int32),
+        ("type_v", c_int32),
+        ("rest", c_uint64 * 64),
+    )
+
+    def is_default(self) -> bool:
+        """Whether the fields hold what llama.h says they start with: elsewhere another version has laid them out."""
+        sizes = (self.n_ctx, self.n_batch, self.n_ubatch)
+        return sizes == (512, 2048, 512) and (self.type_k, self.type_v) == (1, 1)
 
 
 class _Batch(ctypes.Structure):
@@ -43,10 +67,10 @@ def _library() -> Any:
     (file,) = Path(spec.submodule_search_locations[0]).glob("xllamacpp*.so")
     library = ctypes.CDLL(str(file))
     functions: dict[str, tuple[Any, list[Any]]] = {
-        "llama_model_default_params": (_Settings, []),
-        "llama_context_default_params": (_Settings, []),
-        "llama_model_load_from_file": (c_void_p, [c_char_p, _Settings]),
-        "llama_init_from_model": (c_void_p, [c_void_p, _Settings]),
+        "llama_model_default_params": (_ModelParams, []),
+        "llama_context_default_params": (_ContextParams, []),
+        "llama_model_load_from_file": (c_void_p, [c_char_p, _ModelParams]),
+        "llama_init_from_model": (c_void_p, [c_void_p, _ContextParams]),
         "llama_model_get_vocab": (c_void_p, [c_void_p]),
         "llama_vocab_n_tokens": (c_int32, [c_void_p]),
         "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
@@ -82,16 +106,14 @@ class LlamaCpp:
         )
         if not self._model:
             raise SaapError(f"llama.cpp cannot load {file}")
-        settings = self.library.llama_context_default_params()
-        # n_ctx, n_batch, n_ubatch, …; 7, 8: threads, 13: flash attention, 26, 27: types of K and V
-        words = (c_uint32 * 32).from_buffer(settings)
-        if list(words[:3]) != [512, 2048, 512] or list(words[26:28]) != [1, 1]:
+        params = self.library.llama_context_default_params()
+        if not params.is_default():
             raise SaapError("this xllamacpp lays its settings out in another way: install the one in constraints.txt")
-        words[0] = words[1] = words[2] = context
-        words[7] = words[8] = threads
+        params.n_ctx = params.n_batch = params.n_ubatch = context
+        params.n_threads = params.n_threads_batch = threads
         if exact:
-            words[13] = words[26] = words[27] = 0
-        self._context = self.library.llama_init_from_model(self._model, settings)
+            params.flash_attn_type = params.type_k = params.type_v = 0  # none, and float32
+        self._context = self.library.llama_init_from_model(self._model, params)
         if not self._context:
             raise SaapError(f"llama.cpp cannot make a context of {context} tokens for {file}")
         self._vocabulary = self.library.llama_model_get_vocab(self._model)
