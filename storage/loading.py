@@ -47,6 +47,7 @@ create table loading.parts (run_id varchar, part varchar, record varchar, stage 
 
 def create_tables(connection: duckdb.DuckDBPyConnection, version: int) -> None:
     """A warehouse without runs."""
+    connection.begin()  # one, or each statement is flushed to the disk on its own
     connection.execute(_TABLES)
     for table in dict.fromkeys(table for tables in STAGE_TABLES.values() for table in tables):
         columns = [f"{name} varchar" for name in _OWNERS.get(table, ("run_id", "key"))]
@@ -56,6 +57,7 @@ def create_tables(connection: duckdb.DuckDBPyConnection, version: int) -> None:
     with as_file(files("storage").joinpath("published_results.csv")) as published:
         connection.execute("insert into published_results from read_csv(?, header = true)", [str(published)])
     connection.execute("insert into schema_version values (?)", [version])
+    connection.commit()
 
 
 def follows_disk(connection: duckdb.DuckDBPyConnection, store: ArtifactStore, only: str | None = None) -> bool:
@@ -165,8 +167,9 @@ class _Loader:
         if (table, *owner.values()) in self._owners:
             return True
         same = " and ".join(f"{column} is not distinct from ?" for column in owner)
-        found = self._connection.execute(f"select 1 from {table} where {same} limit 1", [*owner.values()]).fetchone()
-        return found is not None
+        query = f"select 1 from {table} where {same} limit 1"
+        # fetchall: DuckDB 2.0 refuses further statements while a result has not been read to its end
+        return bool(self._connection.execute(query, [*owner.values()]).fetchall())
 
     def _read(self, stage: str, key: str, table: str) -> tuple[pa.Table | None, bool]:
         """(rows or None, whether the artifact is there and whole). A damaged one is set aside."""

@@ -7,6 +7,7 @@ file they opened. What was not loaded for any reason is found missing by the nex
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -102,11 +103,11 @@ class Warehouse:
 
     def _update(self, only: str | None) -> None:
         """Under the lock."""
-        with _attached(self.file) as connection:
-            if connection is not None and follows_disk(connection, self._store, only):
-                return
-            usable = connection is not None
-        self._replace(lambda fresh: self._change(fresh, only, usable))
+        if only is None:  # of one run there is something new whenever it is asked for
+            with _attached(self.file) as connection:
+                if connection is not None and follows_disk(connection, self._store):
+                    return
+        self._replace(lambda fresh: self._change(fresh, only))
 
     def _replace(self, fill: Callable[[Path], None]) -> None:
         """Fill a new file, and put it in the place of the old one. Under the lock."""
@@ -124,18 +125,18 @@ class Warehouse:
             for leftover in (fresh, Path(f"{fresh}.wal")):
                 leftover.unlink(missing_ok=True)
 
-    def _change(self, fresh: Path, only: str | None, usable: bool) -> None:
-        """Fill `fresh` with the file of before, brought up to date."""
-        if usable:
+    def _change(self, fresh: Path, only: str | None = None) -> None:
+        """Fill `fresh` with the file of before, brought up to date; from the store alone when that is of no use."""
+        if _copied(self.file, fresh):
             try:
-                shutil.copyfile(self.file, fresh)
                 with duckdb.connect(str(fresh)) as connection:
-                    follow_disk(connection, self._store, only)
-                    connection.execute("checkpoint")
-                return
+                    if connection.execute("select max(version) from schema_version").fetchall() == [(VERSION,)]:
+                        follow_disk(connection, self._store, only)
+                        connection.execute("checkpoint")
+                        return
             except duckdb.Error as error:
                 log.warning("the warehouse is damaged (%s): made again from the store", str(error).splitlines()[0])
-                fresh.unlink(missing_ok=True)
+            fresh.unlink()
         self._make(fresh)
 
     def _make(self, fresh: Path) -> None:
@@ -159,7 +160,7 @@ class Warehouse:
                 raise _one_line(error, self.root) from error
             with tempfile.TemporaryDirectory(prefix="saap-") as folder:
                 fresh = Path(folder) / self.file.name
-                self._change(fresh, None, usable)
+                self._change(fresh)
                 yield fresh
             return
         yield self.file
@@ -193,10 +194,22 @@ def _attached(file: Path) -> Iterator[duckdb.DuckDBPyConnection | None]:
         try:
             connection.execute(f"attach {_quoted(file)} as warehouse (read_only)")
             connection.execute("use warehouse")
-            row = connection.execute("select max(version) from schema_version").fetchone()
+            rows = connection.execute("select max(version) from schema_version").fetchall()
         except duckdb.Error:
-            row = None
-        yield connection if row is not None and row[0] == VERSION else None
+            rows = []
+        yield connection if rows == [(VERSION,)] else None
+
+
+def _copied(file: Path, fresh: Path) -> bool:
+    """Copy the file, unless there is none or another program is writing to it."""
+    try:
+        with file.open("rb") as old, fresh.open("wb") as new:
+            fcntl.lockf(old, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the kind of lock that DuckDB takes
+            shutil.copyfileobj(old, new, 1 << 20)
+        return True
+    except (FileNotFoundError, BlockingIOError):
+        fresh.unlink(missing_ok=True)
+        return False
 
 
 def _quoted(path: Path) -> str:

@@ -1,13 +1,17 @@
-"""A run's history in the store, killed at any of its file operations and database statements.
+"""A run's history in the store, with a process killed at each of its file operations and database statements.
 
-Every operation is counted as it is begun: those of Python's files by an audit hook, those of DuckDB by a wrapper that
-counts before and after each statement.
+Every operation is counted as it begins: those of Python's files by an audit hook, those of DuckDB by a wrapper that
+counts before and after each statement. What a kill there leaves is what is then on the disk, nothing else outlives a
+process: where that is new since the point before, the process forks, the fork dies by SIGKILL, and the disk is copied.
+So does it at every fourth other point, where a copy would be one that is there already.
 """
 
-import contextlib
+import logging
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import duckdb
 import numpy as np
@@ -22,29 +26,56 @@ from tests.storage.test_tables import GROUPS
 FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.scandir", "fcntl.flock"}
 ABOUT = {"name": "n", "model": "m", "data": "mini", "ratio": 0.2, "config": "{}"}
 METRIC = {"metric": "acc", "value": 0.5, "stderr": 0.1, "n": 4, "protocol": "p", "papers": True, "data": "mini"}
-STEPS = (("score", None), ("prune", None), ("evaluate", "boolq"), ("evaluate", "piqa"))
-points = {"passed": 0, "kill_at": 0}
+STEPS = (("score", None), ("prune", None), ("evaluate", "boolq"))
 
 
-def point():
-    points["passed"] += 1
-    if points["passed"] == points["kill_at"]:
-        os.kill(os.getpid(), signal.SIGKILL)
+class Killer:
+    """Called at every operation in a store: a fork of this process dies there, and new states of the disk are kept."""
+
+    def __init__(self, root: Path, kept: Path) -> None:
+        self.root, self.kept, self.points, self.kills, self.states = root, kept, 0, 0, set()
+        self.busy = False
+
+    def __call__(self) -> None:
+        if self.busy:
+            return
+        self.busy = True
+        self.points += 1
+        state = tuple(sorted(self._state()))
+        if state not in self.states or self.points % 4 == 0:
+            child = os.fork()
+            if child == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+            self.kills += 1
+        if state not in self.states:
+            self.states.add(state)
+            shutil.copytree(self.root, self.kept / f"{self.points:05d}-{os.getpid()}")
+        self.busy = False
+
+    def _state(self):
+        """Every file: name, size, time, inode. Of a warehouse in the making only that it is there: it is never read."""
+        for folder, _, names in os.walk(self.root):
+            yield (folder,)
+            for name in names:
+                stat = os.stat(os.path.join(folder, name))
+                yield (folder, ".new") if name.startswith(".warehouse-") else (
+                    folder, name, stat.st_size, stat.st_mtime_ns, stat.st_ino)  # fmt: skip
 
 
 class Counted:
     """A DuckDB connection whose every statement is two points."""
 
-    def __init__(self, connection):
-        self._connection = connection
+    def __init__(self, connection, point):
+        self._connection, self._point = connection, point
 
     def __getattr__(self, name):
         found = getattr(self._connection, name)
 
         def call(*arguments):
-            point()
+            self._point()
             result = found(*arguments)
-            point()
+            self._point()
             return result
 
         return call
@@ -53,18 +84,20 @@ class Counted:
         return self
 
     def __exit__(self, *error):
-        point()
+        self._point()
         self._connection.close()
-        point()
+        self._point()
 
 
 class CountedDuckDB:
     Error, DuckDBPyConnection = duckdb.Error, duckdb.DuckDBPyConnection
 
-    @staticmethod
-    def connect(*arguments, **options):
-        point()
-        return Counted(duckdb.connect(*arguments, **options))
+    def __init__(self, point):
+        self._point = point
+
+    def connect(self, *arguments):
+        self._point()
+        return Counted(duckdb.connect(*arguments), self._point)
 
 
 def body(stage, benchmark, folder):
@@ -105,34 +138,54 @@ def run(root, run_id):
     house.load(run_id)
 
 
-def in_child(action, kill_at=0):
-    """Run the action in a fork that dies at the point of that number. Returns (signal or exit code, points passed)."""
-    reading, writing = os.pipe()
+def in_fork(action):
+    """Run it in a process of its own; returns its exit code, 1 for an error."""
     child = os.fork()
     if child == 0:
         code = 1
-        with contextlib.suppress(BaseException):
-            os.close(reading)
-            warehouse.duckdb = loading.duckdb = CountedDuckDB
-            sys.addaudithook(lambda event, _: point() if event in FILE_OPERATIONS else None)
-            points.update(passed=0, kill_at=kill_at)
+        try:
             action()
-            os.write(writing, str(points["passed"]).encode())
             code = 0
-        os._exit(code)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        passed = pipe.read()
-    _, status = os.waitpid(child, 0)
-    return (-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)), int(passed or 0)
+        except BaseException as error:
+            logging.getLogger("saap.tests").exception(error)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_everywhere(root, kept, history):
+    """Run the history in a fork; what kills leave comes into folders in `kept`. Returns (points, kills)."""
+
+    def act():
+        killer = Killer(root, kept)
+        warehouse.duckdb = loading.duckdb = CountedDuckDB(killer)
+        sys.addaudithook(lambda event, _: killer() if event in FILE_OPERATIONS else None)
+        history()
+        killer.busy = True
+        (kept / "counts").write_text(f"{killer.points} {killer.kills}")
+
+    root.mkdir()
+    kept.mkdir()
+    assert in_fork(act) == 0
+    points, kills = (kept / "counts").read_text().split()
+    return int(points), int(kills)
+
+
+def on_disk(root):
+    """What the warehouse is made of: every record, and sizes and times of all other files."""
+    found = []
+    for file in sorted(file for file in root.rglob("*") if file.is_file() and "warehouse" not in file.name):
+        stat = file.stat()
+        about = file.read_text() if file.name == "run.json" else (stat.st_size, stat.st_mtime_ns)
+        found.append((str(file.relative_to(root)), about))
+    return str(found)
 
 
 def tables(house):
-    """All rows of all tables, and of what says where they came from."""
+    """All rows of all tables, with what they were loaded from."""
     with house.reading() as connection:
-        names = connection.execute(
-            "select schema_name || '.' || table_name from duckdb_tables() where database_name = 'warehouse'"
-        ).fetchall()
+        query = "select schema_name || '.' || table_name from duckdb_tables() where database_name = 'warehouse'"
+        names = connection.execute(query).fetchall()
         found = {name: sorted(map(str, connection.execute(f"from {name}").fetchall())) for (name,) in names}
         found["importance"] = sorted(map(str, connection.execute("from importance").fetchall()))
     return found
