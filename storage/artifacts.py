@@ -14,10 +14,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from storage.damage import move_aside
 from storage.errors import StorageError
 from storage.keys import file_digest
 
 MANIFEST = "manifest.json"
+SMALL = 1 << 22  # bytes: files up to this size are compared by content always
 log = logging.getLogger("saap.storage")
 
 
@@ -50,16 +52,15 @@ class ArtifactStore:
     def find(self, stage: str, key: str, *, verify: bool = False) -> dict[str, Any] | None:
         """The manifest of a whole artifact, or None. A damaged one is set aside, with a warning.
 
-        Sizes are always checked, contents (sha256) with verify=True.
+        Sizes are always checked, and contents (sha256) of small files; with verify=True of all.
         """
         manifest, fault = self.inspect(stage, key, verify=verify)
         if fault is not None:
-            aside = self.root / "damaged" / f"{stage}-{key}-{uuid.uuid4().hex[:8]}"
-            aside.parent.mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another process may have moved it already
-                self.path(stage, key).rename(aside)
-                log.warning("artifact %s/%s is damaged (%s): moved to %s, will be rebuilt", stage, key, fault, aside)
+            self.set_aside(stage, key, fault)
         return manifest
+
+    def set_aside(self, stage: str, key: str, fault: str) -> None:
+        move_aside(self.root, self.path(stage, key), f"{stage}-{key}", f"artifact {stage}/{key}", fault)
 
     def inspect(self, stage: str, key: str, *, verify: bool = False) -> tuple[dict[str, Any] | None, str | None]:
         """(manifest or None, what is wrong or None), changing nothing. An artifact that does not exist is not wrong."""
@@ -67,18 +68,17 @@ class ArtifactStore:
         if not folder.exists():
             return None, None
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            files = manifest["files"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+        except (OSError, ValueError, RecursionError):
             return None, "its manifest is missing or unreadable"
-        for name, about in files.items():
-            file = folder / name
-            if not file.is_file():
-                return None, f"{name} is missing"
-            if file.stat().st_size != about["bytes"]:
-                return None, f"{name} has another size than its manifest says"
-            if verify and file_digest(file) != about["sha256"]:
-                return None, f"{name} has other content than its manifest says"
+        if not _is_manifest(manifest, stage, key):
+            return None, "its manifest is not one of ours"
+        for name, about in manifest["files"].items():
+            try:
+                if fault := _fault(folder / name, about, verify):
+                    return None, f"{name} {fault}"
+            except OSError as error:
+                return None, f"{name} cannot be read ({error})"
         return manifest, None
 
     @contextlib.contextmanager
@@ -153,6 +153,29 @@ class ArtifactStore:
         """Remove what killed writers of this artifact left: the lock is ours, so none of them lives."""
         for draft in (self.root / stage).glob(f".draft-{key}-*"):
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_manifest(value: Any, stage: str, key: str) -> bool:
+    if not isinstance(value, dict) or (value.get("stage"), value.get("key")) != (stage, key):
+        return False
+    kinds = {"files": dict, "seconds": float | int, "finished_at": float | int}
+    optional = {"run_id": str, "params": dict, "inputs": list, "outside": dict, "versions": dict, "summary": dict}
+    return all(isinstance(value.get(name), kind) for name, kind in kinds.items()) and all(
+        isinstance(value.get(name, kind()), kind) for name, kind in optional.items()
+    )
+
+
+def _fault(file: Path, about: Any, verify: bool) -> str | None:
+    """What is wrong with a file of an artifact, or None."""
+    if not isinstance(about, dict) or not isinstance(about.get("bytes"), int) or "sha256" not in about:
+        return "is not described by its manifest"
+    if not file.is_file():
+        return "is missing"
+    if file.stat().st_size != about["bytes"]:
+        return "has another size than its manifest says"
+    if (verify or about["bytes"] <= SMALL) and file_digest(file) != about["sha256"]:
+        return "has other content than its manifest says"
+    return None
 
 
 def _fsync(path: Path) -> None:

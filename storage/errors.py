@@ -2,3 +2,7 @@ class StorageError(OSError):
     """Something about the store that the user can put right. The message is one line."""
 
     exit_code = 2
+
+
+class BusyError(StorageError):
+    """Another process keeps something for longer than we wait."""

@@ -1,4 +1,4 @@
-"""What each run did, as small files beside the artifacts: the record the warehouse is loaded from.
+"""What each run did, as small files beside the artifacts: the record the warehouse follows.
 
 `<root>/runs/<run_id>/run.json` holds the run, `stages/<position>.json` one stage each. A run holds `alive.lock` while
 its process lives, so a killed one can be told from a running one.
@@ -8,31 +8,89 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
+
+from storage.damage import move_aside
+from storage.errors import StorageError
+from storage.locks import is_held
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
+
+
+def _number_or_none(value: Any) -> bool:
+    return value is None or _number(value)
+
+
+def _time(value: Any) -> bool:
+    return _number(value) and 0 <= value < 1e11
+
+
+def _name(value: Any) -> bool:
+    """Part of a path, and only one."""
+    return isinstance(value, str) and bool(value) and "/" not in value and not value.startswith(".")
+
+
+def _is_json_object(value: Any) -> bool:
+    try:
+        return isinstance(json.loads(value), dict)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+Fields = dict[str, Callable[[Any], bool]]
+_RUN: Fields = {
+    **dict.fromkeys(("run_id", "name", "model", "data", "criterion", "status"), _text),
+    **{"ratio": _number, "config": _is_json_object, "error": _text_or_none},
+    **{"started_at": _time, "finished_at": lambda value: value is None or _time(value)},
+}
+_STAGE: Fields = {
+    **{"position": lambda value: isinstance(value, int), "stage": _name, "key": _name},
+    **{"variant": _text_or_none, "benchmark": _text_or_none, "skipped": _text_or_none},
+    **{"cached": lambda value: isinstance(value, bool), "seconds": _number_or_none, "at": _time},
+}
+# what records from before there was a choice do not say
+_RUN_DEFAULTS = {"criterion": "saap", "error": None}
+_STAGE_DEFAULTS = {"skipped": None}
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write the run record {path} ({error.strerror})") from error
 
 
 class RunRecord:
-    """The record of the run of this process."""
+    """The record of the run of this process. Raises StorageError when the store cannot be written."""
 
     def __init__(self, root: Path, run_id: str, **about: Any) -> None:
         self.run_id = run_id
         self._folder = root / "runs" / run_id
-        (self._folder / "stages").mkdir(parents=True)
-        self._alive = FileLock(self._folder / "alive.lock")
-        self._alive.acquire()
+        try:
+            (self._folder / "stages").mkdir(parents=True)
+            self._alive = FileLock(self._folder / "alive.lock")
+            self._alive.acquire()
+        except OSError as error:
+            raise StorageError(f"cannot write the run record {self._folder} ({error.strerror})") from error
         self._run = {"run_id": run_id, **about, "started_at": time.time(), "finished_at": None, "status": "running"}
         _write(self._folder / "run.json", self._run)
 
@@ -52,27 +110,76 @@ def all_runs(root: Path) -> list[str]:
 
 
 def read_run(root: Path, run_id: str) -> dict[str, Any]:
-    run: dict[str, Any] = json.loads((root / "runs" / run_id / "run.json").read_text())
-    return {"criterion": "saap"} | run  # runs from before there was a choice do not say
+    """Raises StorageError for a damaged record, FileNotFoundError when there is none."""
+    return parse_run((root / "runs" / run_id / "run.json").read_bytes(), run_id)
+
+
+def parse_run(content: bytes, run_id: str) -> dict[str, Any]:
+    run = _checked(content, _RUN, _RUN_DEFAULTS)
+    if run["run_id"] != run_id:
+        raise StorageError(f"it is the record of run {run['run_id']}")
+    return run
+
+
+def stage_files(root: Path, run_id: str) -> list[Path]:
+    """The files of a run's stages, in the order of the run."""
+    return sorted((root / "runs" / run_id / "stages").glob("[0-9][0-9][0-9][0-9].json"))
+
+
+def read_stage(file: Path) -> dict[str, Any]:
+    """Raises StorageError for a damaged record, FileNotFoundError when there is none."""
+    stage = _checked(file.read_bytes(), _STAGE, _STAGE_DEFAULTS)
+    if stage["position"] != int(file.stem):
+        raise StorageError(f"it is the record of step {stage['position']}")
+    return stage
 
 
 def read_stages(root: Path, run_id: str) -> Iterator[dict[str, Any]]:
-    for file in sorted((root / "runs" / run_id / "stages").glob("*.json")):
-        yield json.loads(file.read_text())
+    return (read_stage(file) for file in stage_files(root, run_id))
+
+
+def is_alive(root: Path, run_id: str) -> bool:
+    """Whether the process of the run lives."""
+    lock = root / "runs" / run_id / "alive.lock"
+    return lock.exists() and is_held(lock)
 
 
 def mark_killed(root: Path) -> list[str]:
-    """Runs that say they are running but whose process is gone get the status 'killed'. Returns their ids."""
+    """Runs that say they are running but whose process is gone get the status 'killed'. Returns their ids.
+
+    A damaged run record is set aside with all of its run, unless the run lives: it will write its record again.
+    """
     killed = []
     for run_id in all_runs(root):
-        run = read_run(root, run_id)
-        if run["status"] != "running":
-            continue
         try:
-            with FileLock(root / "runs" / run_id / "alive.lock", timeout=0):
-                if read_run(root, run_id)["status"] == "running":
-                    _write(root / "runs" / run_id / "run.json", run | {"status": "killed"})
-                    killed.append(run_id)
-        except Timeout:
+            run = read_run(root, run_id)
+            # read again: it may have finished in between
+            if run["status"] != "running" or is_alive(root, run_id) or read_run(root, run_id)["status"] != "running":
+                continue
+            _write(root / "runs" / run_id / "run.json", run | {"status": "killed"})
+            killed.append(run_id)
+        except FileNotFoundError:  # another process has just set it aside
             continue
+        except StorageError as fault:
+            if isinstance(fault.__cause__, OSError):
+                raise  # a disk that cannot be written, not a damaged record
+            if not is_alive(root, run_id):
+                move_aside(root, root / "runs" / run_id, f"runs-{run_id}", f"the record of run {run_id}", str(fault))
     return killed
+
+
+def _checked(content: bytes, fields: Fields, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The record in a file's content. Raises StorageError that says what is wrong with it."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise StorageError("it is empty" if not content.strip() else "it is no JSON") from error
+    if not isinstance(value, dict):
+        raise StorageError("it is no JSON object")
+    value = defaults | value
+    for field, fits in fields.items():
+        if field not in value:
+            raise StorageError(f"it has no {field}")
+        if not fits(value[field]):
+            raise StorageError(f"its {field} is {str(value[field])[:40]!r}")
+    return value

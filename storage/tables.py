@@ -156,6 +156,21 @@ def read_table(folder: Path, name: str) -> dict[str, np.ndarray]:
     return {column: table[column].to_numpy() for column in table.schema.names}
 
 
+def load_table(folder: Path, name: str) -> pa.Table:
+    """`<folder>/<name>.parquet` as a table. Columns that were added to the schema after it was written are not in it.
+
+    Raises StorageError when it is not such a file.
+    """
+    path = folder / f"{name}.parquet"
+    schema = SCHEMAS[name]
+    try:
+        table = pq.read_table(path)
+        known = pa.schema([field for field in schema if field.name in table.schema.names])
+        return table.select(known.names).cast(known)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+
+
 class SampleWriter:
     """Writes (samples, groups) values as rows (sample, layer, kind, unit, …), a batch of samples at a time."""
 

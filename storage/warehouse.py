@@ -1,52 +1,35 @@
 """The DuckDB side: tables loaded from published Parquet files and run records, and views over them.
 
-Nothing lives only here: `rebuild` makes the same file again from the store. One process at a time opens the file, under
-an OS lock; DuckDB's own lock refuses a second process instead of making it wait, and retrying on it can lose rows.
+Nothing lives only here. The file is never changed: who loads something copies it, changes the copy, and renames it into
+place, one process at a time. So who is killed leaves the file of before, and readers, who need no lock, go on with the
+file they opened. What was not loaded for any reason is found missing by the next comparison with the disk.
 """
 
 import contextlib
-from collections.abc import Iterator
-from importlib.resources import as_file, files
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import duckdb
-import pyarrow as pa
-from filelock import FileLock
 
 from storage import runs
 from storage.artifacts import ArtifactStore
-from storage.errors import StorageError
+from storage.errors import BusyError, StorageError
+from storage.loading import create_tables, follow_disk, follows_disk, sql_type
+from storage.locks import held
 from storage.tables import SCHEMAS
 
-VERSION = 13  # raise it when a table or view changes: a file of another version is rebuilt from the store
-
-# stage → the tables loaded from its artifact
-STAGE_TABLES = {
-    "fluctuation": ("groups",),
-    "rank": ("groups",),
-    "prune": ("widths",),
-    "recover": ("training",),
-    "evaluate": ("metrics", "items"),
-    "speed": ("speed",),
-}
-# what a row belongs to, where that is not (run_id, key): the variant of a metric comes from the stage run, since it is
-# measured on one checkpoint whatever that is called; items are many, and the same for all runs that share the artifact
-_OWNERS = {"metrics": ("run_id", "key", "variant"), "items": ("key",)}
-_SQL_TYPES = {"int32": "INTEGER", "int64": "BIGINT", "double": "DOUBLE", "float": "FLOAT", "bool": "BOOLEAN"}
-
-_TABLES = """
-create table schema_version (version integer);
-create table runs (
-    run_id varchar primary key, name varchar, model varchar, data varchar, criterion varchar, ratio double,
-    started_at timestamp, finished_at timestamp, status varchar, error varchar, config varchar);
-create table stage_runs (
-    run_id varchar, position integer, stage varchar, variant varchar, benchmark varchar, key varchar, cached boolean,
-    seconds double, finished_at timestamp, skipped varchar, primary key (run_id, position));
-create table published_results (
-    source varchar, "table" varchar, model varchar, ratio double, tuned boolean, method varchar, benchmark varchar,
-    value double, misprint boolean, note varchar);
-"""
+VERSION = 14  # raise it when a table or view changes: a file of another version is made again from the store
+WRITER_WAITS, READER_WAITS = 60.0, 2.0  # seconds, for the process that is loading something
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+log = logging.getLogger("saap.storage")
 
 
 class Warehouse:
@@ -55,155 +38,191 @@ class Warehouse:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).resolve()
         self.file = self.root / "warehouse.duckdb"
+        self._store = ArtifactStore(self.root)
 
     def load(self, run_id: str) -> None:
-        """Bring one run up to date: its row, and every recorded stage not there yet. Twice is once."""
-        with self._lock():
-            if self._stale():
-                self._rebuild()
-                return
-            with duckdb.connect(str(self.file)) as connection:
-                self._load(connection, run_id)
-                self._importance_view(connection)
+        """Bring one run up to date. Never fails for another process: what it could not load comes with the next."""
+        self._try_to_update(run_id)
+
+    def sync(self) -> None:
+        """Bring all runs up to date with their records and artifacts, dead runs marked as killed. Like `load`."""
+        runs.mark_killed(self.root)
+        self._try_to_update(None)
 
     def rebuild(self) -> int:
         """Make the file again from the store; the old one stays until the new one is whole. Returns the runs."""
-        with self._lock():
-            return self._rebuild()
+        runs.mark_killed(self.root)
+        try:
+            with self._lock(WRITER_WAITS):
+                self._replace(self._make)
+        except OSError as error:
+            raise _one_line(error, self.root) from error
+        return len(runs.all_runs(self.root))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A read-only connection; the file is rebuilt first if it is broken or of another version.
+        """A connection to a snapshot of the file, brought up to date with the disk first.
 
-        Raises StorageError when there is no warehouse yet.
+        It can read nothing else but the importance Parquet of the store, and write nothing. Raises StorageError when
+        there is no warehouse yet and no run to make it of.
         """
-        if not self.file.exists():
+        if not self.file.exists() and not runs.all_runs(self.root):
             raise StorageError(
                 f"no warehouse in {self.root}: run something first (saap run …), or name another --store"
             )
-        with self._lock():
-            if self._stale():
-                self._rebuild()
-            with duckdb.connect(str(self.file), read_only=True) as connection:
-                yield connection
-
-    def _lock(self) -> FileLock:
-        return FileLock(self.root / "warehouse.lock")
-
-    def _stale(self) -> bool:
-        if not self.file.exists():
-            return True
-        try:
-            with duckdb.connect(str(self.file), read_only=True) as connection:
-                row = connection.execute("select max(version) from schema_version").fetchone()
-            return row is None or row[0] != VERSION
-        except duckdb.Error:
-            return True
-
-    def _rebuild(self) -> int:
-        fresh = self.file.with_suffix(".new")
-        for leftover in (fresh, Path(f"{fresh}.wal")):
-            leftover.unlink(missing_ok=True)
-        known = runs.all_runs(self.root)
-        with duckdb.connect(str(fresh)) as connection:
-            connection.execute(_TABLES)
-            for table in dict.fromkeys(table for tables in STAGE_TABLES.values() for table in tables):
-                connection.execute(_create(table))
-            connection.execute(files("storage").joinpath("views.sql").read_text())
-            with as_file(files("storage").joinpath("published_results.csv")) as published:
-                connection.execute("insert into published_results from read_csv(?, header = true)", [str(published)])
-            connection.execute("insert into schema_version values (?)", [VERSION])
-            for run_id in known:
-                self._load(connection, run_id)
+        with contextlib.suppress(StorageError):  # a store to read only
+            runs.mark_killed(self.root)
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(_attached(self.file))
+            if connection is None or not follows_disk(connection, self._store):
+                stack.close()
+                file = stack.enter_context(self._snapshot(usable=connection is not None))
+                connection = stack.enter_context(_attached(file))
+            if connection is None:
+                raise StorageError(f"{self.file} cannot be read")
             self._importance_view(connection)
-        Path(f"{self.file}.wal").unlink(missing_ok=True)
-        fresh.replace(self.file)
-        return len(known)
+            # what spills from memory must not go into the current folder; nothing is made before it is needed
+            spill = Path(tempfile.gettempdir()) / f"saap-{uuid.uuid4().hex[:8]}.tmp"
+            connection.execute(f"set temp_directory = {_quoted(spill)}")
+            connection.execute("set enable_external_access = false")
+            connection.execute("set python_enable_replacements = false")
+            connection.execute("set lock_configuration = true")
+            yield connection
 
-    def _load(self, connection: duckdb.DuckDBPyConnection, run_id: str) -> None:
-        run = runs.read_run(self.root, run_id)
-        connection.begin()
+    def _lock(self, timeout: float) -> contextlib.AbstractContextManager[None]:
+        return held(self.root / "warehouse.lock", "the warehouse", timeout)
+
+    def _try_to_update(self, only: str | None) -> None:
         try:
-            connection.execute(
-                "insert or replace into runs values (?, ?, ?, ?, ?, ?, make_timestamp(?), make_timestamp(?), ?, ?, ?)",
-                [
-                    *(run[c] for c in ("run_id", "name", "model", "data", "criterion", "ratio")),
-                    _microseconds(run["started_at"]),
-                    _microseconds(run["finished_at"]),
-                    run["status"],
-                    run.get("error"),
-                    run["config"],
-                ],
-            )
-            there = connection.execute("select position from stage_runs where run_id = ?", [run_id]).fetchall()
-            done = {row[0] for row in there}
-            for stage in runs.read_stages(self.root, run_id):
-                if stage["position"] not in done:
-                    self._load_stage(connection, run_id, stage)
-            connection.commit()
-        except BaseException:
-            connection.rollback()
-            raise
+            with self._lock(WRITER_WAITS):
+                self._update(only)
+        except BusyError as busy:
+            log.warning("%s: what is new is loaded later", busy)
+        except OSError as error:
+            raise _one_line(error, self.root) from error
 
-    def _load_stage(self, connection: duckdb.DuckDBPyConnection, run_id: str, stage: dict[str, Any]) -> None:
-        connection.execute(
-            "insert into stage_runs values (?, ?, ?, ?, ?, ?, ?, ?, make_timestamp(?), ?)",
-            [
-                run_id,
-                *(stage[c] for c in ("position", "stage", "variant", "benchmark", "key", "cached", "seconds")),
-                _microseconds(stage["at"]),
-                stage.get("skipped"),
-            ],
-        )
-        for table in STAGE_TABLES.get(stage["stage"], ()):
-            file = self.root / stage["stage"] / stage["key"] / f"{table}.parquet"
-            if not file.exists():
-                continue  # the artifact was removed after the run: its record stays, its rows are gone
-            owner = {"run_id": run_id, "key": stage["key"], "variant": stage["variant"]}
-            owned = _OWNERS.get(table, ("run_id", "key"))
-            if (
-                owned == ("key",)
-                and connection.execute(f"from {table} where key = ? limit 1", [stage["key"]]).fetchone()
-            ):
-                continue  # loaded with an earlier run
-            leading = ", ".join(f"? as {name}" for name in owned)
-            # by name: files written before a column was added have no such column
-            connection.execute(
-                f"insert into {table} by name select {leading}, * from read_parquet(?)",
-                [*(owner[name] for name in owned), str(file)],
-            )
+    def _update(self, only: str | None) -> None:
+        """Under the lock."""
+        if only is None:  # of one run there is something new whenever it is asked for
+            with _attached(self.file) as connection:
+                if connection is not None and follows_disk(connection, self._store):
+                    return
+        self._replace(lambda fresh: self._change(fresh, only))
+
+    def _replace(self, fill: Callable[[Path], None]) -> None:
+        """Fill a new file, and put it in the place of the old one. Under the lock."""
+        for leftover in (*self.root.glob(".warehouse-*"), *self.root.glob("warehouse.new*")):  # of killed writers
+            leftover.unlink(missing_ok=True)
+        fresh = self.root / f".warehouse-{uuid.uuid4().hex[:8]}"
+        try:
+            fill(fresh)
+            _fsync(fresh)
+            Path(f"{self.file}.wal").unlink(missing_ok=True)  # another program's: it belongs to the old file
+            fresh.replace(self.file)
+        except duckdb.Error as error:  # of the old file's faults none is left here: a full disk, a limit of the system
+            raise StorageError(f"cannot make the warehouse in {self.root}: {str(error).splitlines()[0]}") from error
+        finally:
+            for leftover in (fresh, Path(f"{fresh}.wal")):
+                leftover.unlink(missing_ok=True)
+
+    def _change(self, fresh: Path, only: str | None = None) -> None:
+        """Fill `fresh` with the file of before, brought up to date; from the store alone when that is of no use."""
+        if _copied(self.file, fresh):
+            try:
+                with duckdb.connect(str(fresh)) as connection:
+                    if connection.execute("select max(version) from schema_version").fetchall() == [(VERSION,)]:
+                        follow_disk(connection, self._store, only)
+                        connection.execute("checkpoint")
+                        return
+            except duckdb.Error as error:
+                log.warning("the warehouse is damaged (%s): made again from the store", str(error).splitlines()[0])
+            fresh.unlink()
+        self._make(fresh)
+
+    def _make(self, fresh: Path) -> None:
+        with duckdb.connect(str(fresh)) as connection:
+            create_tables(connection, VERSION)
+            follow_disk(connection, self._store)
+            connection.execute("checkpoint")
+
+    @contextlib.contextmanager
+    def _snapshot(self, usable: bool) -> Iterator[Path]:
+        """The file brought up to date; where the store cannot be written, one of our own."""
+        try:
+            with self._lock(READER_WAITS if usable else WRITER_WAITS):
+                self._update(None)
+        except BusyError as busy:
+            if not usable:
+                raise
+            log.warning("%s: shown is what it held before", busy)
+        except OSError as error:
+            if error.errno not in (*_NOT_WRITABLE, *_FULL):
+                raise _one_line(error, self.root) from error
+            with tempfile.TemporaryDirectory(prefix="saap-") as folder:
+                fresh = Path(folder) / self.file.name
+                self._change(fresh)
+                yield fresh
+            return
+        yield self.file
 
     def _importance_view(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Over the whole artifacts only: one damaged file must not take the others with it."""
-        store = ArtifactStore(self.root)
         columns = ", ".join(SCHEMAS["importance"].names)
         keys = sorted(folder.name for folder in self.root.glob("score/[!.]*"))
-        files = [store.path("score", key) / "importance.parquet" for key in keys if store.inspect("score", key)[0]]
+        files = [
+            self._store.path("score", key) / "importance.parquet"
+            for key in keys
+            if self._store.inspect("score", key)[0]
+        ]
         if files:
-            listed = ", ".join(f"'{_quoted(file)}'" for file in files)
+            listed = ", ".join(map(_quoted, files))
             source = (
                 f"select parse_filename(parse_dirpath(filename)) as key, {columns} "
                 f"from read_parquet([{listed}], filename = true)"
             )
+            connection.execute(f"set allowed_paths = [{listed}]")
         else:
-            empty = ", ".join(f"null::{_sql_type(f.type)} as {f.name}" for f in SCHEMAS["importance"])
+            empty = ", ".join(f"null::{sql_type(f.type)} as {f.name}" for f in SCHEMAS["importance"])
             source = f"select null::varchar as key, {empty} limit 0"
-        connection.execute(f"create or replace view importance as {source}")
+        connection.execute(f"create temp view importance as {source}")
 
 
-def _create(table: str) -> str:
-    columns = [f"{name} varchar" for name in _OWNERS.get(table, ("run_id", "key"))]
-    columns += [f"{field.name} {_sql_type(field.type)}" for field in SCHEMAS[table]]
-    return f"create table {table} ({', '.join(columns)})"
+@contextlib.contextmanager
+def _attached(file: Path) -> Iterator[duckdb.DuckDBPyConnection | None]:
+    """A connection of its own that reads the file; None when that is not there, broken, or of another version."""
+    with duckdb.connect() as connection:
+        try:
+            connection.execute(f"attach {_quoted(file)} as warehouse (read_only)")
+            connection.execute("use warehouse")
+            rows = connection.execute("select max(version) from schema_version").fetchall()
+        except duckdb.Error:
+            rows = []
+        yield connection if rows == [(VERSION,)] else None
 
 
-def _sql_type(kind: pa.DataType) -> str:
-    return _SQL_TYPES.get(str(kind), "VARCHAR")
+def _copied(file: Path, fresh: Path) -> bool:
+    """Copy the file, unless there is none or another program is writing to it."""
+    try:
+        with file.open("rb") as old, fresh.open("wb") as new:
+            fcntl.lockf(old, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the kind of lock that DuckDB takes
+            shutil.copyfileobj(old, new, 1 << 20)
+        return True
+    except (FileNotFoundError, BlockingIOError):
+        fresh.unlink(missing_ok=True)
+        return False
 
 
 def _quoted(path: Path) -> str:
-    return str(path).replace("'", "''")
+    return "'" + str(path).replace("'", "''") + "'"
 
 
-def _microseconds(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds * 1e6)
+def _one_line(error: OSError, root: Path) -> OSError:
+    return error if isinstance(error, StorageError) else StorageError(f"cannot write to {root} ({error.strerror})")
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

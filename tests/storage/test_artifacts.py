@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.artifacts import MANIFEST, ArtifactStore
+from storage.artifacts import MANIFEST, SMALL, ArtifactStore
 from storage.errors import StorageError
 
 
@@ -51,6 +51,11 @@ def test_an_error_while_publishing_leaves_nothing(store):
         lambda folder: (folder / MANIFEST).unlink(),
         lambda folder: (folder / MANIFEST).write_text('{"files"'),
         lambda folder: (folder / MANIFEST).write_text("[]"),
+        lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace("bytes", "bites")),
+        lambda folder: (folder / MANIFEST).write_text('{"stage": "score", "key": "k", "files": ["a.txt"]}'),
+        lambda folder: (folder / MANIFEST).write_bytes(bytes(300)),
+        lambda folder: (folder / MANIFEST).write_text("[" * 100_000),
+        lambda folder: (folder / "a.txt").write_bytes(bytes(5)),
     ],
 )
 def test_a_damaged_artifact_is_set_aside_and_can_be_made_again(store, harm, caplog):
@@ -63,11 +68,14 @@ def test_a_damaged_artifact_is_set_aside_and_can_be_made_again(store, harm, capl
     assert (store.path("score", "k") / "a.txt").read_text() == "again"
 
 
-def test_changed_content_of_the_same_size_is_noticed_when_asked(store):
+def test_changed_content_of_the_same_size_is_noticed_in_small_files_always_in_large_ones_when_asked(store):
     publish(store)
     (store.path("score", "k") / "a.txt").write_text("HELLO")
-    assert store.inspect("score", "k")[1] is None
-    assert "content" in store.inspect("score", "k", verify=True)[1]
+    assert "content" in store.inspect("score", "k")[1]
+    publish(store, key="large", text="x" * (SMALL + 1))
+    (store.path("score", "large") / "a.txt").write_text("y" * (SMALL + 1))
+    assert store.inspect("score", "large")[1] is None
+    assert "content" in store.inspect("score", "large", verify=True)[1]
 
 
 def test_a_killed_writer_leaves_no_artifact_and_its_draft_is_swept(store):
