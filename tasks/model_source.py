@@ -1,25 +1,35 @@
 """Where models come from, and fingerprints of them. Light: no torch, no Prefect."""
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.keys import Fingerprints
+from storage.keys import Fingerprints, digest
 from tasks.config import ConfigError
 
 EMBEDDED_MODEL = "smollm2-135m"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json")
+EXTRAS = ("chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json")
+EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model before it is loaded. kind: 'gguf' (the embedded one, to be converted) or 'folder'."""
+    """A model before it is loaded. kind: 'gguf' (the embedded one, to be converted) or 'folder'.
+
+    weights, tokenizer and extras are fingerprints: of the weight files and config.json; of the tokenizer's files; of
+    the chat templates and generation_config.json, which every checkpoint made from the model carries along (None when
+    it has none of them).
+    """
 
     kind: str
     path: Path
-    weights: str  # fingerprint
-    tokenizer: str  # fingerprint
+    weights: str
+    tokenizer: str
+    extras: str | None = None
 
 
 def model_source(path: str, revision: str | None, fingerprints: Fingerprints) -> ModelSource:
@@ -39,20 +49,65 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
                 "*.safetensors, or a hub id like org/name"
             )
         folder = _download(path, revision)
-    weights = _matching(folder, WEIGHTS)
-    if "config.json" not in weights:
+    config = folder / "config.json"
+    if not config.is_file():
         raise ConfigError(f"no model in {folder}: there is no config.json")
-    if not any(name.endswith(".safetensors") for name in weights):
-        raise ConfigError(
-            f"no *.safetensors in {folder}: convert the model with save_pretrained (pickles are not read)"
-        )
-    for name, file in weights.items():
-        if name.endswith(".safetensors"):
-            _check_safetensors(file)
+    weights = _weight_files(folder)
+    tensors = {name for file in weights if file.suffix == ".safetensors" for name in _tensor_names(file)}
     tokenizer = _matching(folder, TOKENIZER)
     if not tokenizer:
-        raise ConfigError(f"no tokenizer files in {folder}")
-    return ModelSource("folder", folder, fingerprints.files(weights), fingerprints.files(tokenizer))
+        raise ConfigError(f"no tokenizer files in {folder}: copy those of the model into it")
+    extras = _matching(folder, EXTRAS)
+    found = fingerprints.files({file.name: file for file in (*weights, config)})
+    if "lm_head.weight" in tensors and _says_tied(config) and any(n.endswith(EMBEDDINGS) for n in tensors):
+        found = digest([found, "the stored head"])  # such models were once cut with the embeddings as their head
+    return ModelSource(
+        "folder",
+        folder,
+        found,
+        fingerprints.files(tokenizer),
+        fingerprints.files(extras) if extras else None,
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, else the index and the files it names: what `saap.load` reads, and nothing beside it."""
+    single, index = folder / "model.safetensors", folder / INDEX
+    if single.exists():
+        return [_regular(single)]
+    if not index.exists():
+        raise ConfigError(
+            f"no model.safetensors in {folder}, nor an index of its parts: convert the model with save_pretrained "
+            "(pickles are not read)"
+        )
+    _regular(index)
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{index} is no index of weights ({type(error).__name__}): get it again") from error
+    if not named:
+        raise ConfigError(f"{index} names no files: get it again")
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ConfigError(f"{index} names {name!r}: only safetensors files beside it are read")
+        if not (folder / name).exists():
+            raise ConfigError(f"{index} names {name}, which is missing: get it again")
+    return [index, *(_regular(folder / name) for name in named)]
+
+
+def _regular(file: Path) -> Path:
+    """The file itself. Raises ConfigError when reading it could wait for ever (a pipe) or never end (a device)."""
+    if not file.is_file():
+        raise ConfigError(f"{file} is no regular file")
+    return file
+
+
+def _says_tied(config: Path) -> bool:
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {config} ({type(error).__name__}): it must be JSON in UTF-8") from error
+    return isinstance(fields, dict) and fields.get("tie_word_embeddings") is True
 
 
 def base_model(path: Path) -> tuple[str, str | None]:
@@ -75,13 +130,16 @@ def _licence(card: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _check_safetensors(file: Path) -> None:
-    """The header and its offsets against the file's size: finds truncated and foreign files without reading them."""
+def _tensor_names(file: Path) -> list[str]:
+    """The names in the header, whose offsets must fit the file's size: finds truncated and foreign files unread.
+
+    Raises ConfigError for those.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="numpy"):
-            pass
+        with safe_open(file, framework="numpy") as stored:
+            return list(stored.keys())
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file} is damaged or no safetensors file ({error}): get it again") from error
 
@@ -111,4 +169,6 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
-    return {file.name: file for pattern in patterns for file in sorted(folder.glob(pattern))}
+    """Path inside the folder → file, of all regular files that match; folders are passed over."""
+    found = (file for pattern in patterns for file in sorted(folder.glob(pattern)) if not file.is_dir())
+    return {file.relative_to(folder).as_posix(): _regular(file) for file in found}

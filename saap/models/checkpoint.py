@@ -1,6 +1,9 @@
 """Models on disk: safetensors and config.json, uneven and int4 ones included."""
 
 import copy
+import json
+import logging
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,7 @@ from saap.errors import SaapError, first_line
 from saap.models.convert_baichuan import split_config, split_state
 from saap.models.families import family_of
 from saap.models.offload import device_map
-from saap.models.validation import check_sizes, read_fields
+from saap.models.validation import check_sizes, own_head, read_fields
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,8 +78,10 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu", off
 
 
 def load_config(folder: str | Path) -> Any:
-    """The transformers config of a local folder.
+    """The transformers config of a local folder, as the model is loaded by it.
 
+    Two fields may differ from the file, each with a warning: `tie_word_embeddings` is False where the weights hold an
+    output head of their own, and an attention that is neither eager nor sdpa gives way to sdpa, as our masks need it.
     Raises SaapError if there is none, it cannot be read, or is of a family we do not know.
     """
     from transformers import AutoConfig
@@ -87,26 +92,59 @@ def load_config(folder: str | Path) -> Any:
     fields = read_fields(folder)
     try:
         if _baichuan(fields):
-            return split_config(fields)
-        family_of(SimpleNamespace(model_type=str(fields.get("model_type"))))
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = split_config(fields)
+        else:
+            family_of(SimpleNamespace(model_type=str(fields.get("model_type"))))
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except SaapError:
         raise
     except Exception as error:  # transformers lets many kinds through, and all are the file's fault
         raise SaapError(f"cannot read {folder}/config.json: {first_line(error)}") from error
+    if config.tie_word_embeddings and own_head(folder):
+        config.tie_word_embeddings = False
+        _warn(f"{folder}/config.json says tie_word_embeddings, but the weights hold another lm_head: that one is used")
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        _warn(f"{folder}/config.json asks for {config._attn_implementation}: computed with sdpa instead")
+        config._attn_implementation = None
+    return config
+
+
+@lru_cache
+def _warn(line: str) -> None:
+    """Log a line once, however often the model is loaded."""
+    logging.getLogger("saap").warning(line)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a local folder, with a padding token. Raises SaapError if there is none."""
+    """The tokenizer of a local folder, with a padding token; one that names no end-of-text token gets the config's.
+
+    Raises SaapError if there is none.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions
         raise SaapError(f"no tokenizer in {folder} that can be read: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = _configured_eos(Path(folder), tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _configured_eos(folder: Path, tokenizer: Any) -> str | None:
+    """The token of `eos_token_id` in generation_config.json or config.json, the first where there are several."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        number = found[0] if isinstance(found, list) and found else found
+        if isinstance(number, int) and 0 <= number < len(tokenizer):
+            token: str | None = tokenizer.convert_ids_to_tokens(number)
+            return token
+    return None
 
 
 def complete(small: Any, model: Any) -> Any:

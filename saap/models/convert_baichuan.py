@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from saap.errors import SaapError
 from saap.models.modeling_baichuan import SaapBaichuanConfig
+from saap.models.validation import weight_files
 
 SHARED = (
     "vocab_size",
@@ -48,9 +49,9 @@ def split_config(fields: dict[str, Any]) -> LlamaConfig | SaapBaichuanConfig:
 
 
 def split_state(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of *.safetensors under Llama's names: W_pack (3H, H) becomes q, k, v, each (H, H), in this order."""
+    """The stored tensors under Llama's names: W_pack (3H, H) becomes q, k, v, each (H, H), in this order."""
     state: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         for name, tensor in load_file(file).items():
             if name.endswith("self_attn.W_pack.weight"):
                 for letter, part in zip("qkv", tensor.chunk(3), strict=True):

@@ -18,6 +18,7 @@ from saap.errors import SaapError, first_line
 
 MOST_BLOCKS = 4096
 FLOATS = ("F64", "F32", "BF16", "F16")
+EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
@@ -28,8 +29,12 @@ def read_fields(folder: Path) -> dict[str, Any]:
         raise SaapError(f"cannot read {folder}/config.json: {first_line(error)}") from error
     if not isinstance(fields, dict):
         raise SaapError(f"{folder}/config.json is no JSON object")
-    if fields.get("quantization_config"):
-        raise SaapError(f"the model in {folder} is quantised already: give one with float weights")
+    if quantised := fields.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise SaapError(
+            f"the model in {folder} is quantised already ({str(method)[:40]}): give the one with float weights that it "
+            "was made from"
+        )
     if fields.get("transformers_weights"):
         raise SaapError(f"{folder}/config.json names a weights file of its own (transformers_weights): remove that")
     for name, value in _all_fields(fields):
@@ -42,25 +47,67 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises SaapError when there are none or an index points elsewhere."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SaapError(f"cannot read {index}: {first_line(error)}") from error
-        for name in named:
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise SaapError(f"{index} names {name!r}: only safetensors files beside it are read")
-            if not (folder / name).is_file():
-                raise SaapError(f"{index} names {name}, which is missing")
+    """The weight files of a checkpoint: model.safetensors, else those its index names, whatever else lies beside them.
+
+    Raises SaapError when there are none or an index points elsewhere.
+    """
     if (folder / "adapter_config.json").exists():
         raise SaapError(f"{folder} holds an adapter: merge it into its model and save that")
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise SaapError(f"no *.safetensors in {folder}: save the model with save_pretrained (pickles are not read)")
-    return files
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    named = _named_in(index) if index.exists() else []
+    if single.exists():  # transformers reads it, whatever an index beside it says
+        return [_regular(single)]
+    if not named:
+        others = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))[:3])
+        raise SaapError(
+            f"no model.safetensors in {folder}, nor an index of its parts{f' (only {others})' if others else ''}: "
+            "save the model with save_pretrained (pickles are not read)"
+        )
+    return named
+
+
+def _named_in(index: Path) -> list[Path]:
+    _regular(index)
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SaapError(f"cannot read {index}: {first_line(error)}") from error
+    for name in named:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise SaapError(f"{index} names {name!r}: only safetensors files beside it are read")
+        if not (index.parent / name).exists():
+            raise SaapError(f"{index} names {name}, which is missing")
+    return [_regular(index.parent / name) for name in sorted(named)]
+
+
+def _regular(file: Path) -> Path:
+    """The file itself. Raises SaapError when reading it could wait for ever (a pipe) or never end (a device)."""
+    if not file.is_file():
+        raise SaapError(f"{file} is no regular file")
+    return file
+
+
+def own_head(folder: Path) -> bool:
+    """Whether the weights hold an lm_head that differs from the embeddings: no model with tied ones computes by it.
+
+    False also when the folder holds no weights that can be read: `check_sizes` says what is wrong with those.
+    """
+    try:
+        places = {name: file for file in weight_files(folder) for name in tensor_shapes([file])}
+    except SaapError:
+        return False
+    inner = next((name for name in places if name.endswith(EMBEDDINGS)), None)
+    if inner is None or "lm_head.weight" not in places:
+        return False
+    with (
+        safe_open(places["lm_head.weight"], framework="pt") as first,
+        safe_open(places[inner], framework="pt") as second,
+    ):
+        head, embeddings = first.get_slice("lm_head.weight"), second.get_slice(inner)
+        if head.get_shape() != embeddings.get_shape():
+            return True
+        rows = range(0, head.get_shape()[0], 4096)
+        return any(not torch.equal(head[i : i + 4096].float(), embeddings[i : i + 4096].float()) for i in rows)
 
 
 def tensor_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:

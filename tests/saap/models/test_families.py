@@ -408,6 +408,8 @@ def publish_baichuan(model, folder, **fields):
     names = sorted(state)
     for number, shard in enumerate((names[::2], names[1::2])):
         save_file({name: state[name].contiguous() for name in shard}, folder / f"model-{number}.safetensors")
+    places = {name: f"model-{number}.safetensors" for number in (0, 1) for name in names[number::2]}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     names = ("hidden_act", "rms_norm_eps", "num_hidden_layers", "num_attention_heads", "intermediate_size", *SMALL)
     fields |= {name: getattr(model.config, name) for name in names} | {"model_type": "baichuan"}
     fields["auto_map"] = {"AutoConfig": "code.BaichuanConfig", "AutoModelForCausalLM": "code.BaichuanForCausalLM"}
