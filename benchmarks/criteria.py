@@ -1,12 +1,15 @@
-"""Criteria and compensations on text that is neither calibration nor test: what choices in saap_plus were made by.
+"""Criteria, compensations and peers: what each keeps, what it costs and what is left of the model.
 
-    python benchmarks/criteria.py --data FOLDER                     # a data folder (docs/data.md); about 20 minutes
-    python benchmarks/criteria.py --data FOLDER --criteria saap_plus: saap_plus:0.25 --compensation least_squares
+    python benchmarks/criteria.py --data FOLDER                # a data folder (docs/data.md); about 20 minutes
+    python benchmarks/criteria.py --data FOLDER --texts test --align 1 --criteria llm_pruner wanda_sp flap shortgpt
+    python benchmarks/criteria.py --data FOLDER --criteria saap_plus:cuts=[] llm_pruner:kinds=mlp:align=32+least_squares
 
-Calibration is drawn from the first three quarters of the novels; perplexities are on windows of the last quarter, and
-of Alpaca's instructions and answers. The figure that counts is their geometric mean. `saap_plus:0.1,0.2` ranks again
-after cuts of 0.1 and 0.2, `saap_plus:` ranks once, `saap_plus` has the defaults. Prints a table and, as its last line,
-one JSON object.
+A row is a criterion, or one of the peers in `peers.py`. After a colon come its options and those of the plan (`cuts`,
+`variant`, `query_heads`, `search`, `kinds`, `align`), after a plus the compensation; left out, they are those of its
+authors. Texts are either held out, windows of the last quarter of the novels, the others being for calibration, and
+of Alpaca's instructions and answers: choices are made by the geometric mean of their perplexities. Or they are the
+test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held above the model are those of all
+statistics a row needs, of ranking and of cutting. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -15,118 +18,187 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from common import embedded, where
-from torch.nn import functional as F
+from common import embedded, held, most_held, where
+from peers import PEERS, mean_loss
 
 import saap
+from saap.models.groups import block_parts
 from saap.pruning.plan import PROTECTED
 from tasks.config import Criterion
 from tasks.criteria import NEEDS, SAAP
 from tasks.data import read_data
 
-
-def perplexity(model: Any, windows: torch.Tensor) -> float:
-    """Of tokens int64 (windows, length), each window on its own."""
-    losses = []
-    with torch.no_grad():
-        for batch in windows.to(model.device).split(8):
-            logits = model(batch, use_cache=False).logits[:, :-1].float()
-            losses.append(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item() * len(batch))
-    return math.exp(sum(losses) / len(windows))
+HEADS = f"{'':<44}{'ratio':>6}{'heads':>7}{'channels':>10}{'blocks M':>10}{'all M':>8}"
 
 
-def statistics_of(model: Any, tokens: torch.Tensor, seed: int) -> Callable[[str], Any]:
-    """A criterion's argument by its name, computed on first use."""
-    makers: dict[str, Callable[[], Any]] = {
+class Cost:
+    """Seconds and bytes of what is made on first use, so that a row can be told all that it needs."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.known, self.spent = device, {}, {}  # type: ignore[var-annotated]
+
+    def make(self, name: str, maker: Callable[[], Any]) -> Any:
+        if name not in self.known:
+            before, start, found = held(self.device), time.perf_counter(), []
+            peak = most_held(lambda: found.append(maker()), self.device)
+            self.known[name] = found[0]
+            self.spent[name] = time.perf_counter() - start, max(0, peak - before)
+        return self.known[name]
+
+
+def statistics_of(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """The statistics of criteria, by name."""
+    return {
         "score": lambda: saap.score(model, tokens),
         "gradients": lambda: saap.taylor_sums(model, tokens),
         "activations": lambda: saap.input_moments(model, tokens),
         "fisher": lambda: saap.mask_fisher(model, tokens),
         "tokens": lambda: tokens,
-        "seed": lambda: seed,
-        "variant": lambda: "param_first",
-        "protect": lambda: PROTECTED,
-        "align": lambda: 32,
     }
-    return cache(lambda name: makers[name]())
 
 
-def ranking(spec: str, model: Any, ratio: float, known: Callable[[str], Any]) -> np.ndarray:
-    """The score of each group; spec: a criterion's name, and for saap_plus the cuts it ranks again after."""
-    name, colon, cuts = spec.partition(":")
-    if name == "saap":
-        groups = saap.discover(model)
-        fused, *_ = saap.fuse(*known("score"), groups)
-        return saap.asi(saap.fluctuation(fused, saap.weight_norms(model)), groups)
-    chosen = [float(cut) for cut in cuts.split(",") if cut] if colon else Criterion().cuts
-    needs = (*NEEDS[name].statistics, *NEEDS[name].options)
-    given = {need: [c for c in chosen if c < ratio] if need == "cuts" else known(need) for need in needs}
-    return saap.CRITERIA[name](model, **given)
+def parse(row: str) -> tuple[str, dict[str, Any], str | None]:
+    """'name:option=value:…+compensation' → (name, options, compensation). Values are JSON, or strings."""
+    spec, _, compensation = row.partition("+")
+    name, *settings = spec.split(":")
+    options = {}
+    for setting in settings:
+        option, _, text = setting.partition("=")
+        try:
+            options[option] = json.loads(text)
+        except json.JSONDecodeError:
+            options[option] = text
+    if name not in {"saap", *NEEDS, *PEERS}:
+        raise SystemExit(f"no criterion or peer {name}; known: {', '.join(('saap', *NEEDS, *PEERS))}")
+    return name, options, compensation or None
+
+
+def cut(
+    row: str, model: Any, tokens: torch.Tensor, ratio: float, seed: int, align: int, cost: Cost
+) -> tuple[Any, float, int]:
+    """(pruned model, seconds, bytes) of a row of the table."""
+    name, options, compensation = parse(row)
+    if name in PEERS:
+        small = cost.make(f"{row} {ratio}", lambda: PEERS[name](model, tokens, ratio))
+        return small, *cost.spent.pop(f"{row} {ratio}")
+    groups, needs = saap.discover(model), SAAP if name == "saap" else NEEDS[name]
+    statistics = ("score",) if name == "saap" else needs.statistics
+    makers = statistics_of(model, tokens)
+    known = {statistic: cost.make(statistic, makers[statistic]) for statistic in statistics}
+    settings = {**Criterion().model_dump(), "ratio": ratio, "kinds": "pooled", "protect": PROTECTED, "seed": seed}
+    settings |= {"align": align, "search": needs.search, **options}
+    settings["cuts"] = [value for value in settings["cuts"] if value < ratio]
+    compensation = compensation or needs.compensation
+    if compensation == "bias":
+        cost.make("activations", makers["activations"])
+        statistics = tuple({*statistics, "activations"})
+
+    def ranked_and_cut() -> Any:
+        if name == "saap":
+            fused, *_ = saap.fuse(*known["score"], groups)
+            score = saap.asi(saap.fluctuation(fused, saap.weight_norms(model)), groups)
+        else:
+            chosen = {option: settings[option] for option in needs.options}
+            score = saap.CRITERIA[name](model, **known, **chosen)
+        plan = {key: settings[key] for key in ("search", "kinds", "protect", "align")}
+        keep = saap.select(score, groups, ratio, **plan)
+        small = saap.prune(model, keep)
+        if compensation == "bias":
+            saap.add_mean_bias(small, model, keep, cost.known["activations"])
+        elif compensation == "least_squares":
+            saap.refit(small, model, keep, tokens)
+        return small
+
+    small = cost.make(f"{row} {ratio}", ranked_and_cut)
+    del cost.known[f"{row} {ratio}"]
+    all_of_it = [cost.spent.pop(f"{row} {ratio}"), *(cost.spent[statistic] for statistic in statistics)]
+    return small, sum(seconds for seconds, _ in all_of_it), max(peak for _, peak in all_of_it)
+
+
+def kept(small: Any, model: Any) -> tuple[int, int, int]:
+    """(KV heads, channels, parameters of the blocks' groups) of a pruned model, from the shapes of its matrices."""
+    parts = block_parts(model)[0]
+    counts, parameters = {"attention": 0, "mlp": 0}, 0
+    for block in saap.family_of(small.config).blocks(small):
+        for kind, members in parts.items():
+            for part, _ in members:
+                weight = block.get_submodule(part.matrix).weight
+                parameters += weight.numel()
+                counts[kind] += weight.shape[1] // part.width if part.axis == 1 else 0
+    return counts["attention"], counts["mlp"], parameters
+
+
+def texts_of(which: str, data: str, tokenizer: Any, windows: int, length: int) -> tuple[list[str], dict[str, Any]]:
+    """(texts to calibrate on, name → windows int64 (n, length) to measure on)."""
+    novels = [row["text"] for row in read_data(data, "calibration")]
+    if which == "test":
+        found = {}
+        for name in ("wikitext2", "ptb"):
+            text = "\n\n".join(str(row) for item in read_data(data, name) for row in item.values())
+            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: windows * length])
+            found[name] = ids[: len(ids) // length * length].view(-1, length)
+        return novels, found
+    end = len(novels) * 3 // 4
+    others = {
+        "novels": novels[end:],
+        "alpaca": ["\n".join(row.values()) + "\n" for row in read_data(data, "recovery")],
+    }
+    return novels[:end], {
+        name: saap.sample_tokens(text, tokenizer, count=windows, length=length, seed=0)[0]
+        for name, text in others.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a checkpoint folder; the embedded SmolLM2-135M when absent")
     parser.add_argument("--data", required=True, help="a data folder (docs/data.md), or hub")
-    parser.add_argument("--criteria", nargs="+", default=["saap", "wanda_sp", "flap", "saap_plus:", "saap_plus"])
-    parser.add_argument("--compensation", nargs="+", default=["none", "least_squares"])
+    parser.add_argument("--texts", choices=["held-out", "test"], default="held-out")
+    parser.add_argument("--criteria", nargs="+", default=["saap_plus", "llm_pruner", "wanda_sp", "flap", "shortgpt"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.5])
-    parser.add_argument("--ridge", type=float, default=1.0, help="of the refit")
+    parser.add_argument("--align", type=int, default=32, help="channels come in multiples of it; 1 in rivals' code")
     parser.add_argument("--seed", type=int, default=0, help="which calibration sequences, of 50 × 128 tokens")
-    parser.add_argument("--windows", type=int, default=16, help="held-out windows of each text")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a held-out window")
+    parser.add_argument("--windows", type=int, default=64, help="of each text")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a window")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    for row in arguments.criteria:
+        parse(row)
 
     with tempfile.TemporaryDirectory() as folder:
         source = arguments.model or embedded(Path(folder))
         model = saap.load(source, dtype="bfloat16", device=arguments.device)
         tokenizer = saap.load_tokenizer(source)
-    novels = [row["text"] for row in read_data(arguments.data, "calibration")]
-    alpaca = ["\n".join(row.values()) + "\n" for row in read_data(arguments.data, "recovery")]
-    end = len(novels) * 3 // 4
-    tokens, _ = saap.sample_tokens(novels[:end], tokenizer, count=50, length=128, seed=arguments.seed)
-    held_out = [
-        saap.sample_tokens(texts, tokenizer, count=arguments.windows, length=arguments.length, seed=0)[0]
-        for texts in (novels[end:], alpaca)
-    ]
-    groups, known = saap.discover(model), statistics_of(model, tokens, arguments.seed)
+    calibration, texts = texts_of(arguments.texts, arguments.data, tokenizer, arguments.windows, arguments.length)
+    tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, length=128, seed=arguments.seed)
+    cost = Cost(arguments.device)
+    figures: dict[str, Any] = {}
 
-    def measured(label: str, ratio: float, heads: int, lean: Any, seconds: float) -> float:
-        found = [perplexity(lean, windows) for windows in held_out]
-        mean = math.exp(sum(map(math.log, found)) / 2)
-        print(
-            f"{label:<40}{ratio:>5g}{heads:>7}{found[0]:>9.1f}{found[1]:>9.1f}{mean:>9.1f}{seconds:>7.0f}", flush=True
-        )
-        return round(mean, 2)
+    def measure(row: str, ratio: float, small: Any, seconds: float, peak: int) -> None:
+        heads, channels, blocks = kept(small, model)
+        found = {name: math.exp(mean_loss(small, windows)) for name, windows in texts.items()}
+        mean = math.exp(sum(map(math.log, found.values())) / len(found))
+        all_of_it = saap.size_of(small).parameters
+        shown = "".join(f"{value:>11.1f}" for value in (*found.values(), mean))
+        shape = f"{ratio:>6g}{heads:>7}{channels:>10}{blocks / 1e6:>10.2f}{all_of_it / 1e6:>8.1f}"
+        print(f"{row:<44}{shape}{seconds:>7.0f}{peak / 1e9:>7.2f}{shown}", flush=True)
+        figures[f"{row}, {ratio:g}"] = {
+            **{name: round(value, 2) for name, value in (*found.items(), ("mean", mean))},
+            **{"kv_heads": heads, "channels": channels, "block_parameters": blocks, "parameters": all_of_it},
+            **{"seconds": round(seconds, 1), "peak_bytes": peak},
+        }
 
-    windows = f"{arguments.windows} × {arguments.length} tokens of each text"
-    print(f"{windows}, ridge {arguments.ridge:g}, bfloat16, {where(arguments.device)}")
-    print(f"{'criterion, compensation':<40}ratio  heads   novels   alpaca     mean      s")
-    figures = {"dense": measured("dense", 0, 0, model, 0)}
+    print(f"{arguments.windows} × {arguments.length} tokens of each text, bfloat16, {where(arguments.device)}")
+    print(f"{HEADS}{'s':>7}{'GB':>7}{''.join(f'{name:>11}' for name in (*texts, 'mean'))}", flush=True)
+    measure("dense", 0, model, 0, 0)
     for ratio in arguments.ratios:
-        for spec in arguments.criteria:
-            start = time.perf_counter()
-            score = ranking(spec, model, ratio, known)
-            search = (SAAP if spec == "saap" else NEEDS[spec.partition(":")[0]]).search
-            keep = saap.select(score, groups, ratio, search=search)
-            ranked = time.perf_counter() - start
-            for compensation in arguments.compensation:
-                start = time.perf_counter()
-                small = saap.prune(model, keep)
-                if compensation == "bias":
-                    saap.add_mean_bias(small, model, keep, known("activations"))
-                elif compensation == "least_squares":
-                    saap.refit(small, model, keep, tokens, ridge=arguments.ridge)
-                label, heads = f"{spec}, {compensation}", int((~keep & (groups.kind == "attention")).sum())
-                took = ranked + time.perf_counter() - start
-                figures[f"{label}, {ratio:g}"] = measured(label, ratio, heads, small, took)
+        for row in arguments.criteria:
+            small, seconds, peak = cut(row, model, tokens, ratio, arguments.seed, arguments.align, cost)
+            measure(row, ratio, small, seconds, peak)
     print(json.dumps(figures))
 
 

@@ -61,7 +61,17 @@ class Fluctuation(Section):
 
 class Criterion(Section):
     name: Literal[
-        "saap", "saap_plus", "llm_pruner", "wanda_sp", "flap", "hywia", "loraprune", "lorashear", "magnitude", "random"
+        "saap",
+        "saap_plus",
+        "llm_pruner",
+        "wanda_sp",
+        "flap",
+        "gisp",
+        "hywia",
+        "loraprune",
+        "lorashear",
+        "magnitude",
+        "random",
     ] = Field("saap", description="what ranks the groups; [score], [fuse], [fluctuation] are saap's")
     variant: Literal["vectorize", "param_first", "param_mix"] = Field("param_first", description="of llm_pruner")
     query_heads: Literal["as_coded", "served"] = Field(

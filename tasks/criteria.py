@@ -24,6 +24,7 @@ NEEDS: dict[str, Needs] = {
     "llm_pruner": Needs(("gradients",), ("variant", "query_heads"), search="uniform_down"),
     "wanda_sp": Needs(("tokens",), ("ratio", "kinds", "protect", "align"), search="uniform_down"),
     "flap": Needs(("activations",), search="global", compensation="bias"),
+    "gisp": Needs(("tokens",), ("ratio", "protect", "align"), search="global"),
     "hywia": Needs(("score",), search="uniform_down"),
     "loraprune": Needs(("tokens",), ("seed",), search="uniform_down"),
     "lorashear": Needs(("tokens",), ("seed",), search="global"),

@@ -13,7 +13,8 @@ arguments; a pipeline computes each statistic once and caches it:
     fisher       float64 (N,): `saap.mask_fisher`
     tokens       int64 (D, T), the calibration text itself
     seed         int
-    cuts, protect, align  of saap_plus
+    ratio, kinds, protect, align, cuts  of the plan, for criteria that prune as they rank
+    variant, query_heads  of llm_pruner
 
 A new one is a file here, a row in `CRITERIA`, one in `tasks/criteria.py` (what it needs, which search it was published
 with), and its name in `tasks/config.py`. It does not change the model it is given.
@@ -24,6 +25,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .flap import flap
+from .gisp import gisp
 from .hywia import hywia
 from .llm_pruner import llm_pruner
 from .loraprune import loraprune
@@ -38,6 +40,7 @@ CRITERIA: dict[str, Callable[..., np.ndarray]] = {
     "llm_pruner": llm_pruner,
     "wanda_sp": wanda_sp,
     "flap": flap,
+    "gisp": gisp,
     "hywia": hywia,
     "loraprune": loraprune,
     "lorashear": lorashear,

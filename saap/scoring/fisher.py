@@ -1,5 +1,7 @@
 """The Fisher information of coupled groups' masks: what removing a group costs, in units of the loss."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -28,18 +30,32 @@ def mask_fisher(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
     Raises:
         SaapError: unknown family, or a value that is not finite.
     """
+    return _mean_over_samples(model, tokens, batch_size, torch.square, "Fisher information")
+
+
+def mask_gradient(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> np.ndarray:
+    """float64 (N,): mean_d z_gd, the gradient of the mean loss for the mask of each group (as in `mask_fisher`)."""
+    return _mean_over_samples(model, tokens, batch_size, lambda z: z, "gradient of masks")
+
+
+def _mean_over_samples(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    batch_size: int,
+    of: Callable[[torch.Tensor], torch.Tensor],
+    name: str,
+) -> np.ndarray:
+    """float64 (N,): mean_d of(z_gd)."""
     matrices = list(output_matrices(model))
     sums = [torch.zeros(linear.in_features // part.width, dtype=torch.float64) for *_, part, linear in matrices]
 
     def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
         _, _, part, linear = matrices[index]
         z = (x.float() * (delta @ weight_of(linear, delta.device)).float()).unflatten(-1, (-1, part.width)).sum((1, -1))
-        sums[index] += z.square().sum(0).double().cpu()
+        sums[index] += of(z).sum(0).double().cpu()
 
-    see_gradients(model, tokens, [linear for *_, linear in matrices], see, batch_size=batch_size, name="fisher")
+    see_gradients(model, tokens, [linear for *_, linear in matrices], see, batch_size=batch_size, name=name)
     for (layer, kind, _, _), total in zip(matrices, sums, strict=True):
         if not torch.isfinite(total).all():
-            raise SaapError(
-                f"the Fisher information of layer {layer} ({kind}) is not finite: load the model in float32"
-            )
+            raise SaapError(f"the {name} of layer {layer} ({kind}) is not finite: load the model in float32")
     return (torch.cat(sums) / len(tokens)).numpy()

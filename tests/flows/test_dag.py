@@ -125,7 +125,9 @@ def test_all_criteria_at_all_ratios_share_one_step_a_kind_of_statistics(settings
     stages = [stage for stage, _ in set().union(*runs)]
     for statistic in {"calibrate", "score", "gradients", "activations"}:
         assert stages.count(statistic) == 1
-    assert stages.count("rank") == len(NEEDS) + 4  # saap_plus and wanda_sp have an order of its own for each ratio
+    assert (
+        stages.count("rank") == len(NEEDS) + 6
+    )  # saap_plus, wanda_sp and gisp have an order of its own for each ratio
     assert stages.count("prune") == len(runs)
 
 
@@ -137,9 +139,9 @@ def test_a_criterion_is_ranked_anew_when_its_own_options_change_and_prunes_as_pu
     assert (rank().key != rank("criterion.variant='vectorize'").key) == (name == "llm_pruner")
     assert (rank().key != rank("criterion.query_heads='served'").key) == (name == "llm_pruner")
     assert (rank().key != rank("calibrate.seed=1").key) == (name != "magnitude")
-    assert (rank().key != rank("prune.ratio=0.4").key) == (name in ("saap_plus", "wanda_sp"))
-    assert (rank().key != rank("prune.protect=[0]").key) == (name in ("saap_plus", "wanda_sp"))
-    if name != "wanda_sp":
+    assert (rank().key != rank("prune.ratio=0.4").key) == (name in ("saap_plus", "wanda_sp", "gisp"))
+    assert (rank().key != rank("prune.protect=[0]").key) == (name in ("saap_plus", "wanda_sp", "gisp"))
+    if name not in ("wanda_sp", "gisp"):
         assert rank("criterion.cuts=[]").key == rank("criterion.cuts=[]", "prune.ratio=0.4").key
     assert (rank().key != rank("score.hessian='fisher'").key) == ("score" in NEEDS[name].statistics)
     cut = next(s for s in build(settings(f"criterion.name='{name}'")) if s.stage == "prune").config()

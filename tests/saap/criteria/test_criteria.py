@@ -184,6 +184,36 @@ def test_hywia_gives_each_group_its_own_mix(tiny_llama, tokens):
         assert (mixed[index] <= np.maximum(c, f) + 1e-9).all()
 
 
+def test_gisp_ranks_what_is_left_after_each_step_and_leaves_what_went_first_in_the_order(tiny_llama, tokens):
+    """Two steps of a hundredth: gradients of gates by autograd, on the whole model and on what the first step left."""
+    model, gradients = tiny_llama(n_kv=4), []
+    groups = discover(model)
+    score = CRITERIA["gisp"](model, tokens, 0.02, protect=(0, -1), align=1)
+    assert sorted(score) == list(range(len(groups)))
+    gone = np.argsort(score)[:40]
+    for keep in (np.ones(len(groups), bool), None):
+        if keep is None:
+            first = np.abs(gradients[0])
+            for _, _, index in groups.blocks():
+                first[index] /= first[index].mean()
+            keep = select(first, groups, 0.01, protect=(0, -1), align=1)
+            assert set(np.flatnonzero(~keep)) == set(gone[: (~keep).sum()])
+        gates = [torch.ones(len(index), requires_grad=True) for *_, index in groups.blocks()]
+        masked, handles = saap.mask(model, keep), []
+        for gate, (layer, kind, _) in zip(gates, groups.blocks(), strict=True):
+            block = masked.model.layers[layer]
+            linear, width = (block.self_attn.o_proj, 16) if kind == "attention" else (block.mlp.down_proj, 1)
+            handles.append(linear.register_forward_pre_hook(
+                lambda _, args, gate=gate, width=width: (args[0] * gate.repeat_interleave(width),)))  # fmt: skip
+        masked(tokens, labels=tokens).loss.backward()
+        gradients.append(torch.cat([gate.grad for gate in gates]).double().numpy())
+    again = np.abs(gradients[1])
+    for _, _, index in groups.blocks():
+        again[index[keep[index]]] /= again[index[keep[index]]].mean()
+    rest = np.flatnonzero(keep)
+    assert np.array_equal(rest[np.argsort(again[rest])], np.argsort(score)[(~keep).sum() :])
+
+
 def test_magnitude_is_the_mean_absolute_weight_and_random_repeats_itself(tiny_llama, tokens):
     model = tiny_llama()
     score, groups = ranking("magnitude", model, tokens), discover(model)
@@ -200,7 +230,7 @@ def test_magnitude_is_the_mean_absolute_weight_and_random_repeats_itself(tiny_ll
 def test_weights_that_accelerate_keeps_elsewhere_are_fetched_or_the_criterion_says_it_cannot(name, tiny_llama, tokens):
     away = cpu_offload(tiny_llama(), execution_device="cpu")
     assert away.model.layers[2].mlp.down_proj.weight.is_meta
-    if name in ("saap_plus", "llm_pruner", "wanda_sp", "loraprune", "lorashear"):
+    if name in ("saap_plus", "llm_pruner", "wanda_sp", "gisp", "loraprune", "lorashear"):
         with pytest.raises(saap.SaapError, match="all on its device"):
             ranking(name, away, tokens)
     else:
