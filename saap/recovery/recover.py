@@ -1,5 +1,6 @@
 """Recovery: fine-tune a pruned model on instructions, by a recipe that says what is trained (SAAP §III-D)."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,7 @@ def recover(
     recipe, training = recipe or Groupwise(), training or Training()
     device = PartialState().device if fsdp else next(model.parameters()).device
     _check(training, teacher, device)
-    examples = [alpaca_example(row, tokenizer, training.max_length, training.loss_on == "text") for row in rows]
-    examples = [e for e in examples if any(label != -100 for label in e["labels"])]
-    kept = len(examples) - min(int(len(examples) * training.held_out), HELD_OUT_AT_MOST)
-    if kept < training.micro_batch_size:
-        raise SaapError(
-            f"recovery has {kept} examples whose answer begins within max_length {training.max_length}, "
-            f"fewer than micro_batch_size {training.micro_batch_size}: give more examples or raise max_length"
-        )
+    learnt_from, held_out = _examples(rows, tokenizer, training)
     set_seed(training.seed)
     prepared = recipe.prepare(model)
     empty = skeleton(prepared) if fsdp else None
@@ -73,11 +67,7 @@ def recover(
     student = Student(prepared, teacher, training.distill)
     if fsdp:
         average_only_what_learns(student)
-    history = train(student, examples[:kept], examples[kept:], tokenizer, Path(work), training, device)
-    steps = _steps(history)
-    bad = [s.step for s in steps if not torch.isfinite(torch.tensor(s.loss))]
-    if bad:
-        raise SaapError(f"the training loss is not finite at step {bad[0]}: lower recover.learning_rate")
+    steps = _steps(train(student, learnt_from, held_out, tokenizer, Path(work), training, device))
     if empty is not None:
         gather(prepared, empty)
         return (recipe.finish(empty) if PartialState().is_main_process else empty), steps
@@ -85,6 +75,21 @@ def recover(
         prepared.gradient_checkpointing_disable()
     prepared.set_attn_implementation(attention)
     return recipe.finish(prepared), steps
+
+
+def _examples(
+    rows: list[dict[str, str]], tokenizer: Any, training: Training
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What is trained on, and what is held out: the last rows. Rows whose answer is cut off are left out."""
+    examples = [alpaca_example(row, tokenizer, training.max_length, training.loss_on == "text") for row in rows]
+    examples = [e for e in examples if any(label != -100 for label in e["labels"])]
+    kept = len(examples) - min(int(len(examples) * training.held_out), HELD_OUT_AT_MOST)
+    if kept < training.micro_batch_size:
+        raise SaapError(
+            f"recovery has {kept} examples whose answer begins within max_length {training.max_length}, "
+            f"fewer than micro_batch_size {training.micro_batch_size}: give more examples or raise max_length"
+        )
+    return examples[:kept], examples[kept:]
 
 
 def fastest_attention(model: Any, device: str, precision: str, length: int) -> str:
@@ -117,16 +122,13 @@ def _check(training: Training, teacher: nn.Module | None, device: torch.device) 
 
 
 def _steps(history: list[dict[str, Any]]) -> list[TrainingStep]:
+    """The trainer's log as steps. Raises SaapError for a loss that is not finite."""
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    return [
-        TrainingStep(
-            int(entry["step"]),
-            entry["epoch"],
-            entry["loss"],
-            entry["learning_rate"],
-            entry["tokens_per_s"],
-            held_out.get(entry["step"]),
-        )
-        for entry in history
-        if "loss" in entry
-    ]
+    steps = []
+    for entry in (entry for entry in history if "loss" in entry):
+        step = int(entry["step"])
+        if not math.isfinite(entry["loss"]):
+            raise SaapError(f"the training loss is not finite at step {step}: lower recover.learning_rate")
+        rates = entry["learning_rate"], entry["tokens_per_s"]
+        steps.append(TrainingStep(step, entry["epoch"], entry["loss"], *rates, held_out.get(entry["step"])))
+    return steps

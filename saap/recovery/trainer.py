@@ -42,43 +42,7 @@ def train(
 
     Returns the trainer's log: entries with loss, learning_rate and tokens_per_s, and entries with eval_loss.
     """
-    arguments = OneDevice(
-        own_device=str(device),
-        output_dir=str(work),
-        num_train_epochs=training.epochs,
-        per_device_train_batch_size=training.micro_batch_size,
-        learning_rate=training.learning_rate,
-        warmup_steps=training.warmup_steps,
-        lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
-        optim="adamw_torch",
-        bf16=training.precision == "bfloat16",
-        fp16=training.precision == "float16",
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a ruined model must show
-        eval_strategy="steps" if held_out else "no",
-        eval_steps=training.save_steps,
-        save_steps=training.save_steps,
-        save_total_limit=2,
-        load_best_model_at_end=bool(held_out),
-        metric_for_best_model="eval_loss" if held_out else None,
-        greater_is_better=False if held_out else None,
-        restore_callback_states_from_checkpoint=training.patience is not None,
-        seed=training.seed,
-        use_cpu=device.type == "cpu",
-        report_to=[],
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type != "cpu",
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # the codes never change
-        disable_tqdm=True,
-    )
-    at_once = training.micro_batch_size * arguments.world_size
-    if training.batch_size % at_once:
-        raise SaapError(
-            f"batch_size {training.batch_size} must be a multiple of micro_batch_size {training.micro_batch_size} "
-            f"times the {arguments.world_size} processes"
-        )
-    arguments.gradient_accumulation_steps = training.batch_size // at_once
+    arguments = _arguments(work, training, device, bool(held_out))
     callbacks: list[TrainerCallback] = [_Finish(bool(held_out))]
     if training.patience is not None:
         if not held_out:
@@ -105,6 +69,48 @@ def train(
     except pickle.UnpicklingError as error:
         raise SaapError(f"{checkpoint} holds a pickled object that is not a tensor: remove it") from error
     return list(trainer.state.log_history)
+
+
+def _arguments(work: Path, training: Training, device: torch.device, held_out: bool) -> "OneDevice":
+    """The trainer's arguments. held_out: whether there are rows to choose the best checkpoint by."""
+    arguments = OneDevice(
+        own_device=str(device),
+        output_dir=str(work),
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.micro_batch_size,
+        learning_rate=training.learning_rate,
+        warmup_steps=training.warmup_steps,
+        lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
+        optim="adamw_torch",
+        bf16=training.precision == "bfloat16",
+        fp16=training.precision == "float16",
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a ruined model must show
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=training.save_steps,
+        save_steps=training.save_steps,
+        save_total_limit=2,
+        load_best_model_at_end=held_out,
+        metric_for_best_model="eval_loss" if held_out else None,
+        greater_is_better=False if held_out else None,
+        restore_callback_states_from_checkpoint=training.patience is not None,
+        seed=training.seed,
+        use_cpu=device.type == "cpu",
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type != "cpu",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # the codes never change
+        disable_tqdm=True,
+    )
+    at_once = training.micro_batch_size * arguments.world_size
+    if training.batch_size % at_once:
+        raise SaapError(
+            f"batch_size {training.batch_size} must be a multiple of micro_batch_size {training.micro_batch_size} "
+            f"times the {arguments.world_size} processes"
+        )
+    arguments.gradient_accumulation_steps = training.batch_size // at_once
+    return arguments
 
 
 @dataclass
