@@ -10,7 +10,7 @@ from prefect.states import State
 from flows.job import Job, prepare, title_of
 from flows.report import result_rows, skipped_rows
 from storage.artifacts import ArtifactStore
-from storage.runs import RunRecord, mark_killed
+from storage.runs import RunRecord
 from storage.warehouse import Warehouse
 from tasks.config import load_config
 from tasks.data import MissingData
@@ -47,8 +47,7 @@ def run_job(job: Job) -> str:
     store = ArtifactStore(job.settings.store)
     store.prepare()
     warehouse = Warehouse(store.root)
-    for dead in mark_killed(store.root):
-        warehouse.load(dead)
+    warehouse.sync()
     settings = job.settings
     record = RunRecord(
         store.root,

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import logging
 import os
 import shutil
 import time
@@ -12,15 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from storage.damage import move_aside
 from storage.errors import StorageError
 from storage.keys import file_digest
+from storage.locks import held
 
 MANIFEST = "manifest.json"
 SMALL = 1 << 22  # bytes: files up to this size are compared by content always
-log = logging.getLogger("saap.storage")
 
 
 class ArtifactStore:
@@ -85,17 +82,10 @@ class ArtifactStore:
     def lock(self, stage: str, key: str) -> Iterator[None]:
         """One writer an artifact, over processes. The kernel frees the lock when its holder dies."""
         folder = self.root / "locks"
-        folder.mkdir(exist_ok=True)
-        lock = FileLock(folder / f"{stage}-{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("another run is computing %s/%s: waiting for it", stage, key)
-            lock.acquire()
-        try:
+        if self.root.is_dir():
+            folder.mkdir(exist_ok=True)
+        with held(folder / f"{stage}-{key}.lock", f"{stage}/{key}", timeout=-1):
             yield
-        finally:
-            lock.release()
 
     @contextlib.contextmanager
     def publish(self, stage: str, key: str, **about: Any) -> Iterator[Path]:
@@ -129,6 +119,8 @@ class ArtifactStore:
             _fsync(draft.parent)
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
+            if isinstance(error, Exception) and not (self.root / "locks").is_dir():
+                raise StorageError(f"the store {self.root} was removed while {stage} was at work") from error
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             if full or "No space left on device" in str(error):  # safetensors has an error type of its own
                 raise StorageError(f"no space left for {stage} in {self.root}: free some and run again") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from storage.errors import BusyError
+from storage.errors import BusyError, StorageError
 
 PATIENCE = 2.0  # seconds of waiting before a line says for whom
 log = logging.getLogger("saap.storage")
@@ -18,8 +18,11 @@ log = logging.getLogger("saap.storage")
 def held(path: Path, what: str, timeout: float) -> Iterator[None]:
     """Hold the lock file; the kernel frees it when the process dies. A negative timeout (seconds) waits for ever.
 
-    Raises BusyError when another process keeps it longer, and OSError when the file cannot be written.
+    Raises BusyError when another process keeps it longer, StorageError when its folder is gone, OSError
+    when it cannot be written.
     """
+    if not path.parent.is_dir():  # FileLock would make it, and a store that was removed with it
+        raise StorageError(f"the store is gone: there is no folder {path.parent}")
     lock = FileLock(path)
     try:
         first = PATIENCE if timeout < 0 else min(PATIENCE, timeout)

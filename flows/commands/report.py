@@ -18,6 +18,8 @@ def report(
     from storage.errors import StorageError
     from storage.warehouse import Warehouse
 
+    if svg is not None and not svg.absolute().parent.is_dir():
+        raise StorageError(f"there is no folder {svg.absolute().parent} to write {svg.name} in")
     with Warehouse(store).reading() as connection:
         found = connection.execute(
             "select run_id, data from runs where coalesce(run_id = ?, status = 'completed') "
@@ -29,4 +31,7 @@ def report(
     console.record = svg is not None
     print_run(store, *found)
     if svg is not None:
-        console.save_svg(str(svg), title="saap report")
+        try:
+            console.save_svg(str(svg), title="saap report")
+        except OSError as error:
+            raise StorageError(f"cannot write {svg}: {error.strerror}") from error

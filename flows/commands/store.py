@@ -19,43 +19,33 @@ def sql(
     query: Annotated[str, typer.Argument(help='For example "select * from leaderboard".', show_default=False)],
     store: StoreOption = Path("saap_store"),
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV: a header and rows, nothing else.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of rows.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print a JSON list of rows; NaN becomes null.")] = False,
 ) -> None:
-    """Ask the warehouse, in DuckDB's SQL (read-only).
+    """Ask the warehouse, in DuckDB's SQL. It reads the store's tables and nothing else, and writes nothing.
 
     Tables: runs, stage_runs, groups, widths, metrics, items, speed, training, published_results. Views: importance (all
     importance tensors), leaderboard (a row a different result), results (a row a run and variant), comparison (dense,
     pruned, recovered side by side), criteria (over calibration seeds), criteria_published, ablations, recovery,
     versus_published, significance (is a difference more than noise), seed_spread, stage_reuse.
     """
-    import duckdb
+    from storage.query import as_json, ask
 
-    from storage.errors import StorageError
-    from storage.warehouse import Warehouse
-
-    try:
-        with Warehouse(store).reading() as connection:
-            result = connection.execute(query)
-            columns = [column[0] for column in result.description or []]
-            rows = result.fetchall()
-    except duckdb.Error as error:
-        raise StorageError(" ".join(str(error).split())[:300]) from error
+    columns, rows = ask(store, query)
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
-    elif as_json:
-        print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=str, indent=1))
+    elif json_:
+        print(json.dumps(as_json(columns, rows), allow_nan=False, indent=1))
     else:
         print_table(columns, [[cell(value) for value in row] for row in rows])
 
 
 def rebuild(store: StoreOption = Path("saap_store")) -> None:
     """Make the warehouse again from the artifacts and run records of the store."""
-    from storage.artifacts import ArtifactStore
     from storage.warehouse import Warehouse
 
-    ArtifactStore(store).prepare()
+    _there(store)
     console.print(f"warehouse rebuilt from {Warehouse(store).rebuild()} runs")
 
 
@@ -63,6 +53,7 @@ def verify(store: StoreOption = Path("saap_store")) -> None:
     """Read every artifact of the store and compare it with its digests; set aside what is damaged."""
     from storage.artifacts import ArtifactStore
 
+    _there(store)
     artifacts = ArtifactStore(store)
     checked = list(artifacts.all())
     damaged = []
@@ -86,3 +77,11 @@ def doctor(store: StoreOption = Path("saap_store")) -> None:
     print_table(["", "", ""], [(what, "ok" if fine else "MISSING", found) for what, fine, found in findings])
     if not all(fine for _, fine, _ in findings):
         raise typer.Exit(1)
+
+
+def _there(store: Path) -> None:
+    """A mistyped path must not become a store."""
+    from storage.errors import StorageError
+
+    if not any((store / part).is_dir() for part in ("runs", "locks", "damaged")):
+        raise StorageError(f"no store in {store.resolve()}: run something first (saap run …), or name another --store")
