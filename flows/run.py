@@ -62,8 +62,8 @@ def run_job(job: Job) -> str:
     try:
         warehouse.load(job.run_id)
         for position, step in enumerate(job.steps):
-            _run_step(store, record, position, step)
-            warehouse.load(job.run_id)
+            if _run_step(store, record, position, step):
+                warehouse.load(job.run_id)
     except BaseException as error:
         record.finish("failed", str(error) or type(error).__name__)
         warehouse.load(job.run_id)
@@ -74,18 +74,19 @@ def run_job(job: Job) -> str:
     return job.run_id
 
 
-def _run_step(store: ArtifactStore, record: RunRecord, position: int, step: Step) -> None:
-    """Have the step's artifact in the store and record it, or why there is none."""
+def _run_step(store: ArtifactStore, record: RunRecord, position: int, step: Step) -> bool:
+    """Have the step's artifact in the store and record it, or why there is none. Returns whether it was made now."""
     about = {"stage": step.stage, "variant": step.variant, "benchmark": step.benchmark, "key": step.key}
     missing = step.missing or _call_task(store, step)
     if missing is not None:
         get_run_logger().warning("%s skipped: %s", step.label, missing)
         record.stage(position, **about, cached=False, seconds=None, skipped=missing)
-        return
+        return False
     manifest = store.find(step.stage, step.key)
     assert manifest is not None
     cached = manifest["run_id"] != step.run_id
     record.stage(position, **about, cached=cached, seconds=manifest["seconds"], skipped=None)
+    return not cached
 
 
 def _call_task(store: ArtifactStore, step: Step) -> str | None:
