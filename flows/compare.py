@@ -13,7 +13,8 @@ from flows.dag import build
 from flows.sweep import combinations
 from storage.artifacts import ArtifactStore
 from storage.warehouse import Warehouse
-from tasks.config import load_config, parse_value
+from tasks.config import load_config
+from tasks.toml import parse_value
 
 MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
 PAPER_MODEL = "llama-7b"
