@@ -1,11 +1,13 @@
-"""A run before it starts: its settings and its steps. Imports neither torch nor Prefect."""
+"""A run before it starts: its settings and its steps. Does not import Prefect."""
 
 import datetime
 import uuid
 from dataclasses import dataclass
 
+from flows.checks import check_before_start
 from flows.dag import build
 from tasks.config import RunConfig
+from tasks.outside import Outside
 from tasks.step import Step
 
 
@@ -24,9 +26,11 @@ def title_of(settings: RunConfig) -> str:
 
 
 def prepare(settings: RunConfig) -> Job:
-    """The job of a configuration. What is wrong with its model or its data shows here.
+    """The job of a configuration. What is wrong with it, its model or its data shows here, before anything is computed.
 
-    Raises ConfigError or StorageError.
+    Raises ConfigError, SaapError or StorageError.
     """
+    outside = Outside(settings)
+    check_before_start(settings, outside.model)
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    return Job(settings, run_id, build(settings, run_id))
+    return Job(settings, run_id, build(settings, run_id, outside))
