@@ -11,7 +11,7 @@ from tasks.model_source import ModelSource
 from tasks.toml import ConfigError
 
 # the embedded model, whose file takes seconds to be asked
-EMBEDDED = {
+EMBEDDED: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,

@@ -9,8 +9,8 @@ from typing import Any
 
 import duckdb
 
+from flows.combinations import combinations
 from flows.dag import build
-from flows.sweep import combinations
 from storage.artifacts import ArtifactStore
 from storage.warehouse import Warehouse
 from tasks.config import load_config
@@ -64,7 +64,7 @@ class _Combination:
 
 def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     """What the store holds of a sweep. Raises ConfigError for a file without a [sweep] table."""
-    sweep = combinations(config)
+    sweep = combinations(config, overrides)
     names = [choice.partition("=")[0] for choice in sweep[0]]
     axes = [name for name in names if name not in ("prune.ratio", "calibrate.seed")]
     store = Path(load_config(config, overrides).store)

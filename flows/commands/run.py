@@ -46,13 +46,15 @@ def run(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = 
 
 def sweep(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
     """Run every combination of the lists in the config's \\[sweep] table; what they share is computed once."""
-    from flows.sweep import combinations
+    from flows.combinations import combinations
+    from flows.job import check_all
     from tasks.config import load_config
 
     overrides = _overrides(set_, store)
-    settings = load_config(config, overrides)
-    runs = combinations(str(config))
+    runs = combinations(str(config), overrides)
+    settings = load_config(config, (*runs[0], *overrides))
     _start(settings.store)
+    check_all(str(config), runs, overrides)  # before a server is started
     console.print(f"{len(runs)} runs, the last of them {', '.join(runs[-1])}", highlight=False)
     with _prefect(Path(settings.store)):
         from flows.sweep import saap_sweep

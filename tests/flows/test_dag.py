@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
+from flows.combinations import combinations
 from flows.dag import build
 from flows.plan import plan_rows
-from flows.sweep import combinations
 from tasks.config import ConfigError, RunConfig, check_config, load_config
 from tasks.criteria import NEEDS
 from tasks.data import mini_folder
