@@ -9,11 +9,12 @@ from typing import Any
 
 import duckdb
 
+from flows.combinations import combinations
 from flows.dag import build
-from flows.sweep import combinations
 from storage.artifacts import ArtifactStore
 from storage.warehouse import Warehouse
-from tasks.config import load_config, parse_value
+from tasks.config import load_config
+from tasks.toml import parse_value
 
 MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
 PAPER_MODEL = "llama-7b"
@@ -63,7 +64,7 @@ class _Combination:
 
 def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     """What the store holds of a sweep. Raises ConfigError for a file without a [sweep] table."""
-    sweep = combinations(config)
+    sweep = combinations(config, overrides)
     names = [choice.partition("=")[0] for choice in sweep[0]]
     axes = [name for name in names if name not in ("prune.ratio", "calibrate.seed")]
     store = Path(load_config(config, overrides).store)

@@ -28,13 +28,13 @@ from tasks.step import Step
 STATISTICS = {stage.name: stage for stage in (score, gradients, activations, fisher)}
 
 
-def build(config: RunConfig, run_id: str = "") -> list[Step]:
-    """The steps of a run in an order they can run in.
+def build(config: RunConfig, run_id: str = "", outside: Outside | None = None) -> list[Step]:
+    """The steps of a run in an order they can run in. `outside`: what was looked at already for this configuration.
 
     A benchmark whose data is missing is a step that says so; its key is another once the data is there.
     Raises ConfigError or StorageError for a model, calibration or recovery data that is not there.
     """
-    graph = Graph(config, run_id)
+    graph = Graph(config, run_id, outside or Outside(config))
     source = graph.outside.model
     dense = Source(Checkpoint, path=str(source.path.resolve()))
     if source.kind == "gguf":
@@ -84,9 +84,9 @@ def _prune(graph: "Graph", dense: Source, calibration: Source) -> Source:
 class Graph:
     """Collects the steps of a run."""
 
-    def __init__(self, config: RunConfig, run_id: str) -> None:
+    def __init__(self, config: RunConfig, run_id: str, outside: Outside) -> None:
         self.config, self.run_id = config, run_id
-        self.outside = Outside(config)
+        self.outside = outside
         self.steps: list[Step] = []
 
     def add(

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-import socket
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -74,9 +73,20 @@ def _disk(store: Path) -> Finding:
 
 
 def _hub() -> Finding:
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0].split(":")[0]
+    """Whether the hub answers, asked as downloads ask: at huggingface_hub's endpoint, through its proxies."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session
+
+    without = "only local models, what was downloaded before, and data = 'mini' or a folder will work"
     try:
-        with socket.create_connection((host, 443), timeout=5):
-            return "model hub", True, f"{host} answers"
-    except OSError:
-        return "model hub", True, f"{host} does not answer: only local models and data = 'mini' or a folder will work"
+        answer: int | str = (
+            get_session().get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, timeout=10).status_code
+        )
+    except OfflineModeIsEnabled:
+        return "model hub", True, f"not asked, as HF_HUB_OFFLINE is set: {without}"
+    except Exception as error:  # the client's errors are those of whatever library it is built on
+        answer = f"{type(error).__name__}: {str(error)[:80]}"
+    if isinstance(answer, int) and answer < 500:
+        return "model hub", True, f"{constants.ENDPOINT} answers"
+    return "model hub", False, f"{constants.ENDPOINT} does not answer ({answer}): set HF_HUB_OFFLINE=1, and {without}"

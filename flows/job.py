@@ -1,11 +1,14 @@
-"""A run before it starts: its settings and its steps. Imports neither torch nor Prefect."""
+"""A run before it starts: its settings and its steps. Does not import Prefect."""
 
 import datetime
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flows.checks import check_before_start
 from flows.dag import build
-from tasks.config import RunConfig
+from tasks.config import ConfigError, RunConfig, load_config
+from tasks.outside import Outside
 from tasks.step import Step
 
 
@@ -24,9 +27,30 @@ def title_of(settings: RunConfig) -> str:
 
 
 def prepare(settings: RunConfig) -> Job:
-    """The job of a configuration. What is wrong with its model or its data shows here.
+    """The job of a configuration. What is wrong with it, its model or its data shows here, before anything is computed.
 
-    Raises ConfigError or StorageError.
+    Raises ConfigError, SaapError or StorageError.
     """
+    outside = Outside(settings)
+    check_before_start(settings, outside.model)
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    return Job(settings, run_id, build(settings, run_id))
+    return Job(settings, run_id, build(settings, run_id, outside))
+
+
+def check_all(config: str, runs: Sequence[Sequence[str]], overrides: Sequence[str]) -> None:
+    """Raises ConfigError for a run of a sweep that `prepare` would refuse, naming it: before the first one starts.
+
+    runs: what `combinations` gives. A model and a folder of data that several runs share are looked at once.
+    """
+    seen: dict[tuple[str | None, ...], Outside] = {}
+    for chosen in runs:
+        settings = load_config(config, (*chosen, *overrides))
+        places = (settings.store, settings.data, settings.model.path, settings.model.revision)
+        outside = seen.setdefault(places, Outside(settings))
+        try:
+            check_before_start(settings, outside.model)
+            build(settings, outside=outside)
+        except ValueError as error:  # ConfigError, SaapError
+            if getattr(error, "exit_code", None) is None:
+                raise
+            raise ConfigError(f"{', '.join(chosen)}: {error}") from error

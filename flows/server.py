@@ -20,6 +20,7 @@ from filelock import FileLock
 from storage.errors import StorageError
 
 START_SECONDS = 180
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # what only deployments need; the recorder of task runs must stay, or the UI shows none
 UNUSED_SERVICES = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "TRIGGERS", "PAUSE_EXPIRATIONS", "REPOSSESSOR")
 
@@ -37,6 +38,16 @@ def quiet_settings(store: Path) -> None:
         os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    keep_loopback_off_proxies()
+
+
+def keep_loopback_off_proxies() -> None:
+    """Add this machine to NO_PROXY, for Prefect's clients and all child processes: no proxy can reach it for us."""
+    users = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""  # the first is the one that counts
+    if users.strip() != "*":
+        names = [name.strip() for name in users.split(",") if name.strip()]
+        users = ",".join([*names, *(name for name in LOOPBACK if name not in names)])
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = users
 
 
 @contextlib.contextmanager
@@ -111,11 +122,12 @@ def _die_with_parent() -> None:
 
 def _wait_until_healthy(server: subprocess.Popen, url: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         if server.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2):
+            with direct.open(f"{url}/health", timeout=2):
                 return
         except OSError:
             time.sleep(0.2)

@@ -4,42 +4,67 @@ Nothing here imports torch or Prefect, so that `saap plan` and `--help` start fa
 """
 
 import json
-import tomllib
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from tasks.toml import ConfigError, one_line, parse_value, read_toml, sections_of, short
 
 ACCURACIES = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa")
 PERPLEXITIES = ("wikitext2", "ptb")
 Benchmark = Literal[
     "arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa", "wikitext2", "ptb"
 ]
-Positive = Annotated[int, Field(ge=1)]
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run. The message is one line."""
+def _plain(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    if len(text) > 4096 or any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
+        raise ValueError("must be one line of at most 4,096 characters")
+    return text
 
-    exit_code = 2
+
+def _arguments(text: str) -> str:
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"cannot be split into arguments ({error})") from error
+    return text
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("must not name one thing twice")
+    return values
+
+
+Text = Annotated[str, AfterValidator(_plain)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of examples, tokens, steps, channels: what nobody exceeds
+Amount = Annotated[int, Field(ge=1, le=10**12)]  # of the first so many of what there is
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Block = Annotated[int, Field(ge=-4096, lt=4096)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Model(Section):
-    path: str = Field(
+    path: Text = Field(
         "smollm2-135m", description="'smollm2-135m' (embedded), a local folder, or a hub id like org/name"
     )
-    revision: str | None = Field(None, description="hub revision; the newest when absent")
+    revision: Text | None = Field(None, description="hub revision; the newest when absent")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and arithmetic")
 
 
 class Calibrate(Section):
-    count: Positive = Field(50, description="calibration sequences")
-    length: Annotated[int, Field(ge=2)] = Field(128, description="tokens a sequence")
-    seed: int = Field(0, description="which sequences are drawn")
+    count: Count = Field(50, description="calibration sequences")
+    length: Annotated[Count, Field(ge=2)] = Field(128, description="tokens a sequence")
+    seed: Seed = Field(0, description="which sequences are drawn")
 
 
 class Score(Section):
@@ -78,13 +103,13 @@ class Criterion(Section):
         "as_coded",
         description="llm_pruner, grouped queries: heads counted as its code does, or those the KV head serves",
     )
-    cuts: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+    cuts: Annotated[tuple[Ratio, ...], AfterValidator(_distinct)] = Field(
         (0.1, 0.2, 0.35), description="ratios below prune.ratio after which saap_plus ranks what is left again"
     )
 
 
 class Prune(Section):
-    ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="share of all prunable parameters to remove")
+    ratio: Ratio = Field(0.2, description="share of all prunable parameters to remove")
     search: Literal["auto", "global", "uniform", "uniform_down"] = Field(
         "auto",
         description="one budget for all blocks, a share of each (heads rounded, or rounded down), or as published",
@@ -97,32 +122,34 @@ class Prune(Section):
         "auto",
         description="for what was removed: its mean as a bias, a refit of what stays, nothing, or the criterion's",
     )
-    protect: tuple[int, ...] = Field((0, 1, 2, -1), description="blocks left whole; negative: from the end")
-    align: Positive = Field(32, description="MLP channels are kept in multiples of this")
+    protect: Annotated[tuple[Block, ...], AfterValidator(_distinct)] = Field(
+        (0, 1, 2, -1), description="blocks left whole; negative: from the end"
+    )
+    align: Count = Field(32, description="MLP channels are kept in multiples of this")
 
 
 class Recover(Section):
     recipe: Literal["groupwise", "lora", "qlora", "none"] = Field(
         "groupwise", description="group-wise codes that merge exactly; peft's LoRA; LoRA over NF4; or no recovery"
     )
-    examples: Positive | None = Field(
-        None, description="instruction rows to train on, the first so many; all if absent"
-    )
+    examples: Amount | None = Field(None, description="instruction rows to train on, the first so many; all if absent")
     bits: Annotated[int, Field(ge=2, le=8)] = Field(4, description="of a groupwise code")
-    group_size: Annotated[int, Field(ge=2)] = Field(32, description="inputs that share a scale and a zero")
-    groups: Positive | None = Field(
+    group_size: Annotated[Count, Field(ge=2)] = Field(32, description="inputs that share a scale and a zero")
+    groups: Count | None = Field(
         None, description="scales a row has, whatever its width; takes the place of group_size"
     )
-    rank: Positive = Field(64, description="rank of the adapters")
-    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="adapters are scaled by alpha / rank")
-    targets: tuple[str, ...] = Field((), description='layers with an adapter, e.g. ["q_proj", "v_proj"]; all if empty')
-    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the rows")
-    batch_size: Positive = Field(8, description="examples an optimiser step")
-    micro_batch_size: Positive = Field(8, description="examples at once on a device")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="AdamW")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(10, description="optimiser steps of linear warm-up")
+    rank: Count = Field(64, description="rank of the adapters")
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(16.0, description="adapters are scaled by alpha / rank")
+    targets: Annotated[tuple[Text, ...], AfterValidator(_distinct)] = Field(
+        (), description='layers with an adapter, e.g. ["q_proj", "v_proj"]; all if empty'
+    )
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = Field(1.0, description="passes over the rows")
+    batch_size: Count = Field(8, description="examples an optimiser step")
+    micro_batch_size: Count = Field(8, description="examples at once on a device")
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(1e-3, description="AdamW")
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = Field(10, description="optimiser steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
-    max_length: Annotated[int, Field(ge=8)] = Field(256, description="tokens an example is cut at")
+    max_length: Annotated[Count, Field(ge=8)] = Field(256, description="tokens an example is cut at")
     loss_on: Literal["response", "text"] = Field("response", description="loss on the answer, or on the prompt too")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="of the arithmetic in training; float16 on a GPU only"
@@ -134,55 +161,59 @@ class Recover(Section):
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.04, description="share of the rows, the last ones, 128 at most, to choose the best checkpoint by"
     )
-    patience: Positive | None = Field(
+    patience: Count | None = Field(
         None, description="stop when the held-out loss has not fallen so many times in a row; never if absent"
     )
-    save_steps: Positive = Field(
-        50, description="optimiser steps between checkpoints to resume from, and held-out losses"
-    )
-    seed: int = Field(0, description="data order and adapter initialisation")
+    save_steps: Count = Field(50, description="optimiser steps between checkpoints to resume from, and held-out losses")
+    seed: Seed = Field(0, description="data order and adapter initialisation")
 
 
 class Evaluate(Section):
-    benchmarks: tuple[Benchmark, ...] = Field(get_args(Benchmark), description="which of the nine")
-    variants: tuple[Literal["dense", "pruned", "recovered"], ...] = Field(
+    benchmarks: Annotated[tuple[Benchmark, ...], AfterValidator(_distinct)] = Field(
+        get_args(Benchmark), description="which of the nine"
+    )
+    variants: Annotated[tuple[Literal["dense", "pruned", "recovered"], ...], AfterValidator(_distinct)] = Field(
         ("dense", "pruned", "recovered"), description="which models of the run"
     )
-    limit: Positive | None = Field(None, description="first so many items of each accuracy benchmark; all if absent")
-    windows: tuple[Annotated[int, Field(ge=2)], ...] = Field(
+    limit: Amount | None = Field(None, description="first so many items of each accuracy benchmark; all if absent")
+    windows: Annotated[tuple[Annotated[Count, Field(ge=2)], ...], AfterValidator(_distinct)] = Field(
         (128, 2048), description="perplexity window lengths, tokens"
     )
-    max_tokens: Positive | None = Field(None, description="first so many tokens of each text; all if absent")
+    max_tokens: Amount | None = Field(None, description="first so many tokens of each text; all if absent")
     samples: bool = Field(False, description="keep lm-eval's per-sample logs (prompts, answers, log-likelihoods) too")
 
 
 class Speed(Section):
-    prompt_tokens: Positive = Field(128, description="tokens of the prompt")
-    new_tokens: Annotated[int, Field(ge=2)] = Field(128, description="tokens generated")
-    runs: Annotated[int, Field(ge=0)] = Field(10, description="timed runs; 0 leaves the stage out")
-    warmup: Annotated[int, Field(ge=0)] = Field(3, description="runs before timing")
+    prompt_tokens: Count = Field(128, description="tokens of the prompt")
+    new_tokens: Annotated[Count, Field(ge=2)] = Field(128, description="tokens generated")
+    runs: Annotated[int, Field(ge=0, le=100_000)] = Field(10, description="timed runs; 0 leaves the stage out")
+    warmup: Annotated[int, Field(ge=0, le=100_000)] = Field(3, description="runs before timing")
     llama_cpp: bool = Field(False, description="time GGUF exports in llama.cpp too; needs xllamacpp")
 
 
 class Compute(Section):
     """How the work is done. Never part of a stage key: it changes time and memory, not results."""
 
-    device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1 …")
-    threads: Positive | None = Field(None, description="CPU threads; all cores if absent")
-    batch_size: Positive = Field(8, description="sequences at once in evaluation and statistics")
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = Field(
+        "auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1 …"
+    )
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="CPU threads; all cores if absent")
+    batch_size: Count = Field(8, description="sequences at once in evaluation and statistics")
     offload: bool = Field(
         False, description="score and prune a model larger than the device: its blocks come from disk one by one"
     )
-    launch: str | None = Field(
+    launch: Annotated[Text, AfterValidator(_arguments)] | None = Field(
         None,
         description="train in several processes: arguments of `accelerate launch`; '--multi_gpu' or '--use_fsdp'",
     )
 
 
 class RunConfig(Section):
-    name: str = Field("run", min_length=1, description="what the run is called in tables and in Prefect's UI")
-    data: str = Field("mini", description="'mini' (embedded), 'hub', or a folder of data sets")
-    store: str = Field("saap_store", description="folder for artifacts and the warehouse")
+    name: Annotated[Text, Field(max_length=200)] = Field(
+        "run", description="what the run is called in tables and in Prefect's UI"
+    )
+    data: Text = Field("mini", description="'mini' (embedded), 'hub', or a folder of data sets")
+    store: Text = Field("saap_store", description="folder for artifacts and the warehouse")
     model: Model = Field(default_factory=Model)
     calibrate: Calibrate = Field(default_factory=Calibrate)
     score: Score = Field(default_factory=Score)
@@ -206,72 +237,65 @@ def load_config(file: str | Path | None, overrides: tuple[str, ...] = ()) -> Run
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(f"--set takes section.field=value, got '{override}'")
+            raise ConfigError(f"--set takes section.field=value, got {short(override)}")
         set_value(values, path.strip(), parse_value(text.strip()))
     return check_config(values)
 
 
-def default_toml() -> str:
-    """Every field with its default and description, as a TOML file that `load_config` reads back to the defaults."""
-    lines = ["# Everything a run can be told, with the defaults. Leave out what you do not change."]
-    sections: list[tuple[str | None, Any]] = [
-        (None, RunConfig),
-        *((name, f.annotation) for name, f in RunConfig.model_fields.items()),
-    ]
-    for name, section in sections:
-        if not hasattr(section, "model_fields"):
-            continue
-        if name is not None:
-            lines += ["", f"[{name}]"]
-        for field, about in section.model_fields.items():
-            if about.description is None:
-                continue  # a section of its own
-            value = f"{field} = {_toml(about.default)}" if about.default is not None else f"# {field} ="
-            lines.append(f"{value:<40} # {about.description}")
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return json.dumps(value)
-
-
-def read_toml(file: str | Path) -> dict[str, Any]:
-    try:
-        with open(file, "rb") as stream:
-            return tomllib.load(stream)
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {file}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from error
-
-
-def parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def set_value(values: dict[str, Any], path: str, value: Any) -> None:
-    """values['a']['b'] = value for the path 'a.b'."""
+    """values['a']['b'] = value for the path 'a.b'. Raises ConfigError for a path that names no field."""
     *sections, field = path.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
+    if not all(part.strip() for part in (*sections, field)):
+        raise ConfigError(f"'{one_line(path)}' names no field: write section.field, as in prune.ratio")
+    if (section := sections_of(RunConfig).get(path)) is not None:
+        example = next(iter(section.model_fields))
+        raise ConfigError(f"{path} is a section: name a field of it, as in {path}.{example}")
+    for name in sections:
+        values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{path} names a field inside {section}, which is not a section")
+            raise ConfigError(f"{one_line(path)} names a field inside {name}, which is not a section")
     values[field] = value
 
 
 def check_config(values: dict[str, Any]) -> RunConfig:
+    """The configuration that the values are. Raises ConfigError, also for values that do not go together."""
     try:
-        config = RunConfig.model_validate(values)
+        # as JSON, where a list may stand for a tuple although types are strict: true is no 1, "5" no 5
+        config = RunConfig.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(fault) for fault in error.errors())) from error
-    if config.recover.batch_size % config.recover.micro_batch_size:
-        raise ConfigError("recover.batch_size must be a multiple of recover.micro_batch_size")
+        raise ConfigError("; ".join(_explain(fault) for fault in error.errors()[:4])) from error
+    if wrong := _wrong_recovery(config.recover) or _wrong_combination(config):
+        raise ConfigError(wrong)
     return config
+
+
+def _wrong_recovery(recover: Recover) -> str | None:
+    if recover.batch_size % recover.micro_batch_size:
+        return "recover.batch_size must be a multiple of recover.micro_batch_size"
+    if recover.recipe == "none":
+        return None
+    held_out = None if recover.examples is None else min(int(recover.examples * recover.held_out), 128)
+    if recover.patience is not None and (not recover.held_out or held_out == 0):
+        return "recover.patience needs a held-out part: raise recover.held_out or recover.examples"
+    if recover.examples is not None and recover.examples - (held_out or 0) < recover.micro_batch_size:
+        return (
+            f"recover.examples = {recover.examples} leaves fewer to train on than recover.micro_batch_size = "
+            f"{recover.micro_batch_size}: raise the one or lower the other"
+        )
+    return None
+
+
+def _wrong_combination(config: RunConfig) -> str | None:
+    cut = config.prune
+    again = config.criterion.name == "saap_plus" and any(at < cut.ratio for at in config.criterion.cuts)
+    if again and (cut.search not in ("auto", "global") or cut.direction != "lowest" or cut.kinds != "pooled"):
+        return (
+            "saap_plus ranks again after cuts of the lowest of all kinds in one order, whatever prune.search, "
+            "prune.direction and prune.kinds say: leave them as they are, or set criterion.cuts = []"
+        )
+    if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
+        return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"
+    return None
 
 
 def _explain(fault: Any) -> str:
@@ -280,5 +304,6 @@ def _explain(fault: Any) -> str:
         section: Any = RunConfig
         for part in fault["loc"][:-1]:
             section = section.model_fields[part].annotation
-        return f"unknown config key '{where}'; known here: {', '.join(section.model_fields)}"
-    return f"config {where}: {fault['msg'][0].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
+        return f"unknown config key '{one_line(where)}'; known here: {', '.join(section.model_fields)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"config {where}: {message[0].lower()}{message[1:]}, got {short(fault['input'])}"

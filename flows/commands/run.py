@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from flows.printing import console, print_comparison, print_run, print_table
-from tasks.config import ConfigError, RunConfig
+from tasks.config import RunConfig
+from tasks.toml import toml_value
 
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
 SetOption = Annotated[
@@ -20,7 +21,7 @@ RunStoreOption = Annotated[
 
 
 def _overrides(values: list[str] | None, store: Path | None) -> tuple[str, ...]:
-    return (*(values or ()), *([f'store="{store}"'] if store else []))
+    return (*(values or ()), *([f"store={toml_value(str(store))}"] if store else []))
 
 
 def run(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
@@ -36,7 +37,6 @@ def run(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = 
     settings = load_config(config, overrides)
     _start(settings.store)
     job = prepare(settings)  # what is wrong with model or data shows before a server is started
-    _check_family(settings)
     with _prefect(Path(settings.store)):
         from flows.run import flow_of
 
@@ -46,13 +46,15 @@ def run(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = 
 
 def sweep(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
     """Run every combination of the lists in the config's \\[sweep] table; what they share is computed once."""
-    from flows.sweep import combinations
+    from flows.combinations import combinations
+    from flows.job import check_all
     from tasks.config import load_config
 
     overrides = _overrides(set_, store)
-    settings = load_config(config, overrides)
-    runs = combinations(str(config))
+    runs = combinations(str(config), overrides)
+    settings = load_config(config, (*runs[0], *overrides))
     _start(settings.store)
+    check_all(str(config), runs, overrides)  # before a server is started
     console.print(f"{len(runs)} runs, the last of them {', '.join(runs[-1])}", highlight=False)
     with _prefect(Path(settings.store)):
         from flows.sweep import saap_sweep
@@ -78,12 +80,12 @@ def compare(
 
 def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
     """Show what is cached, what would run, and why. Changes nothing."""
-    from flows.dag import build
+    from flows.job import prepare
     from flows.plan import plan_rows
     from tasks.config import load_config
 
     settings = load_config(config, _overrides(set_, store))
-    rows = plan_rows(build(settings))
+    rows = plan_rows(prepare(settings).steps)
     print_table(["stage", "", "why", "key"], rows)
     cached = sum(row[1] == "cached" for row in rows)
     console.print(f"{cached} of {len(rows)} steps are cached in {Path(settings.store).resolve()}", highlight=False)
@@ -91,33 +93,9 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
 
 def config() -> None:
     """Print a whole configuration: every field, its default and what it means. A start for a file of your own."""
-    from tasks.config import default_toml
+    from tasks.toml import default_toml
 
-    print(default_toml(), end="")
-
-
-def _check_family(settings: RunConfig) -> None:
-    """What would end the run at a late stage."""
-    from importlib.util import find_spec
-
-    from saap.models.checkpoint import load_config
-    from saap.models.families import family_of
-    from storage.keys import Fingerprints
-    from tasks.model_source import model_source
-
-    source = model_source(settings.model.path, settings.model.revision, Fingerprints(Path(settings.store)))
-    if settings.speed.llama_cpp and find_spec("xllamacpp") is None:
-        raise ConfigError("speed.llama_cpp needs llama.cpp: pip install -c constraints.txt xllamacpp")
-    if source.kind == "folder":
-        model_config = load_config(source.path)
-        if settings.speed.llama_cpp:
-            from saap.export.gguf import check_config
-
-            check_config(model_config)
-        if not family_of(model_config).int4 and settings.recover.recipe == "groupwise":
-            raise ConfigError(
-                f"{model_config.model_type} has no int4 recovery: set recover.recipe to 'lora', 'qlora' or 'none'"
-            )
+    print(default_toml(RunConfig), end="")
 
 
 def _start(store: str) -> None:

@@ -133,8 +133,8 @@ def test_a_figure_of_nothing_or_into_nowhere_is_refused(swept, tmp_path):
 
 
 def test_every_sweep_in_configs_is_valid_and_shares_its_statistics(request):
+    from flows.combinations import combinations
     from flows.dag import build
-    from flows.sweep import combinations
     from tasks.config import load_config
 
     files = sorted((request.config.rootpath / "configs").glob("*.toml"))

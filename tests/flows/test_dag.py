@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 
+from flows.combinations import combinations
 from flows.dag import build
 from flows.plan import plan_rows
-from flows.sweep import combinations
-from tasks.config import ConfigError, RunConfig, check_config, default_toml, load_config
+from tasks.config import ConfigError, RunConfig, check_config, load_config
 from tasks.criteria import NEEDS
 from tasks.data import mini_folder
 from tasks.stages.prune import prune
+from tasks.toml import default_toml
 
 
 @pytest.fixture
@@ -195,7 +196,7 @@ def test_a_config_survives_json(settings):
 
 
 def test_the_printed_configuration_reads_back_as_the_defaults(tmp_path):
-    (tmp_path / "all.toml").write_text(default_toml())
+    (tmp_path / "all.toml").write_text(default_toml(RunConfig))
     assert load_config(tmp_path / "all.toml") == RunConfig()
     for section in ("prune", "evaluate"):
-        assert f"[{section}]" in default_toml()
+        assert f"[{section}]" in default_toml(RunConfig)

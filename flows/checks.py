@@ -1,0 +1,170 @@
+"""What would end a run at a late stage, found before it starts. Imports torch, and only inside the functions."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+from tasks.config import ACCURACIES, RunConfig
+from tasks.criteria import needs_of
+from tasks.model_source import ModelSource
+from tasks.toml import ConfigError
+
+# the embedded model, whose file takes seconds to be asked
+EMBEDDED: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A model as its files describe it: its config, its coupled groups, the last names of its linear layers.
+
+    tokens, ends: how many tokens the tokenizer has, and whether one of them ends a text.
+    """
+
+    config: Any
+    groups: Any
+    linears: frozenset[str]
+    tokens: int
+    ends: bool
+
+
+def check_before_start(config: RunConfig, source: ModelSource) -> None:
+    """All that can be known of a run without computing anything. `source` is the model of the configuration.
+
+    Raises ConfigError or SaapError, in one line that says what to do: for a device that is not there, a model that
+    cannot be read or is of a family that cannot do what is asked, a tokenizer that does not fit it, a plan that cannot
+    be reached, sizes beyond the model's positions.
+    """
+    _check_device(config)
+    if config.speed.llama_cpp and find_spec("xllamacpp") is None:
+        raise ConfigError("speed.llama_cpp needs llama.cpp: pip install -c constraints.txt xllamacpp")
+    facts = facts_of(source)
+    _check_family(config, facts)
+    _check_tokenizer(config, source, facts)
+    _check_plan(config, facts)
+    _check_lengths(config, facts)
+
+
+@lru_cache(maxsize=32)
+def facts_of(source: ModelSource) -> Facts:
+    """Facts of a model, from config.json, the headers of the weight files and the tokenizer; read once a process."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from saap import discover, load_tokenizer
+    from saap.models.checkpoint import load_config
+    from saap.models.validation import check_sizes
+
+    if source.kind == "gguf":
+        config: Any = LlamaConfig(**EMBEDDED)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+        tokens, ends = config.vocab_size, True
+    else:
+        config = load_config(source.path)
+        if getattr(config, "groupwise", None):
+            raise ConfigError(
+                f"the model in {source.path} is in int4 codes, and pruning needs float weights: give the pruned model "
+                f"it was made from, or what `saap export uniform {source.path} FOLDER` writes"
+            )
+        model = check_sizes(config, source.path)
+        tokenizer = load_tokenizer(source.path)
+        tokens, ends = len(tokenizer), tokenizer.eos_token_id is not None
+    linears = {
+        name.rpartition(".")[2]
+        for block in _blocks(model)
+        for name, module in block.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    return Facts(config, discover(model), frozenset(linears), tokens, ends)
+
+
+def _blocks(model: Any) -> Any:
+    from saap import family_of
+
+    return family_of(model.config).blocks(model)
+
+
+def _check_device(config: RunConfig) -> None:
+    import torch
+
+    device, there = config.compute.device, torch.cuda.device_count()
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= there:
+        raise ConfigError(
+            f"compute.device = '{device}' is not there: torch finds {there} GPUs; give 'auto', 'cpu' or one of them"
+        )
+    on_cpu = device == "cpu" or (device == "auto" and not there)
+    if on_cpu and config.recover.recipe != "none" and config.recover.precision == "float16":
+        raise ConfigError("recover.precision = 'float16' needs a GPU: use 'bfloat16' or 'float32'")
+
+
+def _check_family(config: RunConfig, facts: Facts) -> None:
+    from saap import family_of
+
+    kind, recover = facts.config.model_type, config.recover
+    if config.speed.llama_cpp:
+        from saap.export.gguf import check_config
+
+        check_config(facts.config)
+    if recover.recipe == "groupwise" and not family_of(facts.config).int4:
+        raise ConfigError(f"{kind} has no int4 recovery: set recover.recipe to 'lora', 'qlora' or 'none'")
+    unknown = sorted(set(recover.targets) - facts.linears)
+    if recover.recipe != "none" and unknown:
+        raise ConfigError(
+            f"no layer is called {', '.join(unknown)}: recover.targets may name {', '.join(sorted(facts.linears))}"
+        )
+
+
+def _check_tokenizer(config: RunConfig, source: ModelSource, facts: Facts) -> None:
+    if facts.tokens > facts.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {source.path} has {facts.tokens} tokens, the model embeddings for "
+            f"{facts.config.vocab_size}: give the tokenizer that belongs to it"
+        )
+    if config.recover.recipe != "none" and not facts.ends:
+        raise ConfigError(
+            f"the tokenizer in {source.path} names no end-of-text token, which recovery teaches: set eos_token in its "
+            "tokenizer_config.json or eos_token_id in config.json, or recover.recipe = 'none'"
+        )
+
+
+def _check_plan(config: RunConfig, facts: Facts) -> None:
+    """Whether the ratio can be reached, which does not depend on the scores."""
+    import numpy as np
+
+    from saap import select
+
+    cut, needs = config.prune, needs_of(config.criterion.name)
+    search = needs.search if cut.search == "auto" else cut.search
+    score = np.zeros(len(facts.groups))
+    options: dict[str, Any] = {"protect": cut.protect, "align": cut.align}
+    select(score, facts.groups, cut.ratio, search=search, direction=cut.direction, kinds=cut.kinds, **options)
+
+
+def _check_lengths(config: RunConfig, facts: Facts) -> None:
+    """Sizes beyond the positions of the model, and windows beyond the text."""
+    positions = getattr(facts.config, "max_position_embeddings", None)  # ALiBi models have no limit
+    if positions is not None and config.calibrate.length > positions:
+        raise ConfigError(f"calibrate.length = {config.calibrate.length} is beyond the model's {positions} positions")
+    options = config.evaluate
+    if set(options.benchmarks) <= set(ACCURACIES) or not options.variants:
+        return
+    windows = [window for window in options.windows if positions is None or window <= positions]
+    if not windows:
+        raise ConfigError(
+            f"every window of evaluate.windows is beyond the model's {positions} positions: name a shorter one"
+        )
+    if options.max_tokens is not None and options.max_tokens < max(windows):
+        raise ConfigError(
+            f"evaluate.max_tokens = {options.max_tokens} is less than the window of {max(windows)} tokens: raise it, "
+            "or leave that window out of evaluate.windows"
+        )

@@ -1,0 +1,39 @@
+"""The runs that a [sweep] table stands for. Imports neither torch nor Prefect."""
+
+import itertools
+from collections.abc import Sequence
+
+from tasks.config import ConfigError, load_config
+from tasks.toml import read_toml, toml_value
+
+MOST = 10_000
+
+
+def combinations(config: str, overrides: Sequence[str] = ()) -> list[list[str]]:
+    """The overrides of each run: the product of the lists in the file's [sweep] table.
+
+    [sweep]
+    "model.path" = ["smollm2-135m", "/models/other"]
+    "prune.ratio" = [0.2, 0.5]
+
+    overrides: what is set for all runs; each must be a configuration with them. Raises ConfigError, also when one of
+    them sets an axis: the runs would be named by values that they do not have.
+    """
+    axes = read_toml(config).get("sweep")
+    if not isinstance(axes, dict) or not axes or not all(isinstance(v, list) and v for v in axes.values()):
+        raise ConfigError(f'{config} needs a [sweep] table of lists, e.g. "prune.ratio" = [0.2, 0.5]')
+    if double := sorted(axes.keys() & {override.partition("=")[0].strip() for override in overrides}):
+        raise ConfigError(f"{', '.join(double)}: an axis of the sweep in {config} cannot be set too; change the file")
+    texts: dict[str, list[str]] = {path: [toml_value(value) for value in values] for path, values in axes.items()}
+    for path, values in texts.items():
+        if len(set(values)) < len(values):
+            raise ConfigError(
+                f"the axis {path} of the sweep in {config} has one value twice: {', '.join(values)}"[:300]
+            )
+    found = list(itertools.islice(itertools.product(*texts.values()), MOST + 1))
+    if len(found) > MOST:
+        raise ConfigError(f"the sweep in {config} has more than {MOST:,} runs: shorten its lists")
+    runs = [[f"{path}={text}" for path, text in zip(axes, chosen, strict=True)] for chosen in found]
+    for run in runs:
+        load_config(config, (*run, *overrides))
+    return runs
