@@ -21,7 +21,7 @@ def _library() -> str:
     """Vega, Vega-Lite and vega-embed as one script that sets window.vegaEmbed."""
     import vl_convert
 
-    return vl_convert.javascript_bundle(None).replace("</script", "<\\/script")
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").replace("</script", "<\\/script")
 
 
 @lru_cache(maxsize=1)
