@@ -1,0 +1,86 @@
+"""What a page is made of: sections, each a heading, charts and the table behind them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+
+def plain(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def digits(places: int, scale: float = 1.0) -> Callable[[Any], str]:
+    """A text of the number times scale: '1,234.5'."""
+    return lambda value: "–" if value is None else f"{value * scale:,.{places}f}"
+
+
+def rounded(value: Any) -> str:
+    """Three or four digits that matter: 61.6, 844, 12,300, 1.2e+06."""
+    if value is None:
+        return "–"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 4
+    return f"{value:,.{places}f}"
+
+
+def yes(value: Any) -> str:
+    return "–" if value is None else "yes" if value else "no"
+
+
+@dataclass(frozen=True)
+class Column:
+    """name: the key of a row and the head of the CSV; text: what people read."""
+
+    name: str
+    title: str
+    text: Callable[[Any], str] = plain
+    number: bool = True
+
+
+def words(name: str, title: str) -> Column:
+    return Column(name, title, number=False)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A Vega-Lite specification that takes its data from the rows of the section, under the name 'rows'."""
+
+    spec: dict[str, Any]
+    caption: str = ""
+    wide: bool = True  # takes the whole width of the page
+
+
+@dataclass
+class Section:
+    """missing: why there is nothing to show, in place of charts and table."""
+
+    id: str
+    title: str
+    lead: str = ""
+    columns: Sequence[Column] = ()
+    rows: Rows = field(default_factory=list)
+    charts: Sequence[Chart] = ()
+    missing: str | None = None
+    open: bool = False  # the table shows without being asked for
+    legend: Sequence[tuple[str, str]] = ()  # (class of its colour, label)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The rows for JSON, names once; JSON has no NaN."""
+        names = list(self.rows[0]) if self.rows else []
+        return {"names": names, "rows": [[_finite(row[name]) for name in names] for row in self.rows]}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def ask(connection: Any, query: str, *values: Any) -> Rows:
+    """The rows of a query as dicts."""
+    result = connection.execute(query, list(values))
+    names = [column[0] for column in result.description]
+    return [dict(zip(names, row, strict=True)) for row in result.fetchall()]

@@ -1,0 +1,126 @@
+"""The charts of a sweep: a measure of quality against what it costs, one line a setting, its Pareto front marked."""
+
+from typing import Any
+
+from flows.pages.run_charts import tips
+
+QUALITY = {"wikitext2": "WikiText-2 perplexity", "ptb": "PTB perplexity", "average": "average accuracy, %"}
+COSTS = {
+    "parameters_m": "parameters, M",
+    "kept_m": "prunable parameters kept, M",
+    "megabytes": "weights, MB",
+    "tokens_per_s": "tokens a second",
+}
+
+
+def trade(quality: str, cost: str, labels: list[str], ghosts: bool) -> dict[str, Any]:
+    """Points with their spread over the seeds, joined along the ratios; a ring marks a model's Pareto front."""
+    perplexity = quality != "average"
+    scale = {"type": "log", "nice": False, "padding": 10} if perplexity else {"zero": False, "padding": 10}
+    x = {
+        "field": cost,
+        "type": "quantitative",
+        "title": COSTS[cost],
+        "axis": {"tickCount": 6},
+        "scale": {"zero": False, "padding": 14},
+    }
+    y = {"type": "quantitative", "title": None, "scale": scale}
+    color = {
+        "field": "setting",
+        "type": "nominal",
+        "legend": None,
+        "scale": {"domain": labels, "range": [f"var(--line-{place % 16})" for place in range(len(labels))]},
+    }
+    shape = {
+        "field": "variant",
+        "type": "nominal",
+        "legend": None,
+        "scale": {"domain": ["dense", "pruned", "recovered"], "range": ["square", "circle", "triangle-up"]},
+    }
+    mean = {**y, "field": quality}
+    layers: list[dict[str, Any]] = [
+        {
+            "transform": [{"filter": "datum.variant !== 'dense'"}],
+            "mark": {"type": "line", "strokeWidth": 1.2, "opacity": 0.55, "aria": False},
+            "encoding": {
+                "y": mean,
+                "color": color,
+                "order": {"field": "ratio", "type": "quantitative"},
+                "detail": [{"field": name} for name in ("model", "data", "variant")],
+            },
+        },
+        {
+            "transform": [{"filter": f"isValid(datum.{quality}_low)"}],
+            "mark": {"type": "rule", "strokeWidth": 1.4, "aria": False},
+            "encoding": {"y": {**y, "field": f"{quality}_low"}, "y2": {"field": f"{quality}_high"}, "color": color},
+        },
+        {
+            "mark": {"type": "point", "filled": True, "size": 50, "opacity": 1},
+            "encoding": {"y": mean, "color": color, "shape": shape, "tooltip": _tips(quality)},
+        },
+        {
+            "transform": _front(quality, cost),
+            "mark": {
+                "type": "point",
+                "shape": "circle",
+                "size": 190,
+                "stroke": "var(--ink)",
+                "strokeWidth": 1.3,
+                "fill": None,
+                "description": "on the Pareto front",
+            },
+            "encoding": {"y": mean, "tooltip": _tips(quality)},
+        },
+    ]
+    if ghosts:
+        about = tips(
+            ("published_method", "the paper's"),
+            ("model", "model"),
+            ("ratio", "ratio"),
+            ("published", "as printed", ".4~g"),
+        )
+        layers.insert(
+            0,
+            {
+                "data": {"name": "ghosts"},
+                "transform": [{"filter": f"datum.benchmark === '{quality}' && isValid(datum.{cost})"}],
+                "mark": {
+                    "type": "point",
+                    "shape": "diamond",
+                    "size": 60,
+                    "stroke": "var(--dense)",
+                    "fill": None,
+                    "strokeDash": [2, 2],
+                },
+                "encoding": {"y": {**y, "field": "published"}, "tooltip": about},
+            },
+        )
+    return {
+        "transform": [{"filter": f"isValid(datum.{quality}) && isValid(datum.{cost})"}],
+        "height": 230,
+        "encoding": {"x": x},
+        "layer": layers,
+    }
+
+
+def _front(quality: str, cost: str) -> list[dict[str, Any]]:
+    """Keep what no other point of its model and data beats: the best quality among all that cost no more."""
+    best = {"op": "max" if quality == "average" else "min", "field": quality, "as": "best"}
+    dear = "descending" if cost == "tokens_per_s" else "ascending"  # of tokens a second, more is better
+    among = {"sort": [{"field": cost, "order": dear}], "groupby": ["model", "data"], "frame": [None, 0]}
+    return [{"window": [best], **among, "ignorePeers": False}, {"filter": f"datum.{quality} === datum.best"}]
+
+
+def _tips(quality: str) -> list[dict[str, Any]]:
+    return tips(
+        ("setting", "setting"),
+        ("model", "model"),
+        ("ratio", "ratio"),
+        ("variant", "variant"),
+        ("seeds", "seeds"),
+        (quality, QUALITY[quality], ".4~g"),
+        (f"{quality}_spread", "spread over the seeds", ".3~g"),
+        ("parameters_m", "parameters, M", ",.1f"),
+        ("megabytes", "weights, MB", ",.0f"),
+        ("tokens_per_s", "tokens/s", ",.1f"),
+    )

@@ -1,0 +1,168 @@
+"""The sections of a sweep's page. A sweep is a set of runs; what they share counts once."""
+
+import json
+from typing import Any
+
+from flows.pages import sweep_charts as charts
+from flows.pages.section import Chart, Column, Rows, Section, ask, digits, rounded, words
+
+# A setting is the configuration without the calibration seed and without what the variant does not depend on: a pruned
+# model not on its recovery, a dense one on nothing but model, dtype and data. A run made twice counts once.
+SETTINGS = """
+with kept as (select run_id, sum(kept_parameters) as kept, sum(parameters) as prunable from widths group by run_id),
+mine as (
+    select a.run_id, a.model, a.data, a.criterion, if(a.variant = 'dense', 0, a.ratio) as ratio, a.variant,
+        if(a.variant = 'dense', 0, a.seed) as seed, a.wikitext2, a.ptb, 100 * a.average as average, a.seconds_to_rank,
+        r.parameters, r.weight_bytes, r.tokens_per_s, r.decode_ratio,
+        if(a.variant = 'dense', k.prunable, k.kept) as kept,
+        case a.variant
+            when 'dense' then json_object('model', json_extract(settings, '$.model'), 'data', a.data)
+            when 'pruned' then json_merge_patch(settings, '{"recover": null, "evaluate": {"variants": null}}')
+            else settings end as settings
+    from ablations a join results r using (run_id, variant) left join kept k using (run_id)
+    where run_id in (select unnest(?))),
+once as (
+    select distinct on (settings, variant, seed) * from mine
+    order by settings, variant, seed, tokens_per_s is null, run_id desc)
+select settings, variant, any_value(model) as model, any_value(data) as data, any_value(criterion) as criterion,
+    any_value(ratio) as ratio, count(*) as seeds, avg(wikitext2) as wikitext2,
+    stddev_samp(wikitext2) as wikitext2_spread,
+    avg(ptb) as ptb, stddev_samp(ptb) as ptb_spread, avg(average) as average, stddev_samp(average) as average_spread,
+    avg(parameters) as parameters, avg(weight_bytes) as weight_bytes, avg(tokens_per_s) as tokens_per_s,
+    avg(decode_ratio) as decode_ratio, avg(kept) as kept, avg(seconds_to_rank) as seconds_to_rank, max(run_id) as run_id
+from once group by settings, variant
+order by model, data, variant, ratio, wikitext2, settings"""
+GHOSTS = """
+select distinct v.method as published_method, v.model as published_model, r.model, r.data, v.ratio, v.variant,
+    v.benchmark, v.published, v.source, v."table", v.misprint
+from versus_published v join runs r using (run_id)
+where run_id in (select unnest(?)) and v.benchmark in ('wikitext2', 'ptb', 'average') and v.variant <> 'dense'
+order by all"""
+REUSE = """
+select stage, count(*) as uses, count(*) filter (not cached) as computed, count(*) filter (cached) as reused,
+    coalesce(sum(seconds) filter (not cached), 0) as seconds_spent,
+    coalesce(sum(seconds) filter (cached), 0) as seconds_saved
+from stage_runs where skipped is null and run_id in (select unnest(?)) group by stage
+order by seconds_saved desc, stage"""
+RUNS = """
+select run_id, name, model, criterion, ratio, status, started_at, finished_at, error from runs
+where run_id in (select unnest(?)) order by run_id"""
+
+
+def rows_of(connection: Any, run_ids: list[str]) -> Rows:
+    """One row a setting and variant, with its label: the criterion and what else the sweep varies."""
+    rows = ask(connection, SETTINGS, run_ids)
+    flat = [_flat(json.loads(row["settings"])) if row["variant"] != "dense" else {} for row in rows]
+    known = {"model.path", "prune.ratio", "criterion.name", "data"}
+    seen: dict[str, set[str]] = {}
+    for values in flat:
+        for path, value in values.items():
+            seen.setdefault(path, set()).add(value)
+    varied = sorted(path for path, values in seen.items() if len(values) > 1 and path not in known)
+    for row, values in zip(rows, flat, strict=True):
+        more = [f"{path} = {values[path]}" for path in varied if path in values]
+        row["setting"] = ", ".join([row["criterion"], *more]) if row["variant"] != "dense" else "dense"
+        row["megabytes"], row["parameters_m"], row["kept_m"] = (
+            None if row[name] is None else row[name] / 1e6 for name in ("weight_bytes", "parameters", "kept")
+        )
+        for measure in charts.QUALITY:
+            mean, spread = row[measure], row[f"{measure}_spread"]
+            known_spread = mean is not None and spread is not None
+            row[f"{measure}_low"], row[f"{measure}_high"] = (
+                (max(mean - spread, mean * 1e-3), mean + spread) if known_spread else (None, None)
+            )
+        del row["settings"]
+    return rows
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        found |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: json.dumps(value)}
+    return found
+
+
+def settings(rows: Rows, labels: list[str], ghosts: bool) -> Section:
+    """Quality against cost, and the table of everything."""
+    if not rows:
+        return Section(
+            "settings", "Quality against size and speed", missing="No run of the sweep has been evaluated yet."
+        )
+    qualities = [name for name in charts.QUALITY if any(row[name] is not None for row in rows)]
+    sized = any(row["parameters"] is not None for row in rows)
+    costs = ["parameters_m", "megabytes", "tokens_per_s"] if sized else ["kept_m"]
+    drawn = [
+        Chart(charts.trade(quality, cost, labels, ghosts),
+              f"{charts.QUALITY[quality]} against {charts.COSTS[cost]}", wide=False)
+        for quality in qualities for cost in costs
+    ]  # fmt: skip
+    columns = (
+        words("setting", "setting"), words("model", "model"), Column("ratio", "ratio"), words("variant", "variant"),
+        Column("seeds", "seeds"),
+        Column("wikitext2", "WikiText-2", rounded), Column("wikitext2_spread", "±", rounded),
+        Column("ptb", "PTB", rounded), Column("ptb_spread", "±", rounded),
+        Column("average", "average, %", digits(1)), Column("average_spread", "±", digits(1)),
+        Column("parameters", "parameters, M", digits(1, 1e-6)), Column("weight_bytes", "MB", digits(0, 1e-6)),
+        Column("tokens_per_s", "tokens/s", digits(1)), Column("decode_ratio", "× dense", digits(2)),
+        Column("seconds_to_rank", "s to rank", digits(1)), words("run_id", "run"), words("data", "data"),
+    )  # fmt: skip
+    lead = (
+        "A circle is a pruned model, a triangle a recovered one, a square the dense one; lines join the ratios of a "
+        "setting, bars are one standard deviation over the calibration seeds, and a ring marks what nothing of the "
+        "same model beats: the Pareto front of what is ticked. Perplexities are on a logarithmic axis."
+    )
+    if ghosts:
+        lead += " Dashed diamonds are the paper's numbers for the same model and ratio, drawn at our size."
+    legend = [(f"line-{place % 16}", label) for place, label in enumerate(labels)]
+    return Section("settings", "Quality against size and speed", lead, columns, rows, drawn, open=True, legend=legend)
+
+
+def ghosts(connection: Any, run_ids: list[str], rows: Rows) -> Section | None:
+    """The paper's numbers of the same models and ratios, at the size of ours; None when it has none."""
+    found = ask(connection, GHOSTS, run_ids)
+    if not found:
+        return None
+    for ghost in found:
+        ours = [r for r in rows if (r["model"], r["data"], r["ratio"], r["variant"])
+                == (ghost["model"], ghost["data"], ghost["ratio"], ghost["variant"])]  # fmt: skip
+        for cost in charts.COSTS:
+            sizes = [row[cost] for row in ours if row[cost] is not None]
+            ghost[cost] = sum(sizes) / len(sizes) if sizes else None
+    columns = (
+        words("published_method", "method"), words("published_model", "model"), Column("ratio", "ratio"),
+        words("variant", "variant"), words("benchmark", "benchmark"), Column("published", "as printed", rounded),
+        words("source", "source"), words("table", "table"), words("misprint", "misprint"),
+    )  # fmt: skip
+    return Section(
+        "ghosts", "The paper's numbers beside them", "Of the same model and ratio, as printed.", columns, found
+    )
+
+
+def reuse(connection: Any, run_ids: list[str]) -> Section:
+    rows = ask(connection, REUSE, run_ids)
+    columns = (
+        words("stage", "stage"), Column("uses", "uses"), Column("computed", "computed"),
+        Column("reused", "found in the store"),
+        Column("seconds_spent", "seconds spent", digits(0)), Column("seconds_saved", "seconds saved", digits(0)),
+    )  # fmt: skip
+    spent, saved = (sum(row[name] for row in rows) for name in ("seconds_spent", "seconds_saved"))
+    lead = f"{spent:,.0f} seconds of computing; what was found in the store saved {saved:,.0f}."
+    return Section(
+        "reuse", "What was reused", lead, columns, rows, open=True, missing=None if rows else "Nothing is done yet."
+    )
+
+
+def runs(connection: Any, run_ids: list[str], missing: int) -> Section:
+    rows = ask(connection, RUNS, run_ids)
+    for row in rows:
+        row["started_at"], row["finished_at"] = (
+            None if row[name] is None else f"{row[name]:%Y-%m-%d %H:%M:%S}" for name in ("started_at", "finished_at")
+        )
+    columns = (
+        words("run_id", "run"), words("status", "status"), words("model", "model"), words("criterion", "criterion"),
+        Column("ratio", "ratio"), words("started_at", "started"), words("finished_at", "finished"),
+        words("error", "error"),
+    )  # fmt: skip
+    lead = f"{missing} of the sweep's runs have not been made yet." if missing else ""
+    return Section("runs", "Runs", lead, columns, rows, missing=None if rows else "No run has been made yet.")

@@ -1,0 +1,70 @@
+"""What people name on the command line: a run by its id or a part of it, a sweep by its file or its name."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from storage.errors import StorageError
+from tasks.config import load_config
+
+ALL = "saap sql 'select run_id, name, status from runs'"
+
+
+def find_run(connection: Any, store: Path, named: str | None) -> str:
+    """The id of the one run whose id begins or ends like this; of the newest completed run without a name.
+
+    Raises StorageError when there is none, or more than one.
+    """
+    if named is None:
+        query = "select run_id from runs where status = 'completed' order by started_at desc, run_id desc limit 1"
+        found = connection.execute(query).fetchall()
+        if not found:
+            raise StorageError(f"no completed run in {store.resolve()}: {ALL}")
+        return str(found[0][0])
+    query = "select run_id from runs where run_id = $1 or starts_with(run_id, $1) or ends_with(run_id, $1) order by 1"
+    ids = [row[0] for row in connection.execute(query, [named]).fetchall()] if named else []
+    if named in ids:
+        return named
+    if not ids:
+        raise StorageError(f"no such run in {store.resolve()}: '{named}'; {ALL}")
+    if len(ids) > 1:
+        raise StorageError(f"'{named}' is {len(ids)} runs: {', '.join(ids[:5])}{' …' if len(ids) > 5 else ''}")
+    return str(ids[0])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """missing: how many of its runs have not been made."""
+
+    title: str
+    run_ids: list[str]
+    missing: int
+
+
+def sweep_of_file(connection: Any, config: Path, overrides: tuple[str, ...]) -> Sweep:
+    """The newest run of each combination of a sweep's file, a completed one if there is. Raises ConfigError."""
+    from flows.sweep import combinations
+
+    made: dict[str, str] = {}
+    query = "select run_id, config from runs order by status = 'completed', started_at, run_id"
+    for run_id, text in connection.execute(query).fetchall():
+        made[_settings(json.loads(text))] = run_id
+    wanted = [_settings(_config(config, (*chosen, *overrides))) for chosen in combinations(str(config))]
+    found = [made[settings] for settings in wanted if settings in made]
+    return Sweep(config.stem, found, len(wanted) - len(found))
+
+
+def sweep_of_name(connection: Any, name: str) -> Sweep | None:
+    """All runs of a name; None when there are none."""
+    found = connection.execute("select run_id from runs where name = ? order by run_id", [name]).fetchall()
+    return Sweep(name, [row[0] for row in found], 0) if found else None
+
+
+def _config(file: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    return load_config(file, overrides).model_dump(mode="json")
+
+
+def _settings(config: dict[str, Any]) -> str:
+    """What tells two runs apart: not the store's place, nor how the work is done."""
+    return json.dumps({k: v for k, v in config.items() if k not in ("store", "compute")}, sort_keys=True)
