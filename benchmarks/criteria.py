@@ -8,8 +8,9 @@ A row is a criterion, or one of the peers in `peers.py`. After a colon come its 
 `variant`, `query_heads`, `search`, `kinds`, `align`), after a plus the compensation; left out, they are those of its
 authors. Texts are either held out, windows of the last quarter of the novels, the others being for calibration, and
 of Alpaca's instructions and answers: choices are made by the geometric mean of their perplexities. Or they are the
-test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held above the model are those of all
-statistics a row needs, of ranking and of cutting. Prints a table and, as its last line, one JSON object.
+test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held, the model in it, are those of all
+statistics a row needs, of ranking and of cutting (on a CPU that of the process, which keeps what rows before it
+needed). Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import embedded, held, most_held, where
+from common import embedded, most_held, where
 from peers import PEERS, mean_loss
 
 import saap
@@ -43,10 +44,10 @@ class Cost:
 
     def make(self, name: str, maker: Callable[[], Any]) -> Any:
         if name not in self.known:
-            before, start, found = held(self.device), time.perf_counter(), []
+            start, found = time.perf_counter(), []  # type: ignore[var-annotated]
             peak = most_held(lambda: found.append(maker()), self.device)
             self.known[name] = found[0]
-            self.spent[name] = time.perf_counter() - start, max(0, peak - before)
+            self.spent[name] = time.perf_counter() - start, peak
         return self.known[name]
 
 
