@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from flows.commands import export, report, run, store
+from flows.commands import export, hygiene, report, run, store
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(run.run, run.sweep, run.plan, run.compare, run.config),
     report.report,
     *(store.sql, store.rebuild, store.verify, store.doctor),
+    *(hygiene.gc, hygiene.du),
 )
 for command in COMMANDS:
     app.command()(command)

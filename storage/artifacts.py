@@ -64,12 +64,9 @@ class ArtifactStore:
         folder = self.path(stage, key)
         if not folder.exists():
             return None, None
-        try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-        except (OSError, ValueError, RecursionError):
+        manifest = self.read_manifest(stage, key)
+        if manifest is None:
             return None, "its manifest is missing or unreadable"
-        if not _is_manifest(manifest, stage, key):
-            return None, "its manifest is not one of ours"
         for name, about in manifest["files"].items():
             try:
                 if fault := _fault(folder / name, about, verify):
@@ -77,6 +74,14 @@ class ArtifactStore:
             except OSError as error:
                 return None, f"{name} cannot be read ({error})"
         return manifest, None
+
+    def read_manifest(self, stage: str, key: str) -> dict[str, Any] | None:
+        """None when there is none, or it is none of ours. Says nothing of the files."""
+        try:
+            manifest = json.loads((self.path(stage, key) / MANIFEST).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+        return manifest if _is_manifest(manifest, stage, key) else None
 
     @contextlib.contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:

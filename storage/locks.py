@@ -43,6 +43,8 @@ def held(path: Path, what: str, timeout: float) -> Iterator[None]:
 
 def is_held(path: Path) -> bool:
     """Whether a process holds the lock file now. An unreadable or absent one is held by nobody."""
+    if not path.exists():  # FileLock would make it
+        return False
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

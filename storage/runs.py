@@ -140,8 +140,7 @@ def read_stages(root: Path, run_id: str) -> Iterator[dict[str, Any]]:
 
 def is_alive(root: Path, run_id: str) -> bool:
     """Whether the process of the run lives."""
-    lock = root / "runs" / run_id / "alive.lock"
-    return lock.exists() and is_held(lock)
+    return is_held(root / "runs" / run_id / "alive.lock")
 
 
 def mark_killed(root: Path) -> list[str]:

@@ -45,7 +45,7 @@ def rebuild(store: StoreOption = Path("saap_store")) -> None:
     """Make the warehouse again from the artifacts and run records of the store."""
     from storage.warehouse import Warehouse
 
-    _there(store)
+    there(store)
     console.print(f"warehouse rebuilt from {Warehouse(store).rebuild()} runs")
 
 
@@ -53,7 +53,7 @@ def verify(store: StoreOption = Path("saap_store")) -> None:
     """Read every artifact of the store and compare it with its digests; set aside what is damaged."""
     from storage.artifacts import ArtifactStore
 
-    _there(store)
+    there(store)
     artifacts = ArtifactStore(store)
     checked = list(artifacts.all())
     damaged = []
@@ -79,7 +79,7 @@ def doctor(store: StoreOption = Path("saap_store")) -> None:
         raise typer.Exit(1)
 
 
-def _there(store: Path) -> None:
+def there(store: Path) -> None:
     """A mistyped path must not become a store."""
     from storage.errors import StorageError
 

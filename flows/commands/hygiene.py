@@ -1,0 +1,71 @@
+"""Commands that keep a store small: gc, du."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.commands.store import StoreOption, there
+from flows.printing import console, print_table
+
+
+def gc(
+    store: StoreOption = Path("saap_store"),
+    run: Annotated[list[str] | None, typer.Option(help="Let this run go too. May be repeated.")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="Let all runs of this name go too. May be repeated.")] = None,
+    older: Annotated[float | None, typer.Option(min=0, help="Let runs go too that began more days ago.")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it. Without this nothing is changed.")] = False,
+) -> None:
+    """Show what nobody needs, or remove it with --delete.
+
+    That is: drafts and work folders of dead runs, damaged and temporary files, locks nobody holds, and artifacts that
+    no run refers to. Every run is kept but those that --run, --name or --older pick; their artifacts go unless a kept
+    run has them too. What a living run uses is never touched.
+    """
+    from storage.artifacts import ArtifactStore
+    from storage.gc import find_waste, remove, select_runs
+
+    there(store)
+    artifacts = ArtifactStore(store)
+    dropped = select_runs(artifacts.root, ids=run or (), names=name or (), older_than_days=older)
+    waste = find_waste(artifacts, dropped)
+    locks = [one for one in waste if one.kind == "lock"]
+    rows = [
+        (one.kind, str(one.path.relative_to(artifacts.root)), amount(one.bytes), one.why)
+        for one in waste
+        if one.kind != "lock"
+    ]
+    if locks:
+        rows.append((f"{len(locks)} locks", "locks", amount(sum(one.bytes for one in locks)), locks[0].why))
+    if rows:
+        print_table(["what", "where", "size", "why"], rows)
+    if delete:
+        console.print(f"removed: {amount(remove(artifacts, waste))}", highlight=False)
+    else:
+        total = amount(sum(one.bytes for one in waste))
+        console.print(f"{total} can go. Nothing was changed: --delete removes it", highlight=False)
+
+
+def du(store: StoreOption = Path("saap_store")) -> None:
+    """Show what takes the space in the store, by stage and by run."""
+    from storage.artifacts import ArtifactStore
+    from storage.gc import by_run, by_stage
+
+    there(store)
+    artifacts = ArtifactStore(store)
+    stages = by_stage(artifacts)
+    print_table(["stage", "number", "size"], [(stage, number, amount(b)) for stage, number, b in stages])
+    rows = [(run, name, amount(total), amount(alone)) for run, name, total, alone in by_run(artifacts)]
+    if rows:
+        print_table(["run", "name", "uses", "alone"], rows)
+    console.print(f"{amount(sum(row[2] for row in stages))} in {artifacts.root}", highlight=False, soft_wrap=True)
+
+
+def amount(bytes_: int) -> str:
+    """1,234,567 → '1.2 MB'."""
+    value, unit = float(bytes_), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,199 @@
+"""What a store holds that nobody needs, and what takes the space."""
+
+import contextlib
+import os
+import shutil
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage import runs
+from storage.artifacts import ArtifactStore
+from storage.errors import BusyError, StorageError
+from storage.locks import held, is_held
+
+_TEMPORARY = (
+    ".writable-*",
+    ".warehouse-*",
+    "warehouse.new*",
+    "runs/*/*.tmp",
+    "runs/*/stages/*.tmp",
+    "fingerprints/*.tmp",
+)
+_SETTLED = 3600.0  # seconds: a temporary file of a living process is younger
+Reference = tuple[str, str]  # (stage, key)
+
+
+@dataclass(frozen=True)
+class Waste:
+    """kind: what it is; why: why nobody needs it; reference: of an artifact, a draft or a work folder."""
+
+    kind: str
+    path: Path
+    bytes: int
+    why: str
+    reference: Reference | None = None
+
+
+def select_runs(
+    root: Path, *, ids: Collection[str] = (), names: Collection[str] = (), older_than_days: float | None = None
+) -> list[str]:
+    """The runs that any of these picks, but none that lives. Raises StorageError for a run that is not there."""
+    known = {}
+    for run_id in runs.all_runs(root):
+        with contextlib.suppress(StorageError):
+            known[run_id] = runs.read_run(root, run_id)
+    if unknown := [run_id for run_id in ids if run_id not in known]:
+        raise StorageError(f"no such run in {root}: {', '.join(unknown)}; saap sql 'select run_id, name from runs'")
+    if unknown := [name for name in names if name not in {run["name"] for run in known.values()}]:
+        raise StorageError(
+            f"no run in {root} has the name {', '.join(unknown)}; saap sql 'select run_id, name from runs'"
+        )
+    before = -1.0 if older_than_days is None else time.time() - 86400 * older_than_days
+    picked = [r for r, run in known.items() if r in ids or run["name"] in names or run["started_at"] < before]
+    if living := [run_id for run_id in picked if runs.is_alive(root, run_id) and run_id in ids]:
+        raise StorageError(f"run {living[0]} is at work: stop it first")
+    return [run_id for run_id in picked if not runs.is_alive(root, run_id)]
+
+
+def find_waste(store: ArtifactStore, dropped: Collection[str] = ()) -> list[Waste]:
+    """What can go when the runs in `dropped` go: they, artifacts no other run refers to, and what dead processes left.
+
+    While a run is at work, artifacts and locks are left alone: it may be about to use them.
+    """
+    root = store.root
+    found = [Waste("run record", root / "runs" / r, size(root / "runs" / r), "asked for") for r in dropped]
+    found += _left_by_the_dead(store)
+    for path in sorted(root.glob("damaged/*")):
+        found.append(Waste("damaged", path, size(path), "set aside"))
+    for file in sorted(file for pattern in _TEMPORARY for file in root.glob(pattern)):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > _SETTLED:
+                found.append(Waste("temporary file", file, size(file), "of a dead process"))
+    if any(runs.is_alive(root, run_id) for run_id in runs.all_runs(root)):
+        return found
+    used = references(store, [run_id for run_id in runs.all_runs(root) if run_id not in dropped])
+    for stage, key in store.all():
+        if (stage, key) not in used:
+            path = store.path(stage, key)
+            found.append(Waste("artifact", path, size(path), "no run that is kept refers to it", (stage, key)))
+    for file in sorted(root.glob("locks/*.lock")):
+        if not is_held(file):
+            found.append(Waste("lock", file, size(file), "nobody holds it"))
+    return found
+
+
+def _left_by_the_dead(store: ArtifactStore) -> Iterator[Waste]:
+    """Drafts and work folders whose artifact nobody is making, and runs that were killed before their record."""
+    root = store.root
+    for path in sorted(root.glob("*/.draft-*")):
+        stage, key = path.parent.name, path.name.removeprefix(".draft-").rpartition("-")[0]
+        if not is_held(_lock(store, stage, key)):
+            yield Waste("draft", path, size(path), "its run died", (stage, key))
+    for path in sorted(root.glob("work/*")):
+        stage, _, key = path.name.partition("-")
+        if not is_held(_lock(store, stage, key)):
+            yield Waste(
+                "work folder", path, size(path), "its run died; run again, it would go on from here", (stage, key)
+            )
+    for path in sorted(root.glob("runs/*/")):
+        if not (path / "run.json").exists() and not runs.is_alive(root, path.name):
+            yield Waste("run record", path, size(path), "killed before it was written")
+
+
+def remove(store: ArtifactStore, waste: Iterable[Waste]) -> int:
+    """Remove it, run records first; what somebody has begun to use stays. Returns the bytes freed."""
+    freed = 0
+    for one in sorted(waste, key=lambda one: (one.kind != "run record", one.kind == "lock")):
+        lock = one.path if one.kind == "lock" else _lock(store, *one.reference) if one.reference else None
+        if lock is None:
+            freed += _remove(one)
+            continue
+        new = not lock.exists()
+        with contextlib.suppress(BusyError), held(lock, str(one.path), timeout=0):
+            freed += _remove(one)
+            if new:
+                lock.unlink()
+    return freed
+
+
+def _remove(one: Waste) -> int:
+    try:
+        if one.path.is_dir():
+            gone = one.path.with_name(f".draft-gone-{uuid.uuid4().hex[:8]}")
+            one.path.rename(gone)  # at once not found any more; killed from here on, it is a draft
+            shutil.rmtree(gone)
+        else:
+            one.path.unlink()
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StorageError(f"cannot remove {one.path} ({error.strerror})") from error
+    return one.bytes
+
+
+def references(store: ArtifactStore, run_ids: Iterable[str]) -> dict[Reference, set[str]]:
+    """Artifact → the runs that recorded it, or made it and were killed before they could record it."""
+    found: dict[Reference, set[str]] = defaultdict(set)
+    kept = set(run_ids)
+    for run_id in kept:
+        for file in runs.stage_files(store.root, run_id):
+            with contextlib.suppress(StorageError, FileNotFoundError):
+                record = runs.read_stage(file)
+                found[record["stage"], record["key"]].add(run_id)
+    for stage, key in store.all():
+        manifest = store.read_manifest(stage, key)
+        if manifest is not None and manifest.get("run_id") in kept:
+            found[stage, key].add(manifest["run_id"])
+    return dict(found)
+
+
+def by_stage(store: ArtifactStore) -> list[tuple[str, int, int]]:
+    """(stage or what else lies in the store, how many, bytes), the largest first."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for stage, key in store.all():
+        found[stage].append(size(store.path(stage, key)))
+    for path in store.root.glob("*/.draft-*"):
+        found["(drafts)"].append(size(path))
+    for name in ("work", "damaged", "runs", "locks", "fingerprints", "prefect"):
+        for path in store.root.glob(f"{name}/*"):
+            found[f"({name})"].append(size(path))
+    for path in store.root.glob("warehouse.*"):
+        found["(warehouse)"].append(size(path))
+    return sorted(((name, len(sizes), sum(sizes)) for name, sizes in found.items()), key=lambda row: -row[2])
+
+
+def by_run(store: ArtifactStore) -> list[tuple[str, str, int, int]]:
+    """(run, its name, bytes it refers to, bytes that only it refers to), oldest first."""
+    run_ids = runs.all_runs(store.root)
+    total, alone = dict.fromkeys(run_ids, 0), dict.fromkeys(run_ids, 0)
+    for (stage, key), users in references(store, run_ids).items():
+        bytes_ = size(store.path(stage, key))
+        for run_id in users:
+            total[run_id] += bytes_
+            alone[run_id] += bytes_ if len(users) == 1 else 0
+    rows = []
+    for run_id in run_ids:
+        with contextlib.suppress(StorageError, FileNotFoundError):
+            rows.append((run_id, runs.read_run(store.root, run_id)["name"], total[run_id], alone[run_id]))
+    return rows
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    found = 0
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not path.is_dir():
+            return path.lstat().st_size
+        for folder, _, names in os.walk(path):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    found += os.lstat(os.path.join(folder, name)).st_size
+    return found
+
+
+def _lock(store: ArtifactStore, stage: str, key: str) -> Path:
+    return store.root / "locks" / f"{stage}-{key}.lock"
