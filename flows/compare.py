@@ -14,6 +14,7 @@ from flows.dag import build
 from storage.artifacts import ArtifactStore
 from storage.warehouse import Warehouse
 from tasks.config import load_config
+from tasks.outside import Outside
 from tasks.toml import parse_value
 
 MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
@@ -80,7 +81,7 @@ def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
 def _combination(config: str, chosen: list[str], overrides: tuple[str, ...], axes: list[str]) -> _Combination:
     values = {path: str(parse_value(text)) for path, _, text in (choice.partition("=") for choice in chosen)}
     settings = load_config(config, (*chosen, *overrides))
-    steps = build(settings)
+    steps = build(settings, outside=Outside(settings, look_only=True))
     cut = next(step for step in steps if step.stage == "prune")
     manifest, _ = ArtifactStore(settings.store).inspect(cut.stage, cut.key)
     parameters = float(manifest["summary"]["parameters"]) if manifest else None

@@ -26,12 +26,13 @@ def title_of(settings: RunConfig) -> str:
     return f"{settings.name}: {settings.model.path} at {settings.prune.ratio:g}"
 
 
-def prepare(settings: RunConfig) -> Job:
+def prepare(settings: RunConfig, *, look_only: bool = False) -> Job:
     """The job of a configuration. What is wrong with it, its model or its data shows here, before anything is computed.
 
+    With look_only, as in `saap plan`, nothing is written and no model downloaded.
     Raises ConfigError, SaapError or StorageError.
     """
-    outside = Outside(settings)
+    outside = Outside(settings, look_only=look_only)
     check_before_start(settings, outside.model)
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     return Job(settings, run_id, build(settings, run_id, outside))

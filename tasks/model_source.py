@@ -35,7 +35,7 @@ class ModelSource:
 def model_source(path: str, revision: str | None, fingerprints: Fingerprints) -> ModelSource:
     """Find a model: the embedded one, a local folder, or a hub id (downloaded: safetensors, config and tokenizer only).
 
-    Raises ConfigError when it is not there or its family is unknown.
+    With fingerprints.look_only nothing is downloaded. Raises ConfigError when it is not there or its family is unknown.
     """
     if path == EMBEDDED_MODEL:
         gguf = _embedded_gguf()
@@ -48,7 +48,7 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
                 f"model path {path} does not exist: give '{EMBEDDED_MODEL}', a folder with config.json and "
                 "*.safetensors, or a hub id like org/name"
             )
-        folder = _download(path, revision)
+        folder = _download(path, revision, look_only=fingerprints.look_only)
     config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"no model in {folder}: there is no config.json")
@@ -153,15 +153,18 @@ def _embedded_gguf() -> Path:
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, look_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = [*WEIGHTS, *TOKENIZER, "*.json", "README.md"]
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*WEIGHTS, *TOKENIZER, "*.json", "README.md"])
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=look_only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ConnectionError) as error:
+        if look_only:
+            raise ConfigError(
+                f"model {name} is no local folder and has not been downloaded yet, which only saap run and sweep do"
+            ) from error
         raise ConfigError(
             f"model {name} is no local folder and could not be downloaded ({type(error).__name__}): "
             "check the name, the network and HF_TOKEN"

@@ -10,11 +10,14 @@ from tasks.model_source import ModelSource, model_source
 
 
 class Outside:
-    """The model and the data sets of a configuration; each is looked at once, and only when it is asked for."""
+    """The model and the data sets of a configuration; each is looked at once, and only when it is asked for.
 
-    def __init__(self, config: RunConfig) -> None:
+    With look_only nothing is written and no model downloaded.
+    """
+
+    def __init__(self, config: RunConfig, *, look_only: bool = False) -> None:
         self._config = config
-        self._fingerprints = Fingerprints(Path(config.store).resolve())
+        self._fingerprints = Fingerprints(Path(config.store).resolve(), look_only=look_only)
         self._data: dict[str, str | MissingData] = {}
 
     @cached_property

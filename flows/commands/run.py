@@ -85,7 +85,7 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
     from tasks.config import load_config
 
     settings = load_config(config, _overrides(set_, store))
-    rows = plan_rows(prepare(settings).steps)
+    rows = plan_rows(prepare(settings, look_only=True).steps)
     print_table(["stage", "", "why", "key"], rows)
     cached = sum(row[1] == "cached" for row in rows)
     console.print(f"{cached} of {len(rows)} steps are cached in {Path(settings.store).resolve()}", highlight=False)

@@ -115,7 +115,7 @@ def body(stage, benchmark, folder):
         write_table(folder, "items", items)
 
 
-def run(root, run_id):
+def run(root, run_id, steps=STEPS):
     """What `saap run` does in the store, the stages' computing aside."""
     store = ArtifactStore(root)
     store.prepare()
@@ -123,7 +123,7 @@ def run(root, run_id):
     house.sync()
     record = RunRecord(store.root, run_id, **ABOUT)
     house.load(run_id)
-    for position, (stage, benchmark) in enumerate(STEPS):
+    for position, (stage, benchmark) in enumerate(steps):
         key = f"k{benchmark}"
         with store.lock(stage, key):
             if store.find(stage, key) is None:

@@ -18,11 +18,11 @@ def die_while_running(root, run_id):
 
 def history(root):
     """A run, one that dies, a damaged artifact, and a run that meets all of this."""
-    run(root, "r1")
+    run(root, "r1", STEPS[1:])
     in_fork(lambda: die_while_running(root, "r2"))
     metrics = root / "evaluate" / "kboolq" / "metrics.parquet"
     metrics.write_bytes(bytes(metrics.stat().st_size))
-    run(root, "r3")
+    run(root, "r3", STEPS[1:])
 
 
 def test_killed_at_every_file_operation_and_statement_the_warehouse_follows_the_disk(tmp_path):
@@ -31,7 +31,7 @@ def test_killed_at_every_file_operation_and_statement_the_warehouse_follows_the_
     assert points > 1000
     assert kills > 300
     states = sorted(folder for folder in (tmp_path / "kept").iterdir() if folder.is_dir())
-    assert len(states) > 90
+    assert len(states) > 75
     rebuilt = {}
     for number, state in enumerate(states):
         house = Warehouse(state)
@@ -41,7 +41,7 @@ def test_killed_at_every_file_operation_and_statement_the_warehouse_follows_the_
             house.rebuild()
             rebuilt[disk] = tables(house)
         assert followed == rebuilt[disk], state.name
-        if number % 16 == 0:
+        if number % 25 == 0:
             goes_on(state, house)
         shutil.rmtree(state)
 
