@@ -1,11 +1,14 @@
 """Rows from Parquet or JSON-lines files, and the texts of calibration and recovery."""
 
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from saap.corpus import ROWS_AHEAD, ParquetTexts
 from saap.errors import SaapError, first_line
 
 
@@ -39,32 +42,60 @@ def read_rows(file: str | Path, columns: tuple[str, ...]) -> list[dict[str, Any]
     return [{c: row[c] for c in columns} for row in rows]
 
 
+# up to here all rows are shuffled at once; beyond, that would take as many eight-byte numbers as there are rows
+SHUFFLED_AT_ONCE = 1 << 22
+
+
+def random_order(count: int, rng: np.random.Generator) -> Iterator[int]:
+    """0 … count − 1 in random order, each once: a permutation of the generator's, or, of a large count, one drawn as
+    far as it is asked for (Fisher–Yates that keeps only the places that were touched).
+    """
+    if count <= SHUFFLED_AT_ONCE:
+        yield from map(int, rng.permutation(count))
+        return
+    rng = rng.spawn(1)[0]
+    moved: dict[int, int] = {}
+    for place in range(count):
+        other = int(rng.integers(place, count))
+        chosen = moved.get(other, other)
+        moved[other] = moved.pop(place, place)
+        yield chosen
+
+
+def _read_ahead(rows: Iterator[int], texts: Sequence[str], count: int) -> Iterator[int]:
+    """The same rows; those that come next are read together where that is cheaper."""
+    while block := list(itertools.islice(rows, min(count, ROWS_AHEAD))):
+        if isinstance(texts, ParquetTexts):
+            texts.read_ahead(block)
+        yield from block
+
+
 def sample_tokens(
-    texts: list[str], tokenizer: Any, *, count: int, length: int, seed: int
+    texts: Sequence[str], tokenizer: Any, *, count: int, length: int, seed: int
 ) -> tuple[torch.Tensor, np.ndarray]:
     """`count` calibration sequences of exactly `length` tokens, no row used twice.
 
-    Rows are visited in an order drawn from `seed`; a row that is too short is continued by the rows after it
-    (BookCorpus has one sentence a row), and the window begins at a random place of what was gathered. No special
-    tokens.
+    texts: a list, or `ParquetTexts`, of which only what is drawn is read. Rows are visited in an order drawn from
+    `seed`; a row that is too short is continued by the rows after it (BookCorpus has one sentence a row), and the
+    window begins at a random place of what was gathered. No special tokens.
 
     Returns tokens int64 (count, length) and the row each sequence begins in, int64 (count,).
     Raises SaapError when the texts do not hold that many.
     """
     rng = np.random.default_rng(seed)
-    used = np.zeros(len(texts), bool)
+    used: set[int] = set()
     sequences, rows = [], []
-    for start in rng.permutation(len(texts)):
+    for start in _read_ahead(random_order(len(texts), rng), texts, count):
         ids: list[int] = []
         origin: list[int] = []
-        row = int(start)
-        while row < len(texts) and not used[row] and len(ids) < length:
+        row = start
+        while row < len(texts) and row not in used and len(ids) < length:
             ids += tokenizer(texts[row], add_special_tokens=False)["input_ids"]
             origin += [row] * (len(ids) - len(origin))
             row += 1
         if len(ids) < length:
             continue
-        used[int(start) : row] = True
+        used.update(range(start, row))
         offset = int(rng.integers(len(ids) - length + 1))
         sequences.append(ids[offset : offset + length])
         rows.append(origin[offset])
