@@ -10,10 +10,16 @@ import torch
 from torch import nn
 
 import saap
-from storage.keys import Fingerprints
-from tasks.model_source import EMBEDDED_MODEL, model_source
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "vocab_size": 512,
+    },
     "smollm2-135m": {
         "hidden_size": 576,
         "num_hidden_layers": 30,
@@ -66,6 +72,9 @@ def randomly_pruned(dense: nn.Module, ratio: float) -> nn.Module:
 
 def embedded(folder: Path) -> Path:
     """The embedded SmolLM2-135M as a checkpoint in `folder`, which is returned."""
+    from storage.keys import Fingerprints  # not at the top: a bare machine with a GPU lacks what these need
+    from tasks.model_source import EMBEDDED_MODEL, model_source
+
     saap.convert_gguf(model_source(EMBEDDED_MODEL, None, Fingerprints(folder)).path, folder)
     return folder
 

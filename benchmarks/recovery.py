@@ -24,6 +24,8 @@ from common import SHAPES, held, most_held, random_llama, randomly_pruned, where
 
 from saap.evaluation.speed import in_turn
 
+RECIPES = ("groupwise", "lora", "qlora")
+
 
 def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     """A function that makes one optimiser step of a recipe and returns its seconds."""
@@ -37,7 +39,7 @@ def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     student = Student(model).train()
     learned = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learned, lr=1e-4)
-    ids = torch.randint(0, 32000, (arguments.batch, arguments.length), device=device)
+    ids = torch.randint(0, model.config.vocab_size, (arguments.batch, arguments.length), device=device)
     labels = torch.where(torch.arange(arguments.length, device=device) < arguments.length // 2, -100, ids)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -63,12 +65,27 @@ def wait(device: str) -> None:
 
 def peak_of(name: str, arguments: argparse.Namespace) -> int:
     """Peak bytes of two optimiser steps, weights included, above what was held before the model was made."""
-    steps_of(name, argparse.Namespace(**(vars(arguments) | {"shape": "smollm2-135m"})))()  # imports, threads, buffers
+    small = "tiny" if arguments.shape == "tiny" else "smollm2-135m"
+    steps_of(name, argparse.Namespace(**(vars(arguments) | {"shape": small})))()  # imports, threads, buffers
     gc.collect()
     before = held(arguments.device)
     step = steps_of(name, arguments)
     gc.collect()
     return most_held(lambda: (step(), step()), arguments.device) - before
+
+
+def peak_in_a_process(name: str, arguments: argparse.Namespace) -> int:
+    """`peak_of` a recipe: on a GPU, whose allocator counts exactly, in this process."""
+    if arguments.device.startswith("cuda"):
+        peak = peak_of(name, arguments)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return peak
+    # a fixed threshold: large tensors go back to the system when they are freed, so that the peak is what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    command = [sys.executable, __file__, *sys.argv[1:], "--shape", arguments.shape, "--peak-of", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return int(done.stdout.split()[-1])
 
 
 def main() -> None:
@@ -79,6 +96,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.shape = arguments.shape or ("llama-1b" if arguments.device == "cuda" else "smollm2-135m")
@@ -86,14 +104,8 @@ def main() -> None:
         print(peak_of(arguments.peak_of, arguments))
         return
 
-    names = ("groupwise", "lora", "qlora")
-    # a fixed threshold: large tensors go back to the system when they are freed, so that the peak is what is in use
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
-    peaks = {}
-    for name in names:
-        command = [sys.executable, *sys.argv, "--shape", arguments.shape, "--peak-of", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-        peaks[name] = int(done.stdout.split()[-1])
+    names = arguments.recipes
+    peaks = {name: peak_in_a_process(name, arguments) for name in names}
     steps = {name: steps_of(name, arguments) for name in names}
     seconds = in_turn(steps, arguments.repeats, 1, "training steps")
 
@@ -114,8 +126,8 @@ def main() -> None:
         return float(np.median(np.array(seconds[than]) / np.array(seconds["groupwise"])))
 
     figures = {
-        "groupwise_over_qlora_speed": round(faster("qlora"), 3),
-        "groupwise_over_lora_speed": round(faster("lora"), 3),
+        **{f"groupwise_over_{name}_speed": round(faster(name), 3) for name in names if name != "groupwise"},
+        "tokens_per_s": {name: round(tokens / float(np.median(seconds[name]))) for name in names},
         "groupwise_peak_smallest": int(peaks["groupwise"] == min(peaks.values())),
         "peak_bytes": peaks,
         "device": place,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import embedded, held, most_held, random_llama, where
+from common import SHAPES, embedded, held, most_held, random_llama, where
 from torch import nn
 
 import saap
@@ -98,14 +98,14 @@ def peak_above(action: Callable[[], object], device: torch.device) -> int:
 
 def the_model(arguments: argparse.Namespace) -> nn.Module:
     """The model to score, on its device, with no gradients asked of it."""
-    if arguments.llama_7b:
-        if not torch.cuda.is_available():
-            raise SystemExit("--llama-7b needs a CUDA device and torch sees none here: nothing was measured")
-        model = random_llama("llama-7b", "cuda")
+    if arguments.shape:
+        if arguments.shape == "llama-7b" and arguments.device == "cpu":
+            raise SystemExit("LLaMA-7B's shape needs a GPU and torch sees none here: nothing was measured")
+        model = random_llama(arguments.shape, arguments.device)
     else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         with tempfile.TemporaryDirectory() as folder:
-            model = saap.load(arguments.model or embedded(Path(folder)), device=device, dtype=arguments.dtype)
+            checkpoint = arguments.model or embedded(Path(folder))
+            model = saap.load(checkpoint, device=arguments.device, dtype=arguments.dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -124,9 +124,9 @@ def fewer_blocks(model: nn.Module) -> tuple[nn.Module, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a local model folder (default: the embedded SmolLM2-135M)")
-    parser.add_argument(
-        "--llama-7b", action="store_true", help="LLaMA-7B's shape with random bfloat16 weights, GPU only"
-    )
+    parser.add_argument("--shape", choices=SHAPES, help="random bfloat16 weights of this shape instead of a model")
+    parser.add_argument("--llama-7b", dest="shape", action="store_const", const="llama-7b", help="on a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--length", type=int, default=128, help="tokens a sample")

@@ -1,4 +1,4 @@
-"""Decode and prefill speed of a dense model against the same pruned by 20 % and 50 % of its prunable parameters.
+"""Decode and prefill speed of a dense model, pruned by 20 % and 50 % of its prunable parameters, and 50 % in int4.
 
     python benchmarks/speed.py                    # the embedded SmolLM2-135M on a CPU, or LLaMA-7B's shape on a GPU
     python benchmarks/speed.py --model FOLDER --device cpu
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import embedded, random_llama
+from common import SHAPES, embedded, random_llama
 
 import saap
 
@@ -32,6 +32,7 @@ def variants(dense: Any) -> dict[str, Any]:
     for name, ratio in RATIOS.items():
         plan = None if ratio is None else saap.select(norms, groups, ratio, search="uniform")
         made[name] = dense if plan is None else saap.prune(dense, plan)
+    made["50_int4"] = saap.to_groupwise(made["50"], 32)
     return made
 
 
@@ -50,21 +51,21 @@ def read_bandwidth() -> float:
 
 
 def bytes_a_step(model: Any, batch_size: int, length: float) -> float:
-    """What a step reads: every weight but the embedding table (unless the head shares it), keys and values."""
+    """What a step reads: every weight and code but the embedding table (unless the head shares it), keys and values."""
     head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    stored = [*model.parameters(), *(b for name, b in model.named_buffers() if not name.endswith("inv_freq"))]
+    weights = sum(t.numel() * t.element_size() for t in stored)
     if head is not table:
         weights -= table.numel() * table.element_size()
-    cache = sum(
-        layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features for layer in model.model.layers
-    )
-    return weights + batch_size * length * cache * table.element_size()
+    heads = sum(c.num_key_value_heads * c.head_dim for c in saap.family_of(model.config).block_configs(model))
+    return weights + batch_size * length * 2 * heads * table.element_size()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a checkpoint folder of a Llama-like model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=SHAPES, help="random bfloat16 weights of this shape instead of a model")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--runs", type=int, default=10)
@@ -73,14 +74,15 @@ def main() -> None:
     on_gpu = device.startswith("cuda")
     if not on_gpu:
         print("no GPU is used: this is the CPU's comparison; the bandwidth figures need one")
-    if on_gpu and not arguments.model:
-        dense = random_llama("llama-7b", device)
+    if arguments.shape or (on_gpu and not arguments.model):
+        dense = random_llama(arguments.shape or "llama-7b", device)
     else:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = arguments.model or embedded(Path(folder))
             dense = saap.load(checkpoint, dtype="bfloat16" if on_gpu else "float32", device=device)
     models = variants(dense)
     sizes = {name: saap.size_of(model) for name, model in models.items()}
+    saap.use_int4_kernels(models["50_int4"])
     bandwidth = read_bandwidth() if on_gpu else None
     lengths = {"prompt_tokens": arguments.prompt, "new_tokens": arguments.new, "runs": arguments.runs}
     figures: dict[str, Any] = {}
@@ -114,7 +116,7 @@ def main() -> None:
     if bandwidth is not None:
         print(f"read bandwidth, measured: {bandwidth / 1e9:.0f} GB/s")
         figures["read_bandwidth_gb_s"] = round(bandwidth / 1e9)
-        for name in RATIOS:
+        for name in models:
             print(f"share of the limit, {name}: {figures[f'bandwidth_share_{name}']:.0%} at batch 1")
     print(json.dumps({"device": rows[0].device, "threads": rows[0].threads, **figures}))
 
