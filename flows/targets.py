@@ -1,11 +1,14 @@
 """What people name on the command line: a run by its id or a part of it, a sweep by its file or its name."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.combinations import combinations
 from storage.errors import StorageError
+from storage.runs import all_runs
 from tasks.config import load_config
 
 ALL = "saap sql 'select run_id, name, status from runs'"
@@ -22,15 +25,25 @@ def find_run(connection: Any, store: Path, named: str | None) -> str:
         if not found:
             raise StorageError(f"no completed run in {store.resolve()}: {ALL}")
         return str(found[0][0])
-    query = "select run_id from runs where run_id = $1 or starts_with(run_id, $1) or ends_with(run_id, $1) order by 1"
-    ids = [row[0] for row in connection.execute(query, [named]).fetchall()] if named else []
-    if named in ids:
-        return named
+    ids = matching_runs(connection, named)
     if not ids:
         raise StorageError(f"no such run in {store.resolve()}: '{named}'; {ALL}")
     if len(ids) > 1:
         raise StorageError(f"'{named}' is {len(ids)} runs: {', '.join(ids[:5])}{' …' if len(ids) > 5 else ''}")
-    return str(ids[0])
+    return ids[0]
+
+
+def matching_runs(connection: Any, named: str) -> list[str]:
+    """The run of this id, or those whose ids begin or end like it."""
+    query = "select run_id from runs where run_id = $1 or starts_with(run_id, $1) or ends_with(run_id, $1) order by 1"
+    ids = [str(row[0]) for row in connection.execute(query, [named]).fetchall()] if named else []
+    return [named] if named in ids else ids
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """For the shell: ids of the runs in the store of SAAP_STORE or of this folder, newest first."""
+    ids = all_runs(Path(os.environ.get("SAAP_STORE", "saap_store")))
+    return [run_id for run_id in reversed(ids) if run_id.startswith(incomplete)]
 
 
 @dataclass(frozen=True)
@@ -44,13 +57,11 @@ class Sweep:
 
 def sweep_of_file(connection: Any, config: Path, overrides: tuple[str, ...]) -> Sweep:
     """The newest run of each combination of a sweep's file, a completed one if there is. Raises ConfigError."""
-    from flows.sweep import combinations
-
     made: dict[str, str] = {}
     query = "select run_id, config from runs order by status = 'completed', started_at, run_id"
     for run_id, text in connection.execute(query).fetchall():
         made[_settings(json.loads(text))] = run_id
-    wanted = [_settings(_config(config, (*chosen, *overrides))) for chosen in combinations(str(config))]
+    wanted = [_settings(_config(config, (*chosen, *overrides))) for chosen in combinations(str(config), overrides)]
     found = [made[settings] for settings in wanted if settings in made]
     return Sweep(config.stem, found, len(wanted) - len(found))
 

@@ -88,3 +88,15 @@ def default_toml(model: type[BaseModel]) -> str:
             value = f"{field} = {toml_value(about.default)}" if about.default is not None else f"# {field} ="
             lines.append(f"{value:<40} # {about.description}")
     return "\n".join(lines) + "\n"
+
+
+def json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON Schema of a file for a settings class, with the table that makes it a sweep."""
+    schema = model.model_json_schema()
+    schema["properties"]["sweep"] = {
+        "type": "object",
+        "description": "runs of every combination of these lists",
+        "minProperties": 1,
+        "additionalProperties": {"type": "array", "minItems": 1, "uniqueItems": True},
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from flows.targets import find_run, matching_runs
 from tasks.config import ConfigError
 
 app = typer.Typer(
@@ -19,7 +20,7 @@ app = typer.Typer(
 STAGES = {"pruned": "prune", "recovered": "recover"}
 
 SourceArgument = Annotated[
-    str, typer.Argument(help="A checkpoint's folder, or the id of a run in the store.", show_default=False)
+    str, typer.Argument(help="A checkpoint's folder, or a run: its id, or how that begins or ends.", show_default=False)
 ]
 VariantOption = Annotated[
     Literal["pruned", "recovered"] | None,
@@ -133,6 +134,8 @@ def find_checkpoint(source: str, variant: str | None, store: Path) -> Checkpoint
     else:
         stages = [STAGES[variant]] if variant else ["recover", "prune"]
         with Warehouse(store).reading() as connection:
+            if matching_runs(connection, source):
+                source = find_run(connection, store, source)
             rows = connection.execute(
                 "select stage, key from stage_runs where run_id = ? and list_contains(?, stage) order by position desc",
                 [source, stages],

@@ -6,12 +6,17 @@ from typing import Annotated
 import typer
 
 from flows.commands.store import StoreOption
-from flows.printing import console, print_run
+from flows.printing import console, print_run, print_table
+from flows.targets import complete_run, find_run, sweep_of_file, sweep_of_name
 
+RUN = "A run: its id, or how that begins or ends."
 RunArgument = Annotated[
     str | None,
-    typer.Argument(help="Run id, or its begin or end; the newest completed run when absent.", show_default=False),
+    typer.Argument(
+        help=f"{RUN} The newest completed one when absent.", show_default=False, autocompletion=complete_run
+    ),
 ]
+NamedRun = Annotated[str, typer.Argument(help=RUN, show_default=False, autocompletion=complete_run)]
 
 
 def report(
@@ -22,6 +27,7 @@ def report(
             help="A run id or its begin or end, a sweep's TOML file, or the name of its runs. The newest completed run "
             "when absent.",
             show_default=False,
+            autocompletion=complete_run,
         ),
     ] = None,
     store: StoreOption = Path("saap_store"),
@@ -40,7 +46,6 @@ def report(
     where; a sweep's goes to NAME.html.
     """
     from flows.pages.write import write_report, write_sweep
-    from flows.targets import find_run, sweep_of_file, sweep_of_name
     from storage.errors import StorageError
     from storage.warehouse import Warehouse
 
@@ -68,3 +73,48 @@ def report(
                 raise StorageError(f"cannot write {svg}: {error.strerror}") from error
         file = write_report(store, run_id, html)
     console.print(f"page: {file.resolve()}", highlight=False, soft_wrap=True)
+
+
+def show(run_id: RunArgument = None, store: StoreOption = Path("saap_store")) -> None:
+    """Say what a run was, where its files lie, and how to load its checkpoints."""
+    from flows.pages.run_head import checkpoints
+    from flows.pages.write import report_file
+    from storage.artifacts import ArtifactStore
+    from storage.warehouse import Warehouse
+
+    with Warehouse(store).reading() as connection:
+        found = find_run(connection, store, run_id)
+        columns = "name, status, model, data, criterion, ratio, started_at, finished_at - started_at, error"
+        ((*values, error),) = connection.execute(f"select {columns} from runs where run_id = ?", [found]).fetchall()
+        folders = checkpoints(ArtifactStore(store), connection, found)
+    names = ("name", "status", "model", "data", "criterion", "ratio", "started (UTC)", "took")
+    page = report_file(store, found)
+    rows: list[tuple[str, object]] = [("run", found)]
+    rows += [(name, str(value).partition(".")[0] if name in ("started (UTC)", "took") else value)
+             for name, value in zip(names, values, strict=True) if value is not None]  # fmt: skip
+    rows += [("error", error)] if error else []
+    rows += [(f"{variant} checkpoint", folder) for variant, folder in folders]
+    rows.append(("page", page if page.exists() else f"saap report {found} writes it"))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f"{name:<{width}}  {value}", highlight=False, soft_wrap=True)
+    if folders:
+        last = str(folders[-1][1])
+        print(f"\nimport saap, transformers\nmodel = transformers.AutoModelForCausalLM.from_pretrained({last!r})")
+        print(f"\nsaap export gguf {found} model.gguf")
+
+
+def diff(first: NamedRun, second: NamedRun, store: StoreOption = Path("saap_store")) -> None:
+    """Show what two runs differ in: configuration, stages, numbers and whether those are more than noise."""
+    from flows.differences import configuration, numbers, stages
+    from storage.warehouse import Warehouse
+
+    with Warehouse(store).reading() as connection:
+        a, b = (find_run(connection, store, named) for named in (first, second))
+        tables = [(what, found(connection, a, b)) for what, found in
+                  (("configuration", configuration), ("stages", stages), ("numbers", numbers))]  # fmt: skip
+    for what, (columns, rows) in tables:
+        if rows:
+            print_table(columns, rows, title=what)
+        else:
+            console.print(f"{what}: no difference", highlight=False)

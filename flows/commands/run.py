@@ -1,15 +1,17 @@
 """Commands that take a configuration: run, sweep, compare, plan, config."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flows.printing import console, print_comparison, print_run, print_table
-from tasks.config import RunConfig
+from tasks.config import ConfigError, RunConfig
 from tasks.toml import toml_value
 
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
+WantedConfig = Annotated[Path | None, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field: --set prune.ratio=0.5. May be repeated.", show_default=False),
@@ -24,7 +26,7 @@ def _overrides(values: list[str] | None, store: Path | None) -> tuple[str, ...]:
     return (*(values or ()), *([f"store={toml_value(str(store))}"] if store else []))
 
 
-def run(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
+def run(config: WantedConfig = None, set_: SetOption = None, store: RunStoreOption = None) -> None:
     """Run the whole job: calibrate, score, fuse, fluctuation, prune, recover, evaluate, speed.
 
     Stages whose artifacts are in the store are not run again: an interrupted run goes on where it was when the same
@@ -33,6 +35,11 @@ def run(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = 
     from flows.job import prepare
     from tasks.config import load_config
 
+    if config is None:
+        raise ConfigError(
+            "which configuration? saap run configs/demo.toml runs the demo; "
+            "saap config > mine.toml writes one of your own"
+        )
     overrides = _overrides(set_, store)
     settings = load_config(config, overrides)
     _start(settings.store)
@@ -91,11 +98,15 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
     console.print(f"{cached} of {len(rows)} steps are cached in {Path(settings.store).resolve()}", highlight=False)
 
 
-def config() -> None:
+def config(
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of such a file: editors complete and check by it.")
+    ] = False,
+) -> None:
     """Print a whole configuration: every field, its default and what it means. A start for a file of your own."""
-    from tasks.toml import default_toml
+    from tasks.toml import default_toml, json_schema
 
-    print(default_toml(RunConfig), end="")
+    print(json.dumps(json_schema(RunConfig), indent=1) + "\n" if schema else default_toml(RunConfig), end="")
 
 
 def _start(store: str) -> None:

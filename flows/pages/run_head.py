@@ -80,10 +80,10 @@ def tiles(results: Rows) -> list[tuple[str, str, str]]:
 
 def changed(config: dict[str, Any]) -> Section:
     """The fields that are not at their defaults, as `saap config` prints them."""
-    defaults = _flat(RunConfig().model_dump(mode="json"))
+    defaults = flat_fields(RunConfig().model_dump(mode="json"))
     rows: Rows = [
         {"field": name, "value": json.dumps(value), "default": json.dumps(defaults.get(name))}
-        for name, value in _flat(config).items()
+        for name, value in flat_fields(config).items()
         if value != defaults.get(name)
     ]
     columns = (words("field", "field"), words("value", "here"), words("default", "default"))
@@ -93,10 +93,11 @@ def changed(config: dict[str, Any]) -> Section:
     )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_fields(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'prune.ratio': 0.2, …} of a nested configuration."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flat_fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from flows.pages import sweep_charts as charts
+from flows.pages.run_head import flat_fields
 from flows.pages.section import Chart, Column, Rows, Section, ask, digits, rounded, words
 
 # A setting is the configuration without the calibration seed and without what the variant does not depend on: a pruned
@@ -52,7 +53,10 @@ where run_id in (select unnest(?)) order by run_id"""
 def rows_of(connection: Any, run_ids: list[str]) -> Rows:
     """One row a setting and variant, with its label: the criterion and what else the sweep varies."""
     rows = ask(connection, SETTINGS, run_ids)
-    flat = [_flat(json.loads(row["settings"])) if row["variant"] != "dense" else {} for row in rows]
+    flat: list[dict[str, str]] = []
+    for row in rows:
+        fields = flat_fields(json.loads(row["settings"])) if row["variant"] != "dense" else {}
+        flat.append({path: json.dumps(value) for path, value in fields.items()})
     known = {"model.path", "prune.ratio", "criterion.name", "data"}
     seen: dict[str, set[str]] = {}
     for values in flat:
@@ -73,14 +77,6 @@ def rows_of(connection: Any, run_ids: list[str]) -> Rows:
             )
         del row["settings"]
     return rows
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, value in values.items():
-        path = f"{prefix}{name}"
-        found |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: json.dumps(value)}
-    return found
 
 
 def settings(rows: Rows, labels: list[str], ghosts: bool) -> Section:

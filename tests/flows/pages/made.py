@@ -3,6 +3,7 @@
 import numpy as np
 
 from storage.artifacts import ArtifactStore
+from storage.keys import digest
 from storage.runs import RunRecord
 from storage.tables import sample_writer, write_table
 from storage.warehouse import Warehouse
@@ -16,6 +17,9 @@ GROUPS = {
 }
 
 
+STAGES = ("score", "fluctuation", "prune", "recover", "speed")
+
+
 class Maker:
     """Publishes runs into a store. Every number is drawn from the seed."""
 
@@ -25,8 +29,8 @@ class Maker:
         self.random = np.random.default_rng(seed)
         self.warehouse = Warehouse(self.store.root)
 
-    def run(self, run_id, config=None, finished=True, stages=("score", "fluctuation", "prune", "recover", "speed")):
-        """A run of these stages and the evaluation of its variants."""
+    def run(self, run_id, config=None, finished=True, stages=STAGES):
+        """A run of these stages and the evaluation of its variants. Returns its record; the warehouse is not loaded."""
         settings: RunConfig = check_config(config or {})
         about = {"model": settings.model.path, "data": settings.data, "criterion": settings.criterion.name}
         about |= {"ratio": settings.prune.ratio, "config": settings.model_dump_json()}
@@ -50,11 +54,10 @@ class Maker:
                 position += 1
         if finished:
             record.finish("completed")
-        self.warehouse.load(run_id)
         return record
 
     def _evaluated(self, run_id, model, variant, benchmark):
-        key = f"{abs(hash(model)) if variant == 'dense' else run_id}-{variant}-{benchmark}"
+        key = f"{digest(model) if variant == 'dense' else run_id}-{variant}-{benchmark}"
         if self.store.find("evaluate", key) is None:
             perplexity = benchmark in ("wikitext2", "ptb")
             value = self.random.uniform(400, 600) if perplexity else self.random.uniform(0.3, 0.9)
