@@ -30,7 +30,8 @@ class Section(BaseModel):
 
 class Model(Section):
     path: str = Field(
-        "smollm2-135m", description="'smollm2-135m' (embedded), a local folder, or a hub id like org/name"
+        "smollm2-135m",
+        description="'smollm2-135m' or 'gemma3-270m' (embedded), a local folder, or a hub id like org/name",
     )
     revision: str | None = Field(None, description="hub revision; the newest when absent")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and arithmetic")
