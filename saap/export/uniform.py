@@ -152,7 +152,7 @@ def _heads(old: Any, round_to: int, divides: bool) -> tuple[int, int]:
     )
     smallest = min(fitting, default=None)
     if smallest is None:
-        raise SaapError(f"no number of heads above {shared * repeat} divides {old.hidden_size} as the stock class wants")
+        raise SaapError(f"no number of heads above {shared * repeat} divides {old.hidden_size}, as a stock class wants")
     return smallest[1:]
 
 

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from saap.errors import SaapError
+from saap.models.families import family_of
 from saap.models.groups import discover
 from saap.scoring.backward import is_offloaded
-from saap.scoring.stream import Stream
+from saap.scoring.stream import Pass, Stream
 
 RIDGE = 1.0  # chosen on held-out calibration and instruction text, see docs/saap_plus.md
 
@@ -91,7 +92,7 @@ def refit(
     return small
 
 
-def _before_norm(wanted: "list[_Pass]", found: "list[_Pass]", kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _before_norm(wanted: list[Pass], found: list[Pass], kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """y and y − y' of the output matrices themselves, where a norm stands before the stream."""
     return [(theirs.y[kind], theirs.y[kind] - own.y[kind]) for theirs, own in zip(wanted, found, strict=True)]
 
