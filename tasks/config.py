@@ -94,6 +94,10 @@ class Prune(Section):
     kinds: Literal["pooled", "equal", "mlp"] = Field(
         "pooled", description="heads and channels in one order, the same share of each, or channels only"
     )
+    heads: Literal["kv", "query"] = Field(
+        "kv",
+        description="a group of attention: a KV head and its query heads, or one query head (always so with one KV head)",
+    )
     compensation: Literal["auto", "none", "bias", "least_squares"] = Field(
         "auto",
         description="for what was removed: its mean as a bias, a refit of what stays, nothing, or the criterion's",
