@@ -96,7 +96,7 @@ class Prune(Section):
     )
     heads: Literal["kv", "query"] = Field(
         "kv",
-        description="a group of attention: a KV head and its query heads, or one query head (always so with one KV head)",
+        description="a group of attention: a KV head and its query heads, or a query head (always so with one KV head)",
     )
     compensation: Literal["auto", "none", "bias", "least_squares"] = Field(
         "auto",
