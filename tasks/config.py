@@ -55,7 +55,8 @@ class Section(BaseModel):
 
 class Model(Section):
     path: Text = Field(
-        "smollm2-135m", description="'smollm2-135m' (embedded), a local folder, or a hub id like org/name"
+        "smollm2-135m",
+        description="'smollm2-135m' or 'gemma3-270m' (embedded), a local folder, or a hub id like org/name",
     )
     revision: Text | None = Field(None, description="hub revision; the newest when absent")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of weights and arithmetic")
@@ -117,6 +118,10 @@ class Prune(Section):
     direction: Literal["lowest", "highest"] = Field("lowest", description="end of the ranking that is removed")
     kinds: Literal["pooled", "equal", "mlp"] = Field(
         "pooled", description="heads and channels in one order, the same share of each, or channels only"
+    )
+    heads: Literal["kv", "query"] = Field(
+        "kv",
+        description="a group of attention: a KV head and its query heads, or a query head (always so with one KV head)",
     )
     compensation: Literal["auto", "none", "bias", "least_squares"] = Field(
         "auto",

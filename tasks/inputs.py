@@ -52,7 +52,12 @@ def load_model(
     settings = compute_settings(step)
     offload = settings["offload"] and use == "layers"
     device = "cpu" if settings["offload"] and use == "slices" else settings["device"]
-    return _load_model(checkpoint.place, step.config()["dtype"], device, float_weights, offload)
+    from saap import choose_heads
+
+    config = step.config()
+    model = _load_model(checkpoint.place, config["dtype"], device, float_weights, offload)
+    choose_heads(model, config.get("heads", "kv"))
+    return model
 
 
 def load_tokenizer(step: Step) -> Any:

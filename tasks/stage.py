@@ -80,6 +80,11 @@ def dtype_of(config: RunConfig) -> dict[str, Any]:
     return {"dtype": config.model.dtype}
 
 
+def groups_of(config: RunConfig) -> dict[str, Any]:
+    """The same of stages whose result is one of coupled groups: what a group of attention is, unless as ever."""
+    return dtype_of(config) | ({"heads": "query"} if config.prune.heads == "query" else {})
+
+
 def weights_of(outside: Outside, inputs: Mapping[str, Source]) -> str:
     """The fingerprint of stages that take the dense model."""
     return outside.model.weights

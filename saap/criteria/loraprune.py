@@ -43,4 +43,4 @@ def _importance(factor: Factor) -> torch.Tensor:
     assert b.grad is not None
     gradient = b.grad @ a + (b - b.grad) @ a.grad
     weight = torch.addmm(factor.linear.weight.float(), b, a, alpha=ALPHA / RANK)
-    return (gradient * weight).abs().sum(1 - factor.part.axis).double().view(-1, factor.part.width).sum(1)
+    return factor.part.by_unit((gradient * weight).abs().sum(1 - factor.part.axis).double()).sum(1)

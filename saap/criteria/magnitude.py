@@ -19,7 +19,7 @@ def magnitude(model: nn.Module) -> np.ndarray:
             total, size = np.zeros(1), 0
             for part, linear in kinds[kind]:
                 rows = weight_of(linear).float().abs().sum(1 - part.axis, dtype=torch.float64)
-                total = total + rows.view(-1, part.width).sum(1).cpu().numpy()
+                total = total + part.by_unit(rows).sum(1).cpu().numpy()
                 size += part.width * linear.weight.shape[1 - part.axis]
             scores.append(total / size)
     return np.concatenate(scores)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.export.tensors import Stored, gguf_tensors, head_size, padded
+from saap.export.uniform import STOCK
 from saap.export.vocabulary import write_vocabulary
 from saap.models.checkpoint import load_config, load_tokenizer
 from saap.models.validation import check_sizes
@@ -84,8 +85,10 @@ def check_config(config: Any) -> None:
     """Raises SaapError for a model that llama.cpp's deci architecture cannot run."""
     kind = config.model_type.removeprefix("saap_")
     if kind not in ("llama", "mistral", "qwen2"):
+        remedy = ": make its layers equal with `saap export uniform` and use llama.cpp's own converter"
         raise SaapError(
-            f"llama.cpp has no architecture for an uneven {kind}: GGUF export knows llama, mistral and qwen2"
+            f"llama.cpp has no architecture for an uneven {kind} (GGUF export knows llama, mistral and qwen2)"
+            + (remedy if kind in STOCK else "")
         )
     if config.hidden_act != "silu":
         raise SaapError(f"llama.cpp's deci architecture computes silu, this model {config.hidden_act}")

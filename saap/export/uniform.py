@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from saap.errors import SaapError
 from saap.int4.quantize import dequantize
 from saap.models.checkpoint import DTYPES, complete, load, load_config, load_tokenizer, save
 
-STOCK = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+STOCK = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "ministral3", "granite"),
+    *("phi3", "glm4", "olmo2", "olmo3", "cohere2"),
+)
 # config fields that say what a stock model has no use for
 OURS = (
     "model_type",
@@ -20,6 +23,7 @@ OURS = (
     "auto_map",
     "groupwise",
     "output_bias",
+    "heads",
 )
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
@@ -53,13 +57,48 @@ def uniform(model: Any, round_to: int = 1) -> Any:
     dtype = model.get_input_embeddings().weight.dtype
     with torch.device("meta"):
         even = AutoModelForCausalLM.from_config(config)
+    layers = list(model.config.per_layer_config)
     for name, place in even.state_dict().items():
         filled = torch.zeros(place.shape, dtype=dtype, device=model.device)
         if name in state:  # else a bias that the stock class has beside one of ours
-            filled[tuple(slice(size) for size in state[name].shape)] = state[name]
+            own = state[name]
+            if own.shape == filled.shape or not name.startswith("model.layers."):
+                filled.copy_(own)
+            else:
+                _, _, layer, *path, leaf = name.split(".")
+                places = _places(layers[int(layer)], config)[path[-1]]
+                if path[-1] in ("o_proj", "down_proj") and leaf == "weight":
+                    filled[:, places] = own
+                else:
+                    filled[places] = own
+                if path[-1] in ("q_norm", "k_norm"):  # its mean runs over the zeros too
+                    filled *= (len(own) / len(filled)) ** 0.5
         state[name] = filled
     even.load_state_dict(state, assign=True)
     return complete(even, model)
+
+
+def _places(own: Any, even: Any) -> dict[str, torch.Tensor]:
+    """Name of a matrix → where the rows (of o_proj and down_proj: columns) of a layer stand in one with more of them.
+
+    Query heads stay under their KV head: (KV head, query head under it, place in the head). Fused matrices have the
+    rows of theirs one after another. `even` has no fewer heads of either kind and channels than `own`.
+    """
+    size, repeat = even.head_dim, even.num_attention_heads // even.num_key_value_heads
+    shared = torch.arange(own.num_key_value_heads)
+    within = torch.arange(own.num_attention_heads // own.num_key_value_heads)
+    rows = torch.arange(size)
+    query = (((shared[:, None, None] * repeat + within[:, None]) * size) + rows).flatten()
+    key = (shared[:, None] * size + rows).flatten()
+    channels = torch.arange(own.intermediate_size)
+    first, second = even.num_attention_heads * size, (even.num_attention_heads + even.num_key_value_heads) * size
+    return {
+        **dict.fromkeys(("q_proj", "o_proj", "q_norm"), query),
+        **dict.fromkeys(("k_proj", "v_proj", "k_norm"), key),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), channels),
+        "qkv_proj": torch.cat([query, first + key, second + key]),
+        "gate_up_proj": torch.cat([channels, even.intermediate_size + channels]),
+    }
 
 
 def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
@@ -67,22 +106,20 @@ def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
     kind, blocks = old.model_type.removeprefix("saap_"), list(old.per_layer_config)
     if kind not in STOCK:
         raise SaapError(f"{kind} has no stock form of other widths; uniform export knows {', '.join(STOCK)}")
-    repeat = blocks[0].num_attention_heads // blocks[0].num_key_value_heads
-    if any(own.num_attention_heads != repeat * own.num_key_value_heads for own in blocks):
-        raise SaapError("the blocks share KV heads among different numbers of query heads: no stock config says that")
     extra = biased - ({"q_proj", "k_proj", "v_proj"} if kind == "qwen2" else set())
     if extra and kind in ("mistral", "qwen2") and not getattr(old, "sliding_window", None):
         kind = "llama"  # the same model, and its class knows all biases
-    possible = {"q_proj", "k_proj", "v_proj", "o_proj"} if kind == "qwen3" else set() if kind != "llama" else extra
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    possible = extra if kind == "llama" else attention if hasattr(old, "attention_bias") else set()
+    if kind == "glm4":
+        possible = attention - {"o_proj"}
+    if hasattr(old, "mlp_bias"):
+        possible = possible | {"gate_proj", "up_proj", "down_proj"}
     if extra - possible:
         raise SaapError(f"a stock {kind} has no bias on {', '.join(sorted(extra - possible))}")
-    divides = kind == "llama" and bool(extra)  # of a Llama's config the heads must divide the hidden size
-    heads = range(max(own.num_key_value_heads for own in blocks), old.hidden_size + round_to)
-    shared = next(
-        (n for n in heads if _fits(n, repeat, round_to) and not (divides and old.hidden_size % (n * repeat))), 0
-    )
-    if not shared:
-        raise SaapError(f"no number of heads above {heads[0]} divides {old.hidden_size} as the stock Llama wants")
+    # of these stock configs the heads must divide the hidden size
+    divides = kind in ("gemma2", "gemma3_text") or (kind == "llama" and bool(extra))
+    shared, repeat = _heads(old, round_to, divides)
     if kind == "llama" and old.hidden_size % (shared * repeat):
         kind = "mistral"  # without biases and window the same model, and its config takes any number of heads
     fields = {name: value for name, value in old.to_dict().items() if name not in OURS}
@@ -94,11 +131,29 @@ def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
     }
     if kind == "mistral":
         fields["sliding_window"] = getattr(old, "sliding_window", None)
-    if kind in ("llama", "qwen3"):
-        fields["attention_bias"] = bool(biased & {"q_proj", "k_proj", "v_proj", "o_proj"})
-    if kind == "llama":
+    if kind == "llama" or hasattr(old, "attention_bias"):
+        fields["attention_bias"] = bool(biased & attention)
+    if kind == "llama" or hasattr(old, "mlp_bias"):
         fields["mlp_bias"] = bool(biased & {"gate_proj", "up_proj", "down_proj"})
-    return STOCK[kind](**fields)
+    return CONFIG_MAPPING[kind](**fields)
+
+
+def _heads(old: Any, round_to: int, divides: bool) -> tuple[int, int]:
+    """(KV heads, query heads under each) of the smallest layer that has room for those of all."""
+    blocks, free = list(old.per_layer_config), old.heads == "query"  # else all have as many under each
+    shared = max(own.num_key_value_heads for own in blocks)
+    repeat = max(own.num_attention_heads // own.num_key_value_heads for own in blocks)
+    more = old.hidden_size + round_to
+    fitting = (
+        (n * times, n, times)
+        for n in range(shared, shared + (round_to if free else more))
+        for times in range(repeat, repeat + (more if free else 1))
+        if _fits(n, times, round_to) and not (divides and old.hidden_size % (n * times))
+    )
+    smallest = min(fitting, default=None)
+    if smallest is None:
+        raise SaapError(f"no number of heads above {shared * repeat} divides {old.hidden_size}, as a stock class wants")
+    return smallest[1:]
 
 
 def _fits(shared: int, repeat: int, round_to: int) -> bool:

@@ -158,30 +158,6 @@ def complete(small: Any, model: Any) -> Any:
     return small.eval()
 
 
-def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
-    """Load a GGUF file, dequantised to float32, and save it with its tokenizer as a plain safetensors checkpoint."""
-    from gguf import GGUFReader
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.initialization import no_init_weights
-
-    gguf = Path(gguf)
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    config = quantised.config
-    # what came from GGUF refuses to be saved while it calls itself quantised
-    del config.quantization_config
-    family_of(config)
-    with no_init_weights():
-        plain = type(quantised)(config)
-    plain.load_state_dict(quantised.state_dict())
-    plain.tie_weights()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    cut = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    if cut is not None and cut.contents() == "smollm":  # transformers takes every byte-level tokenizer for GPT-2's
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
-    save(plain, folder, tokenizer)
-
-
 def _baichuan(fields: dict[str, Any]) -> bool:
     """Whether config.json is that of a Baichuan, which transformers would read only with the folder's own code."""
     return fields.get("model_type") == "baichuan"

@@ -7,17 +7,24 @@ import numpy as np
 import torch
 from torch import nn
 
+from saap.errors import SaapError
 from saap.models.families import Part, family_of
 
 KINDS = ("attention", "mlp")
+HEADS = ("kv", "query")
+
+
+class _Even:
+    __slots__ = ("even",)  # beside the columns, which `vars` gives
 
 
 @dataclass(frozen=True)
-class Groups:
+class Groups(_Even):
     """The N coupled groups of a model, ordered by layer, kind (attention before mlp) and unit.
 
     layer int32 (N,); kind str (N,), one of KINDS; unit int32 (N,), its number within (layer, kind): the KV head with
-    its query heads, or the MLP channel; parameters int64 (N,), the weights (and biases) that go when the group goes.
+    its query heads (or the query head, see `choose_heads`), or the MLP channel; parameters int64 (N,), the weights (and
+    biases) that go when the group goes.
     """
 
     layer: np.ndarray
@@ -27,6 +34,13 @@ class Groups:
 
     def __len__(self) -> int:
         return len(self.layer)
+
+    def stretches(self, layer: int, kind: str) -> int:
+        """In how many equal stretches the groups of (layer, kind) stand: each must keep as many as the others.
+
+        More than 1 for query heads: a checkpoint has one number of them under each KV head.
+        """
+        return int(getattr(self, "even", {}).get((layer, kind), 1))
 
     def scopes(self, scope: str) -> np.ndarray:
         """int64 (N,): groups with the same number share a scope: 'global', 'kind', 'layer_kind' or 'group'."""
@@ -70,6 +84,7 @@ def discover(model: nn.Module) -> Groups:
     """The coupled groups of a model (also one on the meta device). Raises SaapError for an unknown family."""
     family = family_of(model.config)
     layers, kinds, units, parameters = [], [], [], []
+    even: dict[tuple[int, str], int] = {}
     configs = family.block_configs(model)
     for layer, (config, parts) in enumerate(zip(configs, block_parts(model), strict=True)):
         for kind in KINDS:
@@ -79,11 +94,28 @@ def discover(model: nn.Module) -> Groups:
                 size += part.width * linear.weight.shape[1 - part.axis]
                 if part.axis == 0 and linear.bias is not None:
                     size += part.width
+            size += sum(part.width for part in family.joint_norms(config).get(kind, []))
+            even[layer, kind] = family.stretches(config).get(kind, 1)
             layers.append(np.full(count, layer, np.int32))
             kinds.append(np.full(count, kind))
             units.append(np.arange(count, dtype=np.int32))
             parameters.append(np.full(count, size, np.int64))
-    return Groups(*(np.concatenate(a) for a in (layers, kinds, units, parameters)))
+    groups = Groups(*(np.concatenate(a) for a in (layers, kinds, units, parameters)))
+    object.__setattr__(groups, "even", even)
+    return groups
+
+
+def choose_heads(model: nn.Module, heads: str) -> None:
+    """What a group of attention is in this dense model: "kv", a KV head with its query heads; "query", a query head.
+
+    Query heads go evenly under each KV head, whose k and v stay. A model with one KV head a layer is always taken by
+    query heads; where each query head has a KV head of its own the two are the same. A pruned model stays with the
+    groups it was pruned by. Raises SaapError for another word.
+    """
+    if heads not in HEADS:
+        raise SaapError(f"heads must be one of {HEADS}, got '{heads}'")
+    if not hasattr(model.config, "groupwise"):
+        model.config.heads = heads  # type: ignore[attr-defined]
 
 
 def weight_of(linear: nn.Linear, device: torch.device | None = None) -> torch.Tensor:
@@ -103,7 +135,7 @@ def weight_norms(model: nn.Module) -> np.ndarray:
             total: torch.Tensor | None = None
             for part, linear in parts[kind]:
                 square = weight_of(linear).float().square().sum(1 - part.axis, dtype=torch.float64)
-                square = square.view(-1, part.width).sum(1)
+                square = part.by_unit(square).sum(1)
                 total = square if total is None else total + square
             norms.append(total.cpu().numpy())  # type: ignore[union-attr]
     return np.concatenate(norms)

@@ -47,8 +47,8 @@ class UnevenConfig:
         """Heads need not add up to the hidden size: `head_dim` is explicit."""
 
     @classmethod
-    def from_dense(cls, config: Any, per_layer: dict[int, dict[str, Any]]) -> Any:
-        fields = config.to_dict()
+    def from_dense(cls, config: Any, per_layer: dict[int, dict[str, Any]], **more: Any) -> Any:
+        fields = config.to_dict() | more
         for name in ("model_type", "architectures", "per_layer_config", "transformers_version", "auto_map"):
             fields.pop(name, None)
         if fields.get("head_dim") is None:

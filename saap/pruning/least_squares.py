@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from saap.errors import SaapError
+from saap.models.families import family_of
 from saap.models.groups import discover
 from saap.scoring.backward import is_offloaded
-from saap.scoring.stream import Stream
+from saap.scoring.stream import Pass, Stream
 
 RIDGE = 1.0  # chosen on held-out calibration and instruction text, see docs/saap_plus.md
 
@@ -39,6 +40,8 @@ def refit(
     So a matrix makes up for its own lost columns and for what the blocks before it left wrong. The weights 1/‖h_t‖² are
     those of the next normalisation, which sees only directions; without them the few tokens with massive activations
     (the first of a sequence) decide nearly everything. Shapes, and so checkpoints, stay as they are; biases too.
+    Where the layer multiplies what it adds to the stream (Granite), Δ x_t is multiplied so too. Where it normalises it
+    (Gemma 2 and 3, GLM-4, OLMo 2 and 3), h_t and h'_t are the outputs of the matrix itself, W X before that norm.
 
     Args:
         small: `prune(model, keep)`, changed in place and returned.
@@ -56,25 +59,42 @@ def refit(
         raise SaapError("the refit needs a model whose weights are all on its device")
     if getattr(model.config, "apply_residual_connection_post_layernorm", False):
         raise SaapError("no refit for a BLOOM whose residual stream is normalised: blocks do not add to their input")
+    family = family_of(model.config)
     lost = {(layer, kind) for layer, kind, index in discover(model).blocks() if not keep[index].all()}
     dense, lean = Stream(model, tokens, batch_size), Stream(small, tokens, batch_size)
-    for layer in tqdm(range(len(dense.blocks)), desc="refit", unit="block"):
-        wanted, found = dense.through(layer), lean.through(layer)
+    for layer, config in enumerate(tqdm(family.block_configs(model), desc="refit", unit="block")):
+        wanted, found, factor = dense.through(layer), lean.through(layer), family.residual(config)
         if (layer, "attention") in lost:
-            drifts = [  # the streams between the halves of the block: what came in, and what attention adds
-                (before + theirs.y["attention"], before - own_before + theirs.y["attention"] - own.y["attention"])
-                for before, own_before, theirs, own in zip(dense.states, lean.states, wanted, found, strict=True)
-            ]
-            _fit(lean.matrices[layer, "attention"], [own.x["attention"] for own in found], drifts, ridge)
+            if family.post_norm:
+                drifts = _before_norm(wanted, found, "attention")
+            else:
+                drifts = [  # the streams between the halves of the block: what came in, and what attention adds
+                    (
+                        before + factor * theirs.y["attention"],
+                        before - own_before + factor * (theirs.y["attention"] - own.y["attention"]),
+                    )
+                    for before, own_before, theirs, own in zip(dense.states, lean.states, wanted, found, strict=True)
+                ]
+            _fit(lean.matrices[layer, "attention"], [factor * own.x["attention"] for own in found], drifts, ridge)
             found = lean.through(layer)
         if (layer, "mlp") in lost:
             drifts = [(theirs.out, theirs.out - own.out) for theirs, own in zip(wanted, found, strict=True)]
-            change = _fit(lean.matrices[layer, "mlp"], [own.x["mlp"] for own in found], drifts, ridge)
-            for own in found:
-                own.out += F.linear(own.x["mlp"], change)
+            if family.post_norm:
+                drifts = _before_norm(wanted, found, "mlp")
+            change = _fit(lean.matrices[layer, "mlp"], [factor * own.x["mlp"] for own in found], drifts, ridge)
+            if family.post_norm:
+                found = lean.through(layer)
+            else:
+                for own in found:
+                    own.out += factor * F.linear(own.x["mlp"], change)
         dense.states = [theirs.out for theirs in wanted]
         lean.states = [own.out for own in found]
     return small
+
+
+def _before_norm(wanted: list[Pass], found: list[Pass], kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """y and y − y' of the output matrices themselves, where a norm stands before the stream."""
+    return [(theirs.y[kind], theirs.y[kind] - own.y[kind]) for theirs, own in zip(wanted, found, strict=True)]
 
 
 def _fit(

@@ -59,7 +59,7 @@ def select(
     protected = np.isin(groups.layer, [layer % layers for layer in protect])
     if kinds == "mlp":
         protected |= groups.kind == "attention"
-    worth = score if direction == "lowest" else -score
+    worth = _bundled(score if direction == "lowest" else -score, groups)
     free = int(groups.parameters[~protected].sum())
     budget = ratio * int(groups.parameters.sum())
     if budget >= free:
@@ -69,7 +69,7 @@ def select(
             "the ratio, protect fewer blocks" + (", or let heads go too (kinds)" if kinds == "mlp" else "")
         )
     counts = _SHARES.get(search) or (_each_kind if kinds == "equal" else _global)
-    return _keep_best(worth, groups, counts(worth, groups, budget, protected, align))
+    return _keep_best(worth, groups, _whole_bundles(counts(worth, groups, budget, protected, align), groups))
 
 
 Counts = dict[tuple[int, str], int]
@@ -79,9 +79,35 @@ Round = Callable[[float], int]
 def _keep_best(worth: np.ndarray, groups: Groups, counts: Counts) -> np.ndarray:
     keep = np.zeros(len(groups), bool)
     for layer, kind, index in groups.blocks():
-        best = index[np.argsort(-worth[index], kind="stable")]
-        keep[best[: counts[layer, kind]]] = True
+        for own in np.split(index, stretches := groups.stretches(layer, kind)):
+            best = own[np.argsort(-worth[own], kind="stable")]
+            keep[best[: counts[layer, kind] // stretches]] = True
     return keep
+
+
+def _bundled(worth: np.ndarray, groups: Groups) -> np.ndarray:
+    """Where groups go evenly from several stretches, the worst of each go together, then the next: their mean worth.
+
+    So the order within a stretch stays, and groups that must go together are next to each other in every order.
+    """
+    worth = worth.astype(np.float64)
+    for layer, kind, index in groups.blocks():
+        stretches = groups.stretches(layer, kind)
+        if stretches > 1:
+            own = worth[index].reshape(stretches, -1)
+            order = np.argsort(own, 1, kind="stable")
+            np.put_along_axis(own, order, np.take_along_axis(own, order, 1).mean(0)[None].repeat(stretches, 0), 1)
+            worth[index] = own.ravel()
+    return worth
+
+
+def _whole_bundles(counts: Counts, groups: Groups) -> Counts:
+    """The same for each stretch: counts rounded to whole bundles, one at least."""
+    whole = {}
+    for block, count in counts.items():
+        size = groups.stretches(*block)
+        whole[block] = count if size == 1 else max(1, round(count / size)) * size
+    return whole
 
 
 def _least(kind: str, size: int, align: int) -> int:
@@ -126,6 +152,7 @@ def _each_kind(worth: np.ndarray, groups: Groups, budget: float, protected: np.n
     heads, cost = groups.kind == "attention", groups.parameters
     share = budget / cost[~protected].sum()
     attention = _global(worth, groups, share * cost[~protected & heads].sum(), protected | ~heads, align)
+    attention = _whole_bundles(attention, groups)
     spent = cost[heads & ~_keep_best(worth, groups, attention)].sum()
     mlp = _global(worth, groups, budget - spent, protected | heads, align)
     return {block: (attention if block[1] == "attention" else mlp)[block] for block in mlp}
@@ -142,7 +169,8 @@ def _uniform(
         if protected[index[0]]:
             counts[layer, kind] = size
         elif kind == "attention":
-            counts[layer, kind] = max(1, whole(size * (1 - share)))
+            bundle = groups.stretches(layer, kind)
+            counts[layer, kind] = max(1, whole(size / bundle * (1 - share))) * bundle
             spare = (size * share - (size - counts[layer, kind])) * cost
         else:
             wanted = size * (1 - share) - spare / cost

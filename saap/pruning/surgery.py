@@ -1,6 +1,7 @@
 """A plan applied to a model: by slicing its tensors, or by masking them (the oracle of the first)."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import nn
 
 from saap.errors import SaapError
 from saap.models.checkpoint import complete
-from saap.models.families import family_of
+from saap.models.families import Part, family_of
 from saap.models.groups import Groups, block_parts, discover
 
 
@@ -37,11 +38,14 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
         for kind, members in kinds.items():
             for part, linear in members:
                 kept = torch.from_numpy(rows[layer, kind]).to(linear.weight.device)
-                index = (kept[:, None] * part.width + torch.arange(part.width, device=kept.device)).flatten()
+                index = part.staying(kept, linear.weight.shape[part.axis])
                 name = names[id(linear)]
                 state[f"{name}.weight"] = linear.weight.index_select(part.axis, index)
                 if part.axis == 0 and linear.bias is not None:
                     state[f"{name}.bias"] = linear.bias[index]
+    for layer, kind, part, norm in _joint_norms(model):
+        kept = torch.from_numpy(rows[layer, kind]).to(norm.weight.device)
+        state[f"{names[id(norm)]}.weight"] = norm.weight[part.staying(kept, len(norm.weight))]
     with torch.device("meta"):
         small = family_of(model.config).uneven(model.config, widths(model, groups, keep))
     small.load_state_dict(
@@ -52,7 +56,11 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
 
 @torch.no_grad()
 def mask(model: nn.Module, keep: np.ndarray) -> nn.Module:
-    """A copy of the model with what the removed groups write zeroed: columns of o_proj and down_proj."""
+    """A copy of the model with what the removed groups write zeroed: columns of o_proj and down_proj.
+
+    A norm over all heads together (OLMo 2's of q and of k) takes its mean over the heads that are there. So that it
+    does so here too, what it gets from removed heads is zero, and its weights and eps make up for the greater count.
+    """
     groups = _checked(model, keep)
     masked = copy.deepcopy(model)
     removed = {(layer, kind): np.flatnonzero(~keep[index]) for layer, kind, index in groups.blocks()}
@@ -62,7 +70,26 @@ def mask(model: nn.Module, keep: np.ndarray) -> nn.Module:
                 if part.axis == 1:
                     columns = linear.weight.view(linear.weight.shape[0], -1, part.width)
                     columns[:, removed[layer, kind]] = 0
+    blocks = family_of(model.config).blocks(masked)
+    for layer, kind, part, norm in _joint_norms(masked):
+        gone = torch.from_numpy(removed[layer, kind]).to(norm.weight.device)
+        projection: Any = blocks[layer].get_submodule(part.matrix.replace("_norm", "_proj"))
+        for tensor in (projection.weight, projection.bias):
+            if tensor is not None:
+                tensor.view(-1, part.width, *tensor.shape[1:])[gone] = 0
+        share = 1 - len(gone) * part.width / len(norm.weight)
+        norm.weight *= share**0.5
+        norm.variance_epsilon *= share
     return masked
+
+
+def _joint_norms(model: nn.Module) -> Iterator[tuple[int, str, Part, Any]]:
+    """(layer, kind, part, norm) of the norms that run over all groups of a kind together."""
+    family = family_of(model.config)
+    for layer, (block, config) in enumerate(zip(family.blocks(model), family.block_configs(model), strict=True)):
+        for kind, parts in family.joint_norms(config).items():
+            for part in parts:
+                yield layer, kind, part, block.get_submodule(part.matrix)
 
 
 def _checked(model: nn.Module, keep: np.ndarray) -> Groups:
@@ -72,4 +99,6 @@ def _checked(model: nn.Module, keep: np.ndarray) -> Groups:
     for layer, kind, index in groups.blocks():
         if not keep[index].any():
             raise SaapError(f"the plan leaves layer {layer} without {kind}")
+        if len(set(keep[index].reshape(groups.stretches(layer, kind), -1).sum(1))) > 1:
+            raise SaapError(f"the plan leaves layer {layer} with different numbers of query heads under its KV heads")
     return groups

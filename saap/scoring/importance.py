@@ -110,7 +110,7 @@ class _Channels:
             channels = torch.arange(self.count, self.count + linear.weight.shape[part.axis])
             self.count += len(channels)
             self.matrices.append((layer, part.matrix, part.axis, linear, slice(self.count - len(channels), self.count)))
-            blocks.setdefault((layer, kind), []).append(channels.view(-1, part.width))
+            blocks.setdefault((layer, kind), []).append(part.by_unit(channels))
         groups: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.total = 0
         for parts in blocks.values():

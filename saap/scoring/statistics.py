@@ -129,9 +129,10 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
                 if not torch.isfinite(rows).all():
                     raise SaapError(f"the score of layer {layer}, {part.matrix} is not finite: use float32")
                 rows = rows.double().cpu()
-                repeats = max(1, part.width // narrowest[layer, kind])  # query heads a KV head
-                units = rows.view(-1, part.width).sum(1)
-                folded = rows.view(repeats, -1).sum(0).view(-1, part.width // repeats).sum(1)
+                units = folded = part.by_unit(rows).sum(1)
+                if len(part.stretches) == 1 and not part.rest:
+                    repeats = max(1, part.width // narrowest[layer, kind])  # query heads a KV head
+                    folded = rows.view(repeats, -1).sum(0).view(-1, part.width // repeats).sum(1)
                 for variant, sums in ((name, units), (f"{name}_as_coded", folded)):
                     found[variant][layer, kind] = found[variant].get((layer, kind), 0) + sums
     return TaylorSums(**{name: torch.cat(list(sums.values())).numpy() for name, sums in found.items()})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from storage.tables import write_table
 from tasks.inputs import Checkpoint, load_model
-from tasks.stage import Summary, dtype_of, stage, weights_of
+from tasks.stage import Summary, groups_of, stage, weights_of
 from tasks.stages.fuse import Fused
 from tasks.stages.rank import Ranking
 from tasks.step import Step
@@ -13,7 +13,7 @@ from tasks.step import Step
 @stage(
     version=2,
     publishes=Ranking,
-    params=lambda config: config.fluctuation.model_dump() | dtype_of(config),
+    params=lambda config: config.fluctuation.model_dump() | groups_of(config),
     fingerprint=weights_of,
 )
 def fluctuation(step: Step, folder: Path, *, model: Checkpoint, fused: Fused) -> Summary:

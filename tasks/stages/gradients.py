@@ -8,7 +8,7 @@ from storage.tables import read_table, write_table
 from tasks.artifact import Artifact
 from tasks.compute import compute_settings
 from tasks.inputs import Checkpoint, load_model
-from tasks.stage import Summary, dtype_of, stage, weights_of
+from tasks.stage import Summary, groups_of, stage, weights_of
 from tasks.stages.calibrate import Calibration
 from tasks.step import Step
 
@@ -26,7 +26,7 @@ class Taylor(Artifact):
         return TaylorSums(**{field.name: table[field.name] for field in fields(TaylorSums)})
 
 
-@stage(version=2, publishes=Taylor, params=dtype_of, fingerprint=weights_of)
+@stage(version=2, publishes=Taylor, params=groups_of, fingerprint=weights_of)
 def gradients(step: Step, folder: Path, *, model: Checkpoint, calibration: Calibration) -> Summary:
     import saap
 

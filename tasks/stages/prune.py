@@ -13,7 +13,7 @@ from tasks.criteria import needs_of
 from tasks.inputs import Checkpoint, load_model, load_tokenizer
 from tasks.model_card import write_card
 from tasks.outside import Outside
-from tasks.stage import Summary, dtype_of, stage
+from tasks.stage import Summary, groups_of, stage
 from tasks.stages.activations import Activations
 from tasks.stages.calibrate import Calibration
 from tasks.stages.rank import Ranking
@@ -22,9 +22,9 @@ from tasks.step import Step
 
 def prune_params(config: RunConfig) -> dict[str, Any]:
     """The prune section, 'auto' replaced by what the criterion was published with."""
-    params, needs = config.prune.model_dump(mode="json"), needs_of(config.criterion.name)
+    params, needs = config.prune.model_dump(mode="json", exclude={"heads"}), needs_of(config.criterion.name)
     params |= {field: getattr(needs, field) for field in ("search", "compensation") if params[field] == "auto"}
-    return params | dtype_of(config)
+    return params | groups_of(config)
 
 
 def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:

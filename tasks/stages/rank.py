@@ -10,7 +10,7 @@ from tasks.artifact import Artifact
 from tasks.config import RunConfig
 from tasks.criteria import needs_of
 from tasks.inputs import Checkpoint, load_model
-from tasks.stage import Summary, dtype_of, stage, weights_of
+from tasks.stage import Summary, groups_of, stage, weights_of
 from tasks.stages.activations import Activations
 from tasks.stages.calibrate import Calibration
 from tasks.stages.fisher import Fisher
@@ -32,7 +32,7 @@ def _params(config: RunConfig) -> dict[str, Any]:
     known = {**config.criterion.model_dump(), **config.prune.model_dump(), "seed": config.calibrate.seed}
     known["cuts"] = [cut for cut in sorted(config.criterion.cuts) if cut < config.prune.ratio]
     options = {option: known[option] for option in needs_of(config.criterion.name).options}
-    return {"criterion": config.criterion.name} | dtype_of(config) | options
+    return {"criterion": config.criterion.name} | groups_of(config) | options
 
 
 @stage(version=2, publishes=Ranking, params=_params, fingerprint=weights_of)

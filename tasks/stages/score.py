@@ -7,7 +7,7 @@ import numpy as np
 from storage.tables import read_samples, sample_writer
 from tasks.artifact import Artifact
 from tasks.inputs import Checkpoint, load_model
-from tasks.stage import Summary, dtype_of, stage, weights_of
+from tasks.stage import Summary, groups_of, stage, weights_of
 from tasks.stages.calibrate import Calibration
 from tasks.step import Step
 
@@ -28,7 +28,7 @@ class Importance(Artifact):
 @stage(
     version=2,
     publishes=Importance,
-    params=lambda config: config.score.model_dump() | dtype_of(config),
+    params=lambda config: config.score.model_dump() | groups_of(config),
     fingerprint=weights_of,
 )
 def score(step: Step, folder: Path, *, model: Checkpoint, calibration: Calibration) -> Summary:

@@ -44,6 +44,7 @@ DENSE = {"evaluate dense arc_easy", "evaluate dense wikitext2"}
         ("score.hessian='fisher'", {"score", "fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
         ("fuse.fusion='vector'", {"fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
         ("fluctuation.asi_scope='kind'", {"fluctuation", "prune", "recover", "speed"} | PRUNED),
+        ("prune.heads='query'", {"score", "fluctuation", "fuse", "prune", "recover", "speed"} | PRUNED),
         ("prune.ratio=0.3", {"prune", "recover", "speed"} | PRUNED),
         ("recover.seed=1", {"recover", "speed"} | RECOVERED),
         ("evaluate.limit=5", {label for label in PRUNED | DENSE if "arc" in label}),

@@ -1,17 +1,35 @@
-"""The architectures we can prune. A new one is a file beside `llama.py` and an entry in `FAMILIES`."""
+"""The architectures we can prune. One like Llama is a row in `FAMILIES` and a class in `modeling_families.py`."""
 
 from typing import Any
 
 from saap.errors import SaapError
+from saap.models import modeling as llamas
+from saap.models import modeling_families as others
 
 from .baichuan import Baichuan
 from .base import Family, Part
 from .bloom import Bloom
 from .llama import Llama
-from .mistral import Mistral
-from .qwen import Qwen2, Qwen3
 
-FAMILIES: tuple[Family, ...] = (Llama(), Mistral(), Qwen2(), Qwen3(), Bloom(), Baichuan())
+FAMILIES: tuple[Family, ...] = (
+    Llama(llamas.SaapLlamaForCausalLM),
+    Llama(llamas.SaapMistralForCausalLM),
+    Llama(llamas.SaapQwen2ForCausalLM),
+    Llama(llamas.SaapQwen3ForCausalLM),
+    Llama(others.SaapGemmaForCausalLM),
+    Llama(others.SaapGemma2ForCausalLM, post_norm=True),
+    Llama(others.SaapGemma3ForCausalLM, post_norm=True),
+    Llama(others.SaapSmolLM3ForCausalLM),
+    Llama(others.SaapMinistral3ForCausalLM),
+    Llama(others.SaapGraniteForCausalLM),
+    Llama(others.SaapPhi3ForCausalLM, fused_qkv=True, fused_mlp=True),
+    Llama(others.SaapGlm4ForCausalLM, fused_mlp=True, post_norm=True),
+    Llama(others.SaapOlmo2ForCausalLM, post_norm=True, joint_norms=True),
+    Llama(others.SaapOlmo3ForCausalLM, post_norm=True, joint_norms=True),
+    Llama(others.SaapCohere2ForCausalLM),
+    Bloom(),
+    Baichuan(),
+)
 
 
 def family_of(config: Any) -> Family:

@@ -11,9 +11,12 @@ from .llama import Llama
 
 
 class Baichuan(Llama):
-    model_types = ("saap_baichuan",)
     int4 = False
     rotary = False
+
+    def __init__(self) -> None:
+        super().__init__(SaapBaichuanForCausalLM)
+        self.model_types = ("saap_baichuan",)
 
     def units(self, config: Any) -> dict[str, int]:
         return {"attention": len(original_heads(config)), "mlp": config.intermediate_size}

@@ -23,8 +23,8 @@ class Bloom(Family):
         d = config.hidden_size // config.num_attention_heads
         return {
             # query_key_value is laid out (heads, 3, d): the rows of one head are next to each other
-            "attention": [Part("self_attention.query_key_value", 0, 3 * d), Part("self_attention.dense", 1, d)],
-            "mlp": [Part("mlp.dense_h_to_4h", 0, 1), Part("mlp.dense_4h_to_h", 1, 1)],
+            "attention": [Part("self_attention.query_key_value", 0, (3 * d,)), Part("self_attention.dense", 1, (d,))],
+            "mlp": [Part("mlp.dense_h_to_4h", 0, (1,)), Part("mlp.dense_4h_to_h", 1, (1,))],
         }
 
     def units(self, config: Any) -> dict[str, int]:

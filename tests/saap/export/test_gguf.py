@@ -56,6 +56,7 @@ MODELS = {
     "dense llama": lambda: build("llama"),
     "mistral, wide heads": lambda: pruned("mistral, wide heads"),
     "qwen2": lambda: pruned("qwen2"),
+    "llama, by query heads": lambda: pruned("llama, by query heads"),
     "biases on the outputs": lambda: with_output_biases(pruned("llama")),
     "rope scaled as llama 3": lambda: rescaled(LLAMA3 | {"original_max_position_embeddings": 32}),
     "rope scaled linearly": lambda: rescaled({"rope_type": "linear", "factor": 4.0}),
@@ -248,6 +249,8 @@ def refused(model, tokenizer, folder, message, **settings):
 
 def test_what_llama_cpp_cannot_run_is_refused_and_leaves_nothing(tiny_tokenizer, tmp_path):
     refused(pruned("qwen3"), tiny_tokenizer, tmp_path / "a", "qwen3")
+    for case in ("gemma3, one KV head, capped", "smollm3", "granite", "phi3", "glm4", "olmo2", "cohere2"):
+        refused(pruned(case), tiny_tokenizer, tmp_path / case[:5], f"{case.split(',')[0]}.*`saap export uniform`")
     refused(pruned("bloom"), tiny_tokenizer, tmp_path / "b", "bloom")
     refused(rescaled({"rope_type": "yarn", "factor": 4.0}), tiny_tokenizer, tmp_path / "d", "yarn")
     big, broken = pruned("llama"), pruned("llama")

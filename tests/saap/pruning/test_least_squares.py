@@ -6,6 +6,8 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from saap import SaapError, discover, prune, refit
+from tests.saap.models.test_families import build
+from tests.saap.models.test_families import random_keep as evenly_kept
 
 
 @pytest.fixture
@@ -113,13 +115,21 @@ def test_a_block_makes_up_for_the_blocks_before_it(tiny_llama, tokens):
     assert distance(model, small, tokens) < 0.9 * distance(model, blind, tokens)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "bloom"])
+OTHERS = ("gemma2", "granite", "glm4", "phi3", "olmo2", "cohere2")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bloom", *OTHERS])
 def test_every_family_gets_closer_to_its_dense_model_and_keeps_its_shapes_and_biases(family, tiny_llama, tokens):
-    model = {"llama": tiny_llama, "qwen2": qwen2, "bloom": bloom}[family]()
-    keep = random_keep(model)
+    if family in OTHERS:
+        model = build(family)
+        keep = evenly_kept(model, 1)
+    else:
+        model = {"llama": tiny_llama, "qwen2": qwen2, "bloom": bloom}[family]()
+        keep = random_keep(model)
     plain, small = prune(model, keep), prune(model, keep)
     assert refit(small, model, keep, tokens, ridge=0.01) is small
-    assert distance(model, small, tokens) < 0.3 * distance(model, plain, tokens)
+    # behind a norm, attention that was rescaled or lost its direction cannot be made good by one matrix
+    assert distance(model, small, tokens) < (0.7 if family in OTHERS else 0.3) * distance(model, plain, tokens)
     for (name, after), before in zip(small.state_dict().items(), plain.state_dict().values(), strict=True):
         assert after.shape == before.shape
         output = name.endswith(("o_proj.weight", "down_proj.weight", "dense.weight", "dense_4h_to_h.weight"))

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from saap import Groups, SaapError, removed_share, select
+from saap import Groups, SaapError, choose_heads, discover, prune, removed_share, select
 from saap.pruning.plan import SEARCHES
 
 COST = {"attention": 4096, "mlp": 192}
@@ -239,3 +240,38 @@ def test_a_score_that_is_not_finite_is_refused(bad):
     score[5] = bad
     with pytest.raises(SaapError, match="not finite"):
         select(score, groups, 0.1)
+
+
+@pytest.mark.parametrize("search", ["global", "uniform"])
+@pytest.mark.parametrize("seed", range(6))
+def test_query_heads_go_evenly_under_each_kv_head_the_best_of_each_stay(seed, search):
+    rng = np.random.default_rng(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=5,
+            num_attention_heads=(shared := int(rng.integers(1, 4))) * 4,
+            num_key_value_heads=shared,
+            head_dim=4,
+        )
+    )
+    choose_heads(model, "query")
+    groups = discover(model)
+    score = rng.normal(size=len(groups))
+    ratio = float(rng.uniform(0.1, 0.5))
+    keep = select(score, groups, ratio, search=search, protect=(0,), align=4)
+    for layer in range(5):
+        index = np.flatnonzero((groups.layer == layer) & (groups.kind == "attention"))
+        stays, scores = keep[index].reshape(shared, 4), score[index].reshape(shared, 4)
+        assert len(set(stays.sum(1))) == 1
+        assert stays.sum(1)[0] >= 1
+        for own, kept in zip(scores, stays, strict=True):
+            assert not kept.any() or kept.all() or own[kept].min() > own[~kept].max()
+    bundle = groups.parameters[0] * shared + 4 * groups.parameters[-1]
+    allowed = 0.5 * bundle * (5 if search == "uniform" else 2) / groups.parameters.sum()
+    assert removed_share(groups, keep) == pytest.approx(ratio, abs=allowed)
+    assert sum(p.numel() for p in prune(model, keep).parameters()) == sum(p.numel() for p in model.parameters()) - int(
+        groups.parameters[~keep].sum()
+    )

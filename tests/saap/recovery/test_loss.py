@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 from saap.recovery import loss
 from saap.recovery.loss import Student
+from tests.saap.models.test_families import build
 
 GENERATOR = torch.Generator().manual_seed(5)
 IDS = torch.randint(0, 512, (3, 11), generator=GENERATOR)
@@ -36,6 +37,18 @@ def test_the_loss_and_its_gradients_equal_autograd_through_whole_logits(tiny_lla
     learned = [p for p in model.parameters() if p.requires_grad]
     found = Student(model, teacher, share or 0.0)(IDS, MASK, LABELS)["loss"]
     expected = plain(model, teacher, share)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    for mine, autograd in zip(torch.autograd.grad(found, learned), torch.autograd.grad(expected, learned), strict=True):
+        torch.testing.assert_close(mine, autograd, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["gemma2", "granite", "cohere2"])
+def test_logits_that_are_scaled_or_capped_are_those_of_the_model(case):
+    model, teacher = build(case).train(), build(case)
+    model.requires_grad_(False)
+    learned = [layer.mlp.down_proj.weight.requires_grad_() for layer in model.model.layers]
+    found = Student(model, teacher, 0.3)(IDS, MASK, LABELS)["loss"]
+    expected = plain(model, teacher, 0.3)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for mine, autograd in zip(torch.autograd.grad(found, learned), torch.autograd.grad(expected, learned), strict=True):
         torch.testing.assert_close(mine, autograd, rtol=1e-4, atol=1e-6)
