@@ -4,12 +4,14 @@ from functools import cache
 from typing import Any
 
 from prefect import Flow, Task, flow, get_run_logger, runtime
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.states import State
 
 from flows.job import Job, prepare, title_of
+from flows.pages.write import report_file, write_report
 from flows.report import result_rows, skipped_rows
 from storage.artifacts import ArtifactStore
+from storage.errors import StorageError
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
 from tasks.config import load_config
@@ -63,15 +65,24 @@ def run_job(job: Job) -> str:
         warehouse.load(job.run_id)
         for position, step in enumerate(job.steps):
             if _run_step(store, record, position, step):
-                warehouse.load(job.run_id)
+                _tell(warehouse, job.run_id)
     except BaseException as error:
         record.finish("failed", str(error) or type(error).__name__)
-        warehouse.load(job.run_id)
+        _tell(warehouse, job.run_id)
         raise
     record.finish("completed")
-    warehouse.load(job.run_id)
+    _tell(warehouse, job.run_id)
     _show_results(store, job.run_id)
     return job.run_id
+
+
+def _tell(warehouse: Warehouse, run_id: str) -> None:
+    """Bring the warehouse and the run's page up to date. A page that cannot be written does not end a run."""
+    warehouse.load(run_id)
+    try:
+        write_report(warehouse.root, run_id)
+    except StorageError as error:
+        get_run_logger().warning("no page of this run: %s", error)
 
 
 def _run_step(store: ArtifactStore, record: RunRecord, position: int, step: Step) -> bool:
@@ -109,9 +120,10 @@ def _task(stage: str) -> Task[[Step], dict[str, Any]]:
 
 
 def _show_results(store: ArtifactStore, run_id: str) -> None:
-    """The result table as an artifact in Prefect's UI."""
+    """The result table and the run's page as artifacts in Prefect's UI."""
     columns, rows = result_rows(store.root, run_id)
     skipped = "".join(f"\n\nSkipped {benchmark}: {why}" for benchmark, why in skipped_rows(store.root, run_id))
     create_table_artifact(
         [dict(zip(columns, row, strict=True)) for row in rows], key="results", description=f"Run {run_id}{skipped}"
     )
+    create_link_artifact(report_file(store.root, run_id).as_uri(), link_text="report", key="report")
