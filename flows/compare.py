@@ -70,7 +70,7 @@ def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     axes = [name for name in names if name not in ("prune.ratio", "calibrate.seed")]
     store = Path(load_config(config, overrides).store)
     wanted = [_combination(config, chosen, overrides, axes) for chosen in sweep]
-    if not Warehouse(store).file.exists():
+    if Warehouse(store).is_empty():
         return Comparison(axes, [], len(sweep), len(sweep))
     with Warehouse(store).reading() as connection:
         runs = _runs_of(connection, wanted)

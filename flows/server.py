@@ -30,6 +30,7 @@ def quiet_settings(store: Path) -> None:
     for name, value in {
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_CLIENT_MAX_RETRIES": "8",  # many runs beside one SQLite server: it says 503 for up to minutes
         "PREFECT_LOCAL_STORAGE_PATH": str(store / "prefect" / "results"),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "saap",
         "TOKENIZERS_PARALLELISM": "false",
@@ -52,12 +53,28 @@ def keep_loopback_off_proxies() -> None:
 
 @contextlib.contextmanager
 def prefect_api(store: Path) -> Iterator[str]:
-    """Address of a Prefect API: the user's (environment or profile), or of a server that lives as long as the block."""
+    """Address of a Prefect API: the user's (environment or profile), or of a server that lives as long as the block.
+
+    Raises StorageError when it does not start, or fails in the block for longer than Prefect retries.
+    """
+    import httpx
     from prefect.settings import get_current_settings
 
-    if (users := get_current_settings().api.url) is not None:
-        yield users
-        return
+    users = get_current_settings().api.url
+    try:
+        if users is not None:
+            yield users
+        else:
+            with _own_server(store) as url:
+                yield url
+    except httpx.HTTPError as error:
+        at = f" at {users}" if users else f"; see {store / 'prefect' / 'server.log'}"
+        line = str(error).partition("\n")[0] or type(error).__name__
+        raise StorageError(f"the Prefect server failed ({line}){at}: the same command goes on from here") from error
+
+
+@contextlib.contextmanager
+def _own_server(store: Path) -> Iterator[str]:
     home = store / "prefect"
     home.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:

@@ -17,6 +17,7 @@ from storage.keys import file_digest
 from storage.locks import held
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 SMALL = 1 << 22  # bytes: files up to this size are compared by content always
 
 
@@ -36,12 +37,11 @@ class ArtifactStore:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f".writable-{uuid.uuid4().hex}"
-            probe.touch()
+            probe.write_bytes(bytes(SMALL // 1024))  # not empty: that a full disk still takes
             probe.unlink()
         except OSError as error:
-            raise StorageError(
-                f"cannot write to the store {self.root} ({error.strerror}): choose another with --store or the config"
-            ) from error
+            remedy = "free some space" if error.errno in FULL else "choose another with --store or the config"
+            raise StorageError(f"cannot write to the store {self.root} ({error.strerror}): {remedy}") from error
 
     def path(self, stage: str, key: str) -> Path:
         return self.root / stage / key
@@ -126,7 +126,7 @@ class ArtifactStore:
             shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, Exception) and not (self.root / "locks").is_dir():
                 raise StorageError(f"the store {self.root} was removed while {stage} was at work") from error
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = isinstance(error, OSError) and error.errno in FULL
             if full or "No space left on device" in str(error):  # safetensors has an error type of its own
                 raise StorageError(f"no space left for {stage} in {self.root}: free some and run again") from error
             raise

@@ -19,7 +19,7 @@ from pathlib import Path
 import duckdb
 
 from storage import runs
-from storage.artifacts import ArtifactStore
+from storage.artifacts import FULL, ArtifactStore
 from storage.errors import BusyError, StorageError
 from storage.loading import create_tables, follow_disk, follows_disk, sql_type
 from storage.locks import held
@@ -28,7 +28,6 @@ from storage.tables import SCHEMAS
 VERSION = 14  # raise it when a table or view changes: a file of another version is made again from the store
 WRITER_WAITS, READER_WAITS = 60.0, 2.0  # seconds, for the process that is loading something
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 log = logging.getLogger("saap.storage")
 
 
@@ -39,6 +38,10 @@ class Warehouse:
         self.root = Path(root).resolve()
         self.file = self.root / "warehouse.duckdb"
         self._store = ArtifactStore(self.root)
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to read, nor anything to make it of."""
+        return not self.file.exists() and not runs.all_runs(self.root)
 
     def load(self, run_id: str) -> None:
         """Bring one run up to date. Never fails for another process: what it could not load comes with the next."""
@@ -66,7 +69,7 @@ class Warehouse:
         It can read nothing else but the importance Parquet of the store, and write nothing. Raises StorageError when
         there is no warehouse yet and no run to make it of.
         """
-        if not self.file.exists() and not runs.all_runs(self.root):
+        if self.is_empty():
             raise StorageError(
                 f"no warehouse in {self.root}: run something first (saap run …), or name another --store"
             )
@@ -156,7 +159,7 @@ class Warehouse:
                 raise
             log.warning("%s: shown is what it held before", busy)
         except OSError as error:
-            if error.errno not in (*_NOT_WRITABLE, *_FULL):
+            if error.errno not in (*_NOT_WRITABLE, *FULL):
                 raise _one_line(error, self.root) from error
             with tempfile.TemporaryDirectory(prefix="saap-") as folder:
                 fresh = Path(folder) / self.file.name

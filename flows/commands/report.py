@@ -71,7 +71,13 @@ def report(
                 console.save_svg(str(svg), title="saap report")
             except OSError as error:
                 raise StorageError(f"cannot write {svg}: {error.strerror}") from error
-        file = write_report(store, run_id, html)
+        try:
+            file = write_report(store, run_id, html)
+        except StorageError as error:
+            if html is not None:
+                raise
+            console.print(f"no page: {error}", highlight=False, soft_wrap=True)  # a store to read only
+            return
     console.print(f"page: {file.resolve()}", highlight=False, soft_wrap=True)
 
 

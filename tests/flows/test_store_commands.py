@@ -1,0 +1,151 @@
+"""sql, rebuild, gc, du, report and plan as typed: what they refuse, print, and leave alone."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from tests.flows.conftest import ask, saap
+from tests.flows.test_cli import refused
+from tests.storage.kill_points import run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("finished") / "store"
+    run(root, "r1")
+    return root
+
+
+@pytest.fixture
+def filled(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "filled")
+
+
+def files(root):
+    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
+
+
+def closed_queries(root, elsewhere):
+    importance = root / "score" / "kNone" / "importance.parquet"
+    record = root / "runs" / "r1" / "run.json"
+    return {
+        f"copy (select 1) to '{record}'": "read-only",
+        f"copy (select 1 as x) to '{importance}' (format parquet)": "read-only",
+        f"explain analyze copy (select 1 as x) to '{importance}'": "read-only",
+        f"prepare p as copy (select 1) to '{elsewhere}/x'": "read-only",
+        f"export database '{elsewhere}/all'": "read-only",
+        f"attach '{elsewhere}/other.db'": "read-only",
+        "install httpfs": "read-only",
+        "load httpfs": "read-only",
+        "set enable_external_access = true": "read-only",
+        "drop table metrics": "read-only",
+        "select 1; delete from metrics": "read-only",
+        f"select * from read_text('{record}')": "Cannot access file",
+        "select * from glob('/*')": "Cannot access file",
+        f"from '{root}/prune/kNone/widths.parquet'": "Cannot access file",
+        f"from read_csv('{elsewhere}/secret.csv')": "Cannot access file",
+        "": "empty",
+        " ; ": "empty",
+        "select nonsense": "nonsense",
+        "selec 1": "selec",
+    }
+
+
+def test_sql_reads_the_warehouse_and_nothing_else(filled, tmp_path):
+    """In this process: what is printed, and that nothing changes. The command itself is tried below."""
+    from storage.errors import StorageError
+    from storage.query import ask as ask_here
+
+    (tmp_path / "secret.csv").write_text("a\n1\n")
+    assert ask_here(filled, "select count(*) as n, sum(vector) from importance") == (["n", "sum(vector)"], [(10, 10.0)])
+    before = files(filled), sorted(p.name for p in tmp_path.iterdir())
+    for query, word in closed_queries(filled, tmp_path).items():
+        with pytest.raises(StorageError, match=word) as refusal:
+            ask_here(filled, query)
+        assert "\n" not in str(refusal.value)
+        assert refusal.value.exit_code == 2
+    assert (files(filled), sorted(p.name for p in tmp_path.iterdir())) == before
+    for query in ("pivot stage_runs on stage using count(*)", "explain select 1", "show tables", "describe runs",
+                  "summarize metrics", "from runs; from metrics"):  # fmt: skip
+        assert ask_here(filled, query)[1]
+
+
+def test_json_is_valid_and_keeps_columns_of_one_name(filled):
+    query = "select 'nan'::double as a, 1 as a, -'inf'::float as a, [1.5, 'nan'::double] as b, {'x': 1::decimal} as c"
+    done = saap("sql", query, "--store", filled, "--json")
+
+    def no_constant(name):
+        raise ValueError(name)
+
+    (row,) = json.loads(done.stdout, parse_constant=no_constant)
+    assert row == {"a": None, "a_2": 1, "a_3": None, "b": [1.5, None], "c": {"x": 1.0}}
+    assert "NaN" in saap("sql", "--help").stdout
+    refused(saap("sql", "copy (select 1) to 'x'", "--store", filled), "read-only")
+    refused(saap("sql", "", "--store", filled), "empty")
+
+
+def test_a_mistyped_store_is_not_made(tmp_path):
+    for command in ("rebuild", "verify", "gc", "du", "report"):
+        refused(saap(command, "--store", tmp_path / "none"), str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_report_for_a_folder_that_is_not_there_is_refused(filled, tmp_path):
+    refused(saap("report", "--store", filled, "--svg", tmp_path / "no" / "report.svg"), "no folder")
+
+
+def test_gc_shows_first_and_removes_when_told(filled):
+    shutil.copytree(filled / "prune" / "kNone", filled / "prune" / "unused")
+    (filled / "prune" / ".draft-x-1").mkdir()
+    before = files(filled)
+    done = saap("gc", "--store", filled)
+    assert done.returncode == 0, done.stderr
+    assert files(filled) == before
+    for word in ("prune/.draft-x-1", "prune/unused", "--delete"):
+        assert word in done.stdout
+    done = saap("gc", "--store", filled, "--delete")
+    assert "removed" in done.stdout
+    assert not (filled / "prune" / ".draft-x-1").exists()
+    assert not (filled / "prune" / "unused").exists()
+    assert "r1" in saap("du", "--store", filled).stdout
+    refused(saap("gc", "--store", filled, "--run", "r7"), "no such run")
+    assert ask(filled, "select count(*) as n from stage_runs") == [{"n": "3"}]
+    saap("gc", "--store", filled, "--run", "r1", "--delete")
+    assert ask(filled, "select count(*) as n from stage_runs") == [{"n": "0"}]
+
+
+def test_plan_writes_nothing_beside_a_store_and_downloads_nothing(config, store, tiny_folder, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    big = shutil.copytree(tiny_folder, tmp_path / "big")
+    file = next(big.glob("*.safetensors"))
+    assert file.stat().st_size < 1 << 24
+    saved = load_file(file)
+    import numpy as np
+
+    save_file({**saved, "unused": np.zeros(1 << 22, np.float32)}, file, metadata={"format": "pt"})
+    run(store, "r1")
+    before = files(store)
+    done = saap("plan", config, "--set", f"model.path={big}")
+    assert files(store) == before, done.stderr
+    refused(saap("plan", config, "--set", "model.path=org/model"), "org/model", "not been downloaded")
+    assert files(store) == before
+
+
+def test_a_full_disk_is_one_line(config, tmp_path):
+    """A file system of its own, full: needs the right to mount."""
+    place = tmp_path / "full"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=64", "tmpfs", place], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("may not mount here")
+    try:
+        with pytest.raises(OSError, match="No space"):
+            (place / "filler").write_bytes(bytes(1 << 20))
+        refused(saap("run", config, "--store", place / "store"), "No space left", "free some space")
+    finally:
+        subprocess.run(["umount", place], check=True)
