@@ -34,7 +34,7 @@ def held(path: Path, what: str, timeout: float) -> Iterator[None]:
             log.warning("waiting for %s, held by %s", what, holder(path))
             lock.acquire(timeout=timeout if timeout < 0 else timeout - first)
     except Timeout as error:
-        raise BusyError(f"{what} has been held for {timeout:.0f} s by {holder(path)}") from error
+        raise BusyError(f"{what} was not free for {timeout:.0f} s, now it is held by {holder(path)}") from error
     try:
         yield
     finally:

@@ -181,7 +181,7 @@ def test_a_writer_that_hangs_is_named_and_readers_see_what_was_there(root, monke
         Warehouse(root).load("r3")  # no error: it comes later
         assert counts(root)["runs"] == 2
         assert f"process {process.pid}" in caplog.text
-        with pytest.raises(StorageError, match="held for"):
+        with pytest.raises(StorageError, match="not free"):
             Warehouse(root).rebuild()
         process.communicate("")
     assert counts(root)["runs"] == 3
