@@ -39,16 +39,15 @@ def build(config: RunConfig, run_id: str = "", outside: Outside | None = None) -
     dense = Source(Checkpoint, path=str(source.path.resolve()))
     if source.kind == "gguf":
         dense = graph.add(model, gguf=Source(Gguf, path=str(source.path)))
-    data = Source(Data, path=graph.outside.data_place)
-    calibration = graph.add(calibrate, tokenizer=dense, data=data)
+    calibration = graph.add(calibrate, tokenizer=dense, data=graph.data("calibration"))
     pruned = _prune(graph, dense, calibration)
     variants = {"dense": dense, "pruned": pruned}
     if config.recover.recipe != "none":
         teacher = dense if config.recover.distill > 0 else None
-        variants["recovered"] = graph.add(recover, teacher=teacher, checkpoint=pruned, data=data)
+        variants["recovered"] = graph.add(recover, teacher=teacher, checkpoint=pruned, data=graph.data("recovery"))
     for variant in (name for name in variants if name in config.evaluate.variants):
         for benchmark in config.evaluate.benchmarks:
-            graph.add(evaluate, variant, benchmark, checkpoint=variants[variant], data=data)
+            graph.add(evaluate, variant, benchmark, checkpoint=variants[variant], data=graph.data(benchmark))
     if config.speed.runs:
         graph.add(speed, **variants)
     return graph.steps
@@ -88,6 +87,9 @@ class Graph:
         self.config, self.run_id = config, run_id
         self.outside = outside
         self.steps: list[Step] = []
+
+    def data(self, role: str) -> Source:
+        return Source(Data, path=self.outside.place(role))
 
     def add(
         self, stage: Stage, variant: str | None = None, benchmark: str | None = None, /, **inputs: Source | None

@@ -1,12 +1,19 @@
 """Where data comes from, and fingerprints of it. Light: no torch, no Prefect."""
 
-import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from storage.keys import Fingerprints, digest
-from tasks.config import ConfigError
+from tasks.hub import HubError, Split, commit_of, file_of, split_of, with_rows
+from tasks.rows import FORMS, check_text_column, read_checked, write_parquet
+from tasks.toml import ConfigError
+
+SHUFFLED_AT_ONCE = 1 << 22  # rows: as in saap.texts, which needs torch
+_DRAWN = "drawn one by one"
 
 
 @dataclass(frozen=True)
@@ -63,86 +70,120 @@ def mini_folder() -> Path:
     return Path(__file__).parent / "mini"
 
 
-def data_file(data: str, role: str) -> Path | None:
-    """The local file of a role, or None for the hub. Raises MissingData when a folder lacks it."""
-    if data == "hub":
-        return None
+@dataclass(frozen=True)
+class Found:
+    """A role's data: a fingerprint that changes with its content, and its place, for stages: 'mini', a folder, or the
+    hub at one commit, 'hub@…'.
+    """
+
+    fingerprint: str
+    place: str
+
+
+def data_file(data: str, role: str) -> Path:
+    """The file of a role in the mini pack or a folder. Raises MissingData when a folder lacks it."""
     folder = mini_folder() if data == "mini" else Path(data)
     if not folder.is_dir():
         raise ConfigError(f"data folder {folder} does not exist: data is 'mini', 'hub' or a folder")
     place = DATA[role].place
-    for suffix in (".parquet", ".jsonl"):
+    for suffix in (".parquet", ".jsonl", ".json"):
         if (file := folder / f"{place}{suffix}").is_file():
             return file
     raise MissingData(f"{folder} has no {place}.parquet (or .jsonl), needed for {role}: put it there and run again")
 
 
-def data_fingerprint(data: str, role: str, fingerprints: Fingerprints) -> str:
-    """Changes when the content of the role's data changes.
+def find_data(data: str, role: str, fingerprints: Fingerprints) -> Found:
+    """Look at a role's data; files are read and checked, on the hub the commit is asked for.
 
-    Raises MissingData when it is not there or the hub cannot be asked, ConfigError when it cannot be used.
+    Raises MissingData when it is not there or the hub cannot be asked, ConfigError when it cannot be used, with file,
+    row and column.
     """
+    if data == "hub":
+        about = DATA[role]
+        with _from_hub():
+            commit = commit_of(about.hub, about.hub_revision)
+        fields = [about.hub, about.hub_config, about.hub_split, commit]
+        return Found(digest([*fields, _DRAWN] if role == "calibration" else fields), f"hub@{commit}")
     file = data_file(data, role)
-    if file is not None:
-        check_columns(file, role)
-        return fingerprints.file(file)
-    return digest([DATA[role].hub, DATA[role].hub_config, DATA[role].hub_split, _hub_revision(role)])
+    rows = check_file(file, role)
+    found = fingerprints.file(file)
+    if role == "calibration" and rows > SHUFFLED_AT_ONCE:  # such a set was once shuffled whole
+        found = digest([found, _DRAWN])
+    return Found(found, data)
 
 
 def data_name(data: str) -> str:
     """What tables show: mini, hub, or the folder's name."""
-    return data if data in ("mini", "hub") else Path(data).resolve().name
+    return "hub" if _is_hub(data) else data if data == "mini" else Path(data).resolve().name
 
 
-def check_columns(file: Path, role: str) -> None:
-    """Raises ConfigError when a data file is damaged or lacks a column: before anything runs, not hours into it."""
-    wanted = DATA[role].columns
-    try:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            present = set(pq.read_schema(file).names)
-        else:
-            with file.open(encoding="utf-8") as stream:
-                present = set(json.loads(stream.readline()))
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise ConfigError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
-    missing = [column for column in wanted if column not in present]
-    if missing:
-        raise ConfigError(f"{file} lacks the column {', '.join(missing)}, needed for {role}; it has {sorted(present)}")
+def check_file(file: Path, role: str) -> int:
+    """How many rows a data file has. Raises ConfigError when one is not as the role needs it: before anything runs."""
+    columns = DATA[role].columns
+    if file.suffix == ".parquet" and role not in FORMS and len(columns) == 1:
+        return check_text_column(file, role, columns[0])
+    return len(read_checked(file, role, columns))
 
 
 def read_data(data: str, role: str) -> list[dict[str, Any]]:
-    """All rows of a role that is read as text (calibration, recovery, wikitext2, ptb), from a file or the hub.
+    """All rows of a role, its columns only, in the official form; `data` is the place of what was found.
 
     Raises MissingData when the hub's cannot be downloaded.
     """
-    from saap.texts import read_rows
-
     columns = DATA[role].columns
-    file = data_file(data, role)
-    if file is not None:
-        return read_rows(file, columns)
-    from datasets import load_dataset
+    rows = (row for file in _files(data, role) for row in read_checked(file, role, columns))
+    return [{column: row[column] for column in columns} for row in rows]
 
+
+@contextmanager
+def benchmark_file(data: str, role: str) -> Iterator[Path]:
+    """A Parquet file with all rows of a benchmark in the official form, as long as the context lasts."""
+    columns = DATA[role].columns
+    rows = [row for file in _files(data, role) for row in read_checked(file, role, columns)]
+    with TemporaryDirectory() as folder:
+        yield write_parquet(rows, columns, Path(folder) / f"{role}.parquet")
+
+
+def calibration_texts(data: str) -> Sequence[str]:
+    """The texts to draw from. Of Parquet only what is drawn is read, and of the hub's files downloaded."""
+    from saap.corpus import ParquetTexts
+
+    column = DATA["calibration"].columns[0]
+    if _is_hub(data):
+        about = DATA["calibration"]
+        split = _split(data, "calibration")
+        if all(name.endswith(".parquet") for name in split.files):
+            with _from_hub():
+                split = with_rows(split, about.hub_config, about.hub_split)
+            return ParquetTexts(split.rows, lambda number: file_of(split, split.files[number]), column)
+    elif (file := data_file(data, "calibration")).suffix == ".parquet":
+        return ParquetTexts.of_files([file], column)
+    return [row[column] for row in read_data(data, "calibration")]
+
+
+def _files(data: str, role: str) -> list[Path]:
+    """The files of a role on this machine, in order."""
+    if not _is_hub(data):
+        return [data_file(data, role)]
+    split = _split(data, role)
+    with _from_hub():
+        return [file_of(split, name) for name in split.files]
+
+
+def _split(data: str, role: str) -> Split:
     about = DATA[role]
+    with _from_hub():
+        commit = data.partition("@")[2] or commit_of(about.hub, about.hub_revision)
+        return split_of(about.hub, about.hub_config, about.hub_split, commit, about.hub_revision == _PARQUET)
+
+
+def _is_hub(data: str) -> bool:
+    return data == "hub" or data.startswith("hub@")
+
+
+@contextmanager
+def _from_hub() -> Iterator[None]:
     try:
-        rows = load_dataset(about.hub, about.hub_config, split=about.hub_split, revision=about.hub_revision)
-    except OSError as error:
-        if error.errno is not None:  # of this machine's disk, not of the hub
-            raise
-        raise MissingData(f"cannot download {about.hub} ({type(error).__name__}): check the network") from error
-    return list(rows.select_columns(list(columns)))
-
-
-def _hub_revision(role: str) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return str(HfApi().dataset_info(DATA[role].hub, revision=DATA[role].hub_revision, timeout=20).sha)
-    except (HfHubHTTPError, OSError, ConnectionError) as error:
-        raise MissingData(
-            f"cannot reach the hub for {DATA[role].hub} ({type(error).__name__}): check the network, or set data to "
-            "'mini' or to a folder with the data sets"
-        ) from error
+        yield
+    except HubError as error:
+        raise MissingData(f"{error}; or set data to 'mini' or to a folder with the data sets") from error

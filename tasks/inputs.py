@@ -25,7 +25,7 @@ class Weights(Artifact):
 
 
 class Data(Artifact):
-    """'mini', 'hub', or a folder of data sets."""
+    """'mini', a folder of data sets, or the hub at one commit: 'hub@…'."""
 
     @property
     def name(self) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from storage.keys import Fingerprints, digest
 from tasks.config import ConfigError
 from tasks.families import check_family
+from tasks.hub import ask
 
 EMBEDDED_MODEL = "smollm2-135m"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json")
 EXTRAS = ("chat_template.jinja", "additional_chat_templates/*.jinja", "generation_config.json")
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
@@ -108,7 +108,15 @@ def _weight_files(folder: Path) -> list[Path]:
             f"no model.safetensors in {folder}, nor an index of its parts: convert the model with save_pretrained "
             "(pickles are not read)"
         )
-    _regular(index)
+    named = _named_files(_regular(index))
+    for file in named:
+        if not file.exists():
+            raise ConfigError(f"{index} names {file.name}, which is missing: get it again")
+    return [index, *map(_regular, named)]
+
+
+def _named_files(index: Path) -> list[Path]:
+    """The files that an index of weights names, there or not. Raises ConfigError when they cannot be used."""
     try:
         named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -118,9 +126,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in named:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ConfigError(f"{index} names {name!r}: only safetensors files beside it are read")
-        if not (folder / name).exists():
-            raise ConfigError(f"{index} names {name}, which is missing: get it again")
-    return [index, *(_regular(folder / name) for name in named)]
+    return [index.parent / name for name in named]
 
 
 def _regular(file: Path) -> Path:
@@ -183,21 +189,35 @@ def _embedded_gguf(model: Embedded) -> Path:
 
 
 def _download(name: str, revision: str | None, look_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """The folder of a hub model in huggingface_hub's cache: config, tokenizer, and the weights that are read.
 
-    wanted = [*WEIGHTS, *TOKENIZER, "*.json", "README.md"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=look_only))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ConnectionError) as error:
-        if look_only:
+    Not the pickles, `consolidated.safetensors` and `original/` that lie beside them. Raises HubError, and ConfigError
+    when it is not in the cache and only to be looked at.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if look_only:
+        try:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError as error:
             raise ConfigError(
                 f"model {name} is no local folder and has not been downloaded yet, which only saap run and sweep do"
             ) from error
-        raise ConfigError(
-            f"model {name} is no local folder and could not be downloaded ({type(error).__name__}): "
-            "check the name, the network and HF_TOKEN"
-        ) from error
+    what = f"the model {name}"
+    small = [pattern for pattern in (*TOKENIZER, *EXTRAS, "*.json", "README.md") if "/" not in pattern]
+    folder = Path(
+        ask(
+            what,
+            lambda: snapshot_download(name, revision=revision, allow_patterns=small, ignore_patterns=["*/*", "*.bin"]),
+        )
+    )
+    named = ["model.safetensors"]
+    if (folder / INDEX).is_file():
+        named = [file.name for file in _named_files(folder / INDEX)]
+    rest = [*named, *(pattern for pattern in EXTRAS if "/" in pattern)]
+    # at the commit of the files above, should the revision move meanwhile
+    return Path(ask(what, lambda: snapshot_download(name, revision=folder.name, allow_patterns=rest)))
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:

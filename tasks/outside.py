@@ -5,7 +5,7 @@ from pathlib import Path
 
 from storage.keys import Fingerprints
 from tasks.config import RunConfig
-from tasks.data import MissingData, data_fingerprint
+from tasks.data import Found, MissingData, find_data
 from tasks.model_source import ModelSource, model_source
 
 
@@ -18,24 +18,27 @@ class Outside:
     def __init__(self, config: RunConfig, *, look_only: bool = False) -> None:
         self._config = config
         self._fingerprints = Fingerprints(Path(config.store).resolve(), look_only=look_only)
-        self._data: dict[str, str | MissingData] = {}
+        data = config.data
+        self._data_setting = data if data in ("mini", "hub") else str(Path(data).resolve())
+        self._data: dict[str, Found | MissingData] = {}
 
     @cached_property
     def model(self) -> ModelSource:
         """Raises ConfigError or StorageError for a model that is not there."""
         return model_source(self._config.model.path, self._config.model.revision, self._fingerprints)
 
-    @property
-    def data_place(self) -> str:
-        """'mini', 'hub', or an absolute path."""
-        data = self._config.data
-        return data if data in ("mini", "hub") else str(Path(data).resolve())
-
     def data(self, role: str) -> str:
         """The fingerprint of a role's data. Raises MissingData when it is not there."""
+        return self._found(role).fingerprint
+
+    def place(self, role: str) -> str:
+        """Where a role's data is: 'mini', an absolute path, or the hub at one commit; '' for data that is missing."""
+        return "" if self.missing(role) else self._found(role).place
+
+    def _found(self, role: str) -> Found:
         if role not in self._data:
             try:
-                self._data[role] = data_fingerprint(self.data_place, role, self._fingerprints)
+                self._data[role] = find_data(self._data_setting, role, self._fingerprints)
             except MissingData as missing:
                 self._data[role] = missing
         found = self._data[role]

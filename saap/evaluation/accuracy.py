@@ -121,11 +121,11 @@ def _describe_machine_once() -> None:
 
 @contextlib.contextmanager
 def _downloading(benchmark: str, from_hub: bool) -> Iterator[None]:
-    import httpx
+    from huggingface_hub.errors import HTTPError  # of the client that this version of huggingface_hub has
 
     try:
         yield
-    except (OSError, httpx.TransportError) as error:
+    except (OSError, HTTPError) as error:
         if (
             not from_hub or getattr(error, "errno", None) is not None
         ):  # an errno: of this machine's disk, not of the hub

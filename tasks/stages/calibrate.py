@@ -9,7 +9,7 @@ import numpy as np
 from storage.keys import digest
 from storage.tables import read_table, write_table
 from tasks.artifact import Artifact, Source
-from tasks.data import read_data
+from tasks.data import calibration_texts
 from tasks.inputs import Data, Tokenizer, load_tokenizer
 from tasks.outside import Outside
 from tasks.stage import Summary, stage
@@ -39,7 +39,7 @@ def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
 def calibrate(step: Step, folder: Path, *, tokenizer: Tokenizer, data: Data) -> Summary:
     from saap import sample_tokens
 
-    texts = [row["text"] for row in read_data(data.name, "calibration")]
+    texts = calibration_texts(data.name)
     tokens, rows = sample_tokens(texts, load_tokenizer(step), **step.config())
     count, length = tokens.shape
     write_table(

@@ -12,7 +12,7 @@ from storage.tables import write_table
 from tasks.artifact import Artifact, Source
 from tasks.compute import compute_settings
 from tasks.config import ACCURACIES, RunConfig
-from tasks.data import DATA, MissingData, data_file, data_name, read_data
+from tasks.data import DATA, benchmark_file, data_name, read_data
 from tasks.inputs import Checkpoint, Data, load_model, load_tokenizer
 from tasks.outside import Outside
 from tasks.stage import Summary, dtype_of, stage
@@ -59,17 +59,15 @@ def _accuracies(step: Step, folder: Path, checkpoint: Checkpoint, data: Data) ->
 
     config, benchmark = step.config(), step.config()["benchmark"]
     model = load_model(step, checkpoint, float_weights=True)
-    try:
+    with benchmark_file(data.name, benchmark) as file:
         metrics, results = saap.accuracy(
             model,
             load_tokenizer(step),
             benchmark,
-            data_file=data_file(data.name, benchmark),
+            data_file=file,
             limit=config["limit"],
             batch_tokens=128 * compute_settings(step)["batch_size"],
         )
-    except saap.DataUnavailable as error:
-        raise MissingData(str(error)) from error.__cause__
     samples = results.pop("samples")[benchmark]
     (folder / "lm_eval.json").write_text(json.dumps(results, indent=1))
     if config["samples"]:
