@@ -61,7 +61,9 @@ VALUES = [
     ("prune.ratio=0,5", ["prune.ratio", "number"]),
     ("prune.ratio=20%", ["prune.ratio", "number"]),
     ("prune.ratio=[0.2,0.5]", ["prune.ratio", "number"]),
-    ("prune={ratio=0.3}", ["prune is a section", "prune.ratio"]),
+    ("prune={ratio=3}", ["prune.ratio", "less than 1"]),
+    ("prune={rato=0.3}", ["unknown config key 'prune.rato'"]),
+    ("prune=[0.3]", ["prune is a section", "prune.ratio"]),
     ("recover=none", ["recover is a section", "recover.recipe"]),
     ("prune.search=greedy", ["prune.search", "uniform"]),
     ("prune.direction=lowst", ["prune.direction", "lowest"]),
@@ -210,7 +212,8 @@ def test_a_path_that_is_no_file_is_refused(tmp_path):
 def test_what_people_write_is_taken(tmp_path):
     file = tmp_path / "good.toml"
     file.write_bytes(b"\xef\xbb\xbfname = 'gr\xc3\xb6\xc3\x9fe'\r\n[prune]\r\nratio = 0.3\r\n")  # as Windows saves it
-    settings = load_config(file, ("recover.epochs=3", "evaluate.windows=[64]", "data=/a b/#c", "store=s"))
+    settings = load_config(file, ("recover.epochs=3", "evaluate.windows=[64]", "data=/a b/#c", "prune={align=8}"))
+    assert settings.prune.align == 8
     assert (settings.name, settings.prune.ratio, settings.recover.epochs) == ("größe", 0.3, 3.0)
     assert (settings.evaluate.windows, settings.data) == ((64,), "/a b/#c")
 
