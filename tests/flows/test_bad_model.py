@@ -8,9 +8,8 @@ import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
 
-from flows.checks import EMBEDDED
 from flows.cli import app
 from flows.run import saap_run
 from flows.sweep import saap_sweep
@@ -18,7 +17,7 @@ from saap import load, load_tokenizer, save, to_groupwise
 from saap.errors import SaapError
 from storage.keys import Fingerprints
 from tasks.config import ConfigError
-from tasks.model_source import model_source
+from tasks.model_source import EMBEDDED, model_source
 from tests.flows.bad_input import RUNNER, assert_refused, refused
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -116,9 +115,9 @@ FOLDERS = {
     "config is a folder": (replaced("config.json", os.mkdir), ["no config.json"]),
     "config is a pipe": (replaced("config.json", os.mkfifo), ["no config.json"]),
     "no model type": (text("config.json", "{}"), ["not supported", "llama"]),
-    "gpt2": (fields(model_type="gpt2"), ["'gpt2' is not supported", "llama"]),
-    "mixtral": (fields(model_type="mixtral"), ["'mixtral' is not supported"]),
-    "a number for a type": (fields(model_type=3), ["'3' is not supported"]),
+    "gpt2": (fields(model_type="gpt2"), ["'gpt2'", "not supported", "llama"]),
+    "mixtral": (fields(model_type="mixtral"), ["'mixtral'", "not supported"]),
+    "a number for a type": (fields(model_type=3), ["'3'", "not supported"]),
     "gptq": (fields(quantization_config={"quant_method": "gptq"}), ["quantised already (gptq)", "float weights"]),
     "awq": (fields(quantization_config={"quant_method": "awq"}), ["quantised already (awq)"]),
     "bitsandbytes": (fields(quantization_config={"quant_method": "bitsandbytes"}), ["(bitsandbytes)"]),
@@ -255,7 +254,14 @@ def test_what_is_said_of_the_embedded_model_is_what_its_file_says(tmp_path):
     said = {name: file.get_field(f"llama.{theirs}").contents() for name, theirs in names.items()}
     said["vocab_size"] = len(file.get_field("tokenizer.ggml.tokens").data)
     said["tie_word_embeddings"] = all(tensor.name != "output.weight" for tensor in file.tensors)
-    assert said == EMBEDDED
+    assert said | {"model_type": "llama"} == EMBEDDED["smollm2-135m"].config
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("smollm2-135m", 134_515_008), ("gemma3-270m", 268_098_176)])
+def test_the_embedded_models_have_the_size_that_is_published(name, parameters):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**EMBEDDED[name].config))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize(("table", "overrides", "words"), SWEEPS, ids=lambda part: str(part)[:50])
