@@ -7,20 +7,8 @@ from typing import Any
 
 from tasks.config import ACCURACIES, RunConfig
 from tasks.criteria import needs_of
-from tasks.model_source import ModelSource
+from tasks.model_source import ModelSource, embedded_config
 from tasks.toml import ConfigError
-
-# the embedded model, whose file takes seconds to be asked
-EMBEDDED: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 
 
 @dataclass(frozen=True)
@@ -58,14 +46,14 @@ def check_before_start(config: RunConfig, source: ModelSource) -> None:
 def facts_of(source: ModelSource) -> Facts:
     """Facts of a model, from config.json, the headers of the weight files and the tokenizer; read once a process."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from saap import discover, load_tokenizer
     from saap.models.checkpoint import load_config
     from saap.models.validation import check_sizes
 
     if source.kind == "gguf":
-        config: Any = LlamaConfig(**EMBEDDED)
+        config: Any = AutoConfig.for_model(**embedded_config(source.path))
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
         tokens, ends = config.vocab_size, True

@@ -27,9 +27,8 @@ def combinations(config: str, overrides: Sequence[str] = ()) -> list[list[str]]:
     texts: dict[str, list[str]] = {path: [toml_value(value) for value in values] for path, values in axes.items()}
     for path, values in texts.items():
         if len(set(values)) < len(values):
-            raise ConfigError(
-                f"the axis {path} of the sweep in {config} has one value twice: {', '.join(values)}"[:300]
-            )
+            double_value = next(value for value in values if values.count(value) > 1)
+            raise ConfigError(f"the axis {path} of the sweep in {config} has {double_value} twice")
     found = list(itertools.islice(itertools.product(*texts.values()), MOST + 1))
     if len(found) > MOST:
         raise ConfigError(f"the sweep in {config} has more than {MOST:,} runs: shorten its lists")

@@ -33,9 +33,10 @@ def prepare(settings: RunConfig, *, look_only: bool = False) -> Job:
     Raises ConfigError, SaapError or StorageError.
     """
     outside = Outside(settings, look_only=look_only)
-    check_before_start(settings, outside.model)
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    return Job(settings, run_id, build(settings, run_id, outside))
+    steps = build(settings, run_id, outside)  # first what needs no torch
+    check_before_start(settings, outside.model)
+    return Job(settings, run_id, steps)
 
 
 def check_all(config: str, runs: Sequence[Sequence[str]], overrides: Sequence[str]) -> None:
@@ -49,8 +50,8 @@ def check_all(config: str, runs: Sequence[Sequence[str]], overrides: Sequence[st
         places = (settings.store, settings.data, settings.model.path, settings.model.revision)
         outside = seen.setdefault(places, Outside(settings))
         try:
-            check_before_start(settings, outside.model)
             build(settings, outside=outside)
+            check_before_start(settings, outside.model)
         except ValueError as error:  # ConfigError, SaapError
             if getattr(error, "exit_code", None) is None:
                 raise

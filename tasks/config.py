@@ -248,13 +248,21 @@ def load_config(file: str | Path | None, overrides: tuple[str, ...] = ()) -> Run
 
 
 def set_value(values: dict[str, Any], path: str, value: Any) -> None:
-    """values['a']['b'] = value for the path 'a.b'. Raises ConfigError for a path that names no field."""
+    """values['a']['b'] = value for the path 'a.b'; a dict for a section sets the fields it names.
+
+    Raises ConfigError for a path that names no field.
+    """
     *sections, field = path.split(".")
     if not all(part.strip() for part in (*sections, field)):
         raise ConfigError(f"'{one_line(path)}' names no field: write section.field, as in prune.ratio")
     if (section := sections_of(RunConfig).get(path)) is not None:
-        example = next(iter(section.model_fields))
-        raise ConfigError(f"{path} is a section: name a field of it, as in {path}.{example}")
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{path} is a section: name a field of it, as in {path}.{next(iter(section.model_fields))}"
+            )
+        for name, item in value.items():
+            set_value(values, f"{path}.{name}", item)
+        return
     for name in sections:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):

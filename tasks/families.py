@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tasks.config import ConfigError
 
@@ -27,14 +28,16 @@ DENSE = (
 MODEL_TYPES = (*DENSE, "baichuan", *(f"saap_{name}" for name in (*DENSE, "baichuan")))
 
 
-def check_family(folder: Path) -> None:
-    """Raises ConfigError when config.json in `folder` cannot be read or is of a family we cannot prune."""
+def check_family(folder: Path) -> dict[str, Any]:
+    """The fields of config.json in `folder`. Raises ConfigError when it cannot be read or is of another family."""
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        name = fields.get("model_type")
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise ConfigError(f"cannot read {folder}/config.json: {error or type(error).__name__}") from error
-    if name not in MODEL_TYPES:
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {folder}/config.json, which must be JSON in UTF-8: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{folder}/config.json is no JSON object")
+    if (name := fields.get("model_type")) not in MODEL_TYPES:
         raise ConfigError(
             f"model family '{name}' in {folder} is not supported; known: {', '.join((*DENSE, 'baichuan'))}"
         )
+    return fields

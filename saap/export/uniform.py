@@ -140,7 +140,10 @@ def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
 
 def _heads(old: Any, round_to: int, divides: bool) -> tuple[int, int]:
     """(KV heads, query heads under each) of the smallest layer that has room for those of all."""
-    blocks, free = list(old.per_layer_config), old.heads == "query"  # else all have as many under each
+    blocks, free = (
+        list(old.per_layer_config),
+        getattr(old, "heads", "kv") == "query",
+    )  # else all have as many under each
     shared = max(own.num_key_value_heads for own in blocks)
     repeat = max(own.num_attention_heads // own.num_key_value_heads for own in blocks)
     more = old.hidden_size + round_to

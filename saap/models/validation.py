@@ -155,7 +155,33 @@ def check_sizes(config: Any, folder: Path) -> Any:
         raise SaapError(
             f"the tensors in {folder} do not fit its config.json: it describes {described:,} numbers, they are {held:,}"
         )
+    _check_names(model, shapes, folder)
     return model
+
+
+def _check_names(model: Any, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Raises SaapError for tensors that are missing, of another shape, or that the model has no place for.
+
+    Files of a Baichuan, and those whose names mostly differ from the model's (another prefix), are left to `load`.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    split_on_loading = any(name.endswith("W_pack.weight") for name in shapes)
+    if split_on_loading or len(wanted.keys() & shapes.keys()) < len(wanted) / 2:
+        return
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    wrong = {
+        "missing": sorted(wanted.keys() - shapes.keys() - tied),
+        "mismatched": [
+            f"{name} {list(shapes[name])} for {list(shape)}"
+            for name, shape in sorted(wanted.items())
+            if shapes.get(name, shape) != shape
+        ],
+        # checkpoints of the first Llama carry the rotary frequencies, which are computed
+        "unexpected": sorted(n for n in shapes.keys() - wanted.keys() if not n.endswith("rotary_emb.inv_freq")),
+    }
+    wrong = {what: names for what, names in wrong.items() if names}
+    if wrong:
+        raise SaapError(f"the tensors in {folder} do not fit its config.json: {wrong}"[:400])
 
 
 def _all_fields(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:

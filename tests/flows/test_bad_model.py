@@ -1,0 +1,304 @@
+"""Models that cannot be run, and runs that a model cannot make: refused in one line before anything is computed."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
+
+from flows.cli import app
+from flows.run import saap_run
+from flows.sweep import saap_sweep
+from saap import load, load_tokenizer, save, to_groupwise
+from saap.errors import SaapError
+from storage.keys import Fingerprints
+from tasks.config import ConfigError
+from tasks.model_source import EMBEDDED, model_source
+from tests.flows.bad_input import RUNNER, assert_refused, refused
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def text(name, content):
+    def change(folder):
+        file = folder / name
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def fields(name="config.json", **values):
+    def change(folder):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def without(*names):
+    def change(folder):
+        for name in names:
+            (folder / name).unlink()
+
+    return change
+
+
+def cut(name, end):
+    def change(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:end])
+
+    return change
+
+
+def tensors(alter):
+    def change(folder):
+        state = load_file(folder / WEIGHTS)
+        alter(state)
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return change
+
+
+def renamed(new):
+    return lambda folder: (folder / WEIGHTS).rename(folder / new)
+
+
+def replaced(name, make):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return change
+
+
+def index_of(content):
+    def change(folder):
+        (folder / WEIGHTS).rename(folder / "model-1.safetensors")
+        (folder / INDEX).write_text(content if isinstance(content, str) else json.dumps(content))
+
+    return change
+
+
+def int4(folder):
+    small, tokenizer = to_groupwise(load(folder), 32), load_tokenizer(folder)
+    shutil.rmtree(folder)
+    save(small, folder, tokenizer)
+
+
+def no_end(folder):
+    fields("tokenizer_config.json", eos_token=None)(folder)
+    fields(eos_token_id=None)(folder)
+    fields("generation_config.json", eos_token_id=None)(folder)
+
+
+def more_tokens(folder):
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(600)])
+    tokenizer.save_pretrained(folder)
+
+
+NORM, HEAD = "model.norm.weight", "lm_head.weight"
+FOLDERS = {
+    "nothing in it": (lambda folder: [file.unlink() for file in folder.iterdir()], ["config.json"]),
+    "no config": (without("config.json"), ["no config.json"]),
+    "config empty": (text("config.json", ""), ["config.json", "JSON"]),
+    "config is text": (text("config.json", "hello"), ["config.json", "JSON"]),
+    "config is a list": (text("config.json", "[]"), ["config.json", "JSON object"]),
+    "config is null": (text("config.json", "null"), ["config.json", "JSON object"]),
+    "config is cut": (cut("config.json", 50), ["config.json", "JSON"]),
+    "config in latin-1": (text("config.json", '{"a": "ö"}'.encode("latin-1")), ["config.json", "UTF-8"]),
+    "config is deep": (text("config.json", "[" * 10**5), ["config.json"]),
+    "config is a folder": (replaced("config.json", os.mkdir), ["no config.json"]),
+    "config is a pipe": (replaced("config.json", os.mkfifo), ["no config.json"]),
+    "no model type": (text("config.json", "{}"), ["not supported", "llama"]),
+    "gpt2": (fields(model_type="gpt2"), ["'gpt2'", "not supported", "llama"]),
+    "mixtral": (fields(model_type="mixtral"), ["'mixtral'", "not supported"]),
+    "a number for a type": (fields(model_type=3), ["'3'", "not supported"]),
+    "gptq": (fields(quantization_config={"quant_method": "gptq"}), ["quantised already (gptq)", "float weights"]),
+    "awq": (fields(quantization_config={"quant_method": "awq"}), ["quantised already (awq)"]),
+    "bitsandbytes": (fields(quantization_config={"quant_method": "bitsandbytes"}), ["(bitsandbytes)"]),
+    "fp8": (fields(quantization_config={"quant_method": "fp8"}), ["(fp8)"]),
+    "quantised somehow": (fields(quantization_config={"bits": 4}), ["quantised already"]),
+    "our own int4": (int4, ["int4 codes", "saap export uniform"]),
+    "weights of elsewhere": (fields(transformers_weights="../x.safetensors"), ["transformers_weights"]),
+    "kernels of elsewhere": (fields(attn_implementation="org/kernel"), ["org/kernel"]),
+    "no weights": (without(WEIGHTS), ["no model.safetensors"]),
+    "weights by another name": (renamed("weights.safetensors"), ["no model.safetensors"]),
+    "a pickle": (renamed("pytorch_model.bin"), ["no model.safetensors", "pickles"]),
+    "weights empty": (text(WEIGHTS, ""), [WEIGHTS, "damaged"]),
+    "weights are zeros": (text(WEIGHTS, b"\0" * 1000), [WEIGHTS, "damaged"]),
+    "weights are text": (text(WEIGHTS, "version https://git-lfs.github.com/spec/v1"), [WEIGHTS, "damaged"]),
+    "weights cut": (cut(WEIGHTS, -100), [WEIGHTS, "damaged"]),
+    "weights cut in the header": (cut(WEIGHTS, 100), [WEIGHTS, "damaged"]),
+    "weights are a folder": (replaced(WEIGHTS, os.mkdir), [WEIGHTS, "no regular file"]),
+    "weights are a pipe": (replaced(WEIGHTS, os.mkfifo), [WEIGHTS, "no regular file"]),
+    "weights are a link to nothing": (replaced(WEIGHTS, lambda file: file.symlink_to("gone")), ["no model"]),
+    "weights are endless": (replaced(WEIGHTS, lambda file: file.symlink_to("/dev/zero")), ["no regular file"]),
+    "an adapter": (text("adapter_config.json", "{}"), ["adapter", "merge"]),
+    "index of nothing": (index_of({"weight_map": {}}), [INDEX, "no files"]),
+    "index is a list": (index_of("[]"), [INDEX, "get it again"]),
+    "index is broken": (index_of("{"), [INDEX, "get it again"]),
+    "index without a map": (index_of({"metadata": {}}), [INDEX, "get it again"]),
+    "index of numbers": (index_of({"weight_map": {"a": 1}}), [INDEX, "1"]),
+    "index leads out": (index_of({"weight_map": {"a": "../x.safetensors"}}), [INDEX, "../x.safetensors"]),
+    "index of a missing part": (index_of({"weight_map": {"a": "model-2.safetensors"}}), ["model-2", "missing"]),
+    "integers for weights": (tensors(lambda s: s.update({NORM: s[NORM].to(torch.int32)})), [NORM, "I32"]),
+    "a tensor missing": (tensors(lambda s: s.pop(NORM)), ["do not fit"]),
+    "a tensor too many": (tensors(lambda s: s.update(extra=torch.ones(3))), ["extra", "unexpected"]),
+    "a tensor renamed": (tensors(lambda s: s.update(x=s.pop(NORM))), [NORM, "missing"]),
+    "a tensor of another shape": (tensors(lambda s: s.update({NORM: torch.ones(65)})), [NORM, "[65] for [64]"]),
+    "a layer more": (fields(num_hidden_layers=7), ["do not fit"]),
+    "a layer less": (fields(num_hidden_layers=5), ["do not fit", "model.layers.5"]),
+    "no layers": (fields(num_hidden_layers=0), ["config.json"]),
+    "layers without end": (fields(num_hidden_layers=10**6), ["1000000 blocks"]),
+    "wider": (fields(hidden_size=128), ["do not fit"]),
+    "wider by far": (fields(hidden_size=2**24), ["config.json"]),
+    "more words": (fields(vocab_size=10**9), ["do not fit"]),
+    "heads that do not divide": (fields(num_attention_heads=5), ["config.json"]),
+    "no heads": (fields(num_attention_heads=0), ["config.json"]),
+    "other heads": (fields(num_key_value_heads=4), ["do not fit"]),
+    "an activation nobody knows": (fields(hidden_act="magic"), ["config.json", "magic"]),
+    "a size that is a text": (fields(hidden_size="64"), ["config.json", "hidden_size"]),
+    "a size that is null": (fields(intermediate_size=None), ["config.json"]),
+    "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), ["no tokenizer"]),
+    "tokenizer empty": (text("tokenizer.json", ""), ["tokenizer", "read"]),
+    "tokenizer cut": (cut("tokenizer.json", 500), ["tokenizer", "read"]),
+    "tokenizer is a pipe": (replaced("tokenizer.json", os.mkfifo), ["tokenizer.json", "no regular file"]),
+    "tokenizer config broken": (text("tokenizer_config.json", "{"), ["tokenizer", "read"]),
+    "more tokens than embeddings": (more_tokens, ["1112 tokens", "512"]),
+    "no end of text": (no_end, ["end-of-text", "eos_token", "recover.recipe"]),
+}
+RUNS = [
+    (["prune.protect=[6]"], ["protect", "block 6", "6 blocks"]),
+    (["prune.protect=[-7]"], ["protect", "-7"]),
+    (["prune.ratio=0.99"], ["0.99", "cannot be reached"]),
+    (["prune.ratio=0.9", "prune.protect=[0,1,2,3]"], ["0.9", "cannot be reached"]),
+    (["prune.protect=[0,1,2,3,4,5]"], ["cannot be reached"]),
+    (["prune.kinds=mlp", "prune.ratio=0.8"], ["cannot be reached", "heads"]),
+    (["prune.search=uniform", "prune.align=96", "prune.ratio=0.6"], ["cannot be reached"]),
+    (["recover.targets=['query']"], ["query", "recover.targets", "q_proj"]),
+    (["recover.precision=float16"], ["float16", "GPU"]),
+    (["calibrate.length=257"], ["calibrate.length", "256 positions"]),
+    (["evaluate.windows=[512]"], ["evaluate.windows", "256 positions"]),
+    (["evaluate.max_tokens=16"], ["evaluate.max_tokens", "window of 32"]),
+    (["compute.device=cuda:99"], ["cuda:99", "not there"]),
+    (["model.path=/no/such/model"], ["/no/such/model", "does not exist"]),
+    (["model.path=~/model"], ["~/model", "does not exist"]),
+    (["model.path=./gone"], ["./gone", "does not exist"]),
+    (["model.path=a/b/c"], ["a/b/c", "does not exist"]),
+    (["model.path=smollm"], ["smollm", "smollm2-135m"]),
+    (["model.path=org/model"], ["org/model"]),
+]
+SWEEPS = [
+    ("", [], ["[sweep]"]),
+    ("[sweep]", [], ["[sweep]"]),
+    ("sweep = 3", [], ["[sweep]"]),
+    ("[sweep]\n'prune.ratio' = 0.5", [], ["[sweep]", "lists"]),
+    ("[sweep]\n'prune.ratio' = []", [], ["[sweep]", "lists"]),
+    ("[sweep]\nprune.ratio = [0.2]", [], ["[sweep]", "lists"]),
+    ("[sweep]\n'prune.ratio' = [0.2, 1.5]", [], ["prune.ratio", "1.5"]),
+    ("[sweep]\n'prune.ratio' = [0.2, 0.2]", [], ["prune.ratio", "0.2 twice"]),
+    ("[sweep]\n'prune.rato' = [0.2]", [], ["prune.rato"]),
+    ("[sweep]\n'prune' = [0.2]", [], ["prune is a section"]),
+    ("[sweep]\n'prune.ratio' = [0.2, 0.3]", ["prune.ratio=0.4"], ["prune.ratio", "axis"]),
+    ("[sweep]\n'prune.ratio' = [0.2, 0.3]", ["prune.align=0"], ["prune.align"]),
+    (f"[sweep]\n'calibrate.seed' = {list(range(20000))}", [], ["10,000"]),
+    ("[sweep]\n'prune.ratio' = [0.2, 0.99]", [], ["prune.ratio=0.99", "cannot be reached"]),
+    ("[sweep]\n'model.path' = ['/gone', '/away']", [], ['model.path="/gone"', "does not exist"]),
+]
+
+
+def settings(overrides):
+    return [part for override in overrides for part in ("--set", override)]
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_that_is_no_model_we_can_prune_is_refused(config, store, folder, name):
+    change, words = FOLDERS[name]
+    change(folder)
+    assert_refused(words, "plan", config, "--set", f"model.path={folder}")
+    assert not list(store.glob("*/*/manifest.json"))
+
+
+@pytest.mark.parametrize(("overrides", "words"), RUNS, ids=str)
+def test_a_run_that_the_model_cannot_make_is_refused(config, overrides, words):
+    assert_refused(words, "plan", config, *settings(overrides))
+
+
+@pytest.mark.parametrize("override", ["prune.protect=[30]", "prune.protect=[-31]", "prune.ratio=0.97"])
+def test_the_embedded_model_is_checked_too(config, override):
+    line = refused("plan", config, *settings(["model.path=smollm2-135m", override]))
+    assert "30 blocks" in line or "cannot be reached" in line
+
+
+@pytest.mark.slow
+def test_what_is_said_of_the_embedded_model_is_what_its_file_says(tmp_path):
+    file = GGUFReader(model_source("smollm2-135m", None, Fingerprints(tmp_path)).path)
+    names = {
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "max_position_embeddings": "context_length",
+    }
+    said = {name: file.get_field(f"llama.{theirs}").contents() for name, theirs in names.items()}
+    said["vocab_size"] = len(file.get_field("tokenizer.ggml.tokens").data)
+    said["tie_word_embeddings"] = all(tensor.name != "output.weight" for tensor in file.tensors)
+    assert said | {"model_type": "llama"} == EMBEDDED["smollm2-135m"].config
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("smollm2-135m", 134_515_008), ("gemma3-270m", 268_098_176)])
+def test_the_embedded_models_have_the_size_that_is_published(name, parameters):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**EMBEDDED[name].config))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("table", "overrides", "words"), SWEEPS, ids=lambda part: str(part)[:50])
+def test_a_sweep_that_cannot_be_is_refused(config, table, overrides, words):
+    config.write_text(table if "sweep = " in table else config.read_text() + table)
+    assert_refused(words, "sweep", config, *settings(overrides))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "prune.ratio=0.99",
+        "recover.targets=['query']",
+        "calibrate.length=257",
+        "evaluate.max_tokens=16",
+        "recover.bits=9",
+    ],
+)
+def test_plan_run_sweep_and_the_deployed_flows_refuse_alike(config, store, override):
+    line = refused("plan", config, "--set", override)
+    assert refused("run", config, "--set", override) == line
+    with pytest.raises((ConfigError, SaapError)) as flow:
+        saap_run.fn(str(config), [override])
+    assert str(flow.value) == line
+    config.write_text(config.read_text() + "\n[sweep]\n'calibrate.seed' = [0, 1]")
+    swept = refused("sweep", config, "--set", override)
+    assert swept.endswith(line)
+    with pytest.raises(ConfigError) as flow:
+        saap_sweep.fn(str(config), [override])
+    assert str(flow.value) == swept
+    assert not list(store.glob("*/*/manifest.json"))
+
+
+def test_a_bloom_is_refused_for_int4_and_llama_cpp_and_taken_without(config, folder):
+    small = BloomConfig(vocab_size=512, hidden_size=64, n_layer=6, n_head=4)
+    AutoModelForCausalLM.from_config(small).save_pretrained(folder)
+    asked = ["plan", config, "--set", f"model.path={folder}"]
+    assert_refused(["bloom", "recover.recipe", "lora"], *asked)
+    assert_refused(["bloom", "llama.cpp"], *asked, "--set", "recover.recipe=none", "--set", "speed.llama_cpp=true")
+    assert RUNNER.invoke(app, list(map(str, [*asked, "--set", "recover.recipe=none"]))).exit_code == 0
