@@ -63,16 +63,15 @@ def report(
     if sweep is not None:
         file = write_sweep(store, sweep.title, sweep.run_ids, html or Path(f"{sweep.title}.html"), sweep.missing)
         console.print(f"{len(sweep.run_ids)} runs, {sweep.missing} not made yet", highlight=False)
+        console.print(f"page: {file.resolve()}", highlight=False, soft_wrap=True)
     else:
         console.record = svg is not None
-        print_run(store, run_id, data)
+        print_run(store, run_id, data, write_report(store, run_id, html))
         if svg is not None:
             try:
                 console.save_svg(str(svg), title="saap report")
             except OSError as error:
                 raise StorageError(f"cannot write {svg}: {error.strerror}") from error
-        file = write_report(store, run_id, html)
-    console.print(f"page: {file.resolve()}", highlight=False, soft_wrap=True)
 
 
 def show(run_id: RunArgument = None, store: StoreOption = Path("saap_store")) -> None:
