@@ -49,7 +49,10 @@ def print_run(store: Path, run_id: str, data: str, page: Path | None = None) -> 
         console.print(f"{what}: {where}", highlight=False, soft_wrap=True)
 
 
-def print_comparison(config: Path, overrides: tuple[str, ...], figure: Path | None = None) -> None:
+def print_comparison(
+    config: Path, overrides: tuple[str, ...], figure: Path | None = None, html: Path | None = None
+) -> None:
+    """The table of a sweep, its picture and its page where they are asked for."""
     from flows.compare import compare, table
 
     found = compare(str(config), overrides)
@@ -66,6 +69,12 @@ def print_comparison(config: Path, overrides: tuple[str, ...], figure: Path | No
 
         draw(found, figure)
         console.print(f"drawn: {figure.resolve()}", highlight=False, soft_wrap=True)
+    if html is not None:
+        from flows.targets import write_sweep_of_file
+
+        console.print(
+            f"page: {write_sweep_of_file(config, overrides, html).resolve()}", highlight=False, soft_wrap=True
+        )
 
 
 def print_table(columns: list[str], rows: Any, title: str | None = None) -> None:
