@@ -34,7 +34,7 @@ def main() -> None:
     """Entry point: errors that carry an exit code are for the user and end in one line."""
     code: Any = 0
     try:
-        app()
+        app(prog_name="saap")
     except SystemExit as leaving:
         code = leaving.code
     except KeyboardInterrupt:

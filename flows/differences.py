@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 from flows.pages.run_head import flat_fields
-from flows.pages.section import ask, rounded
+from flows.pages.section import ask
+from flows.printing import rounded
 
 Table = tuple[list[str], list[list[str]]]
 

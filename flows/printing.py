@@ -1,17 +1,22 @@
 """What commands print: tables, and the closing lines of a run."""
 
+import re
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-# a pipe or a file has no width of its own: let nothing be cut there
-console = Console(width=None if sys.stdout.isatty() else 200, markup=False)
+WIDTH = 100  # columns that tables are made to fit
+# a pipe or a file has no width of its own: print_table lets nothing be cut there
+console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False)
+_NUMBER = re.compile(r"(-?[\d.,]+(e[+-]\d+)?( ?[M×%]| MB)?|–)?")
 
 
-def print_run(store: Path, run_id: str, data: str) -> None:
+def print_run(store: Path, run_id: str, data: str, page: Path | None) -> None:
+    """The closing lines of a run: results, seconds a stage, where its files and its page lie."""
     from flows.report import result_rows, skipped_rows, stage_rows
 
     columns, rows = result_rows(store, run_id)
@@ -38,11 +43,15 @@ def print_run(store: Path, run_id: str, data: str) -> None:
             style="yellow",
             highlight=False,
         )
-    root = store.resolve()
-    console.print(f"files: {root}   warehouse: {root / 'warehouse.duckdb'}", highlight=False, soft_wrap=True)
+    for what, where in (("files", store), ("page", page)):
+        if where is not None:
+            console.print(f"{what}: {where.resolve()}", highlight=False, soft_wrap=True)
 
 
-def print_comparison(config: Path, overrides: tuple[str, ...], figure: Path | None = None) -> None:
+def print_comparison(
+    config: Path, overrides: tuple[str, ...], figure: Path | None = None, html: Path | None = None
+) -> None:
+    """The table of a sweep, its picture and its page where they are asked for."""
     from flows.compare import compare, table
 
     found = compare(str(config), overrides)
@@ -59,16 +68,82 @@ def print_comparison(config: Path, overrides: tuple[str, ...], figure: Path | No
 
         draw(found, figure)
         console.print(f"drawn: {figure.resolve()}", highlight=False, soft_wrap=True)
+    if html is not None:
+        from flows.targets import write_sweep_of_file
+
+        console.print(
+            f"page: {write_sweep_of_file(config, overrides, html).resolve()}", highlight=False, soft_wrap=True
+        )
 
 
 def print_table(columns: list[str], rows: Any, title: str | None = None) -> None:
-    table = Table(*columns, title=title, title_justify="left", header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(value) for value in row))
+    """A table without frames; in a terminal too narrow for it the longest cells are cut, never wrapped."""
+    texts = [[str(value) for value in row] for row in rows]
+    gap = 2 if _needed(columns, texts, gap=2) <= WIDTH else 1
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, gap, 0, 0))
+    for place, column in enumerate(columns):
+        number = all(_NUMBER.fullmatch(row[place]) for row in texts)
+        table.add_column(column, justify="right" if number else "left", no_wrap=True, overflow="ellipsis")
+    for row in texts:
+        table.add_row(*row)
+    width = console.width
+    if not sys.stdout.isatty():
+        console.width = max(width, _needed(columns, texts, gap) + len(columns))
     console.print(table)
+    console.width = width
+
+
+def print_answer(columns: list[str], rows: list[tuple[Any, ...]]) -> None:
+    """The answer of a query for people: rounded, and made to fit by saying once what is the same in all rows."""
+    texts = [[cell(value) for value in row] for row in rows]
+    names = list(columns)
+    if _needed(names, texts) > WIDTH:
+        texts = [[_shorter(*pair) for pair in zip(columns, row, strict=True)] for row in rows]
+    if len(texts) > 1 and _needed(names, texts) > WIDTH:
+        same = [place for place in range(len(names)) if len({row[place] for row in texts}) == 1]
+        console.print(", ".join(f"{names[place]} {texts[0][place] or '–'}" for place in same), highlight=False)
+        names, *texts = ([row[place] for place in range(len(row)) if place not in same] for row in (names, *texts))
+    if _needed(names, texts) > WIDTH:
+        names = [name.replace("_", "_\n") for name in names]
+    print_table(names, texts)
+
+
+def _needed(names: list[str], texts: list[list[str]], gap: int = 1) -> int:
+    """Characters across that a table takes."""
+    heads = [max(map(len, name.split("\n"))) for name in names]
+    widths = [max([head, *(len(row[place]) for row in texts)]) for place, head in enumerate(heads)]
+    return sum(widths) + gap * len(names)
+
+
+def _shorter(name: str, value: Any) -> str:
+    """Run ids by their end, which is enough to name them; times by their day; folders by the last part; sizes in M."""
+    text = cell(value)
+    if name == "run_id":
+        return text.rpartition("-")[2]
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d}"
+    if isinstance(value, int) and (name.startswith("parameters") or name.endswith("_bytes")):
+        return f"{value / 1e6:,.1f} M"
+    return text.rpartition("/")[2] or text if text.startswith("/") else text
 
 
 def cell(value: Any) -> str:
+    """A value for people; --csv and --json have all its digits."""
     if value is None:
         return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return rounded(value)
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M}"
+    return f"{value:,}" if type(value) is int and abs(value) >= 10_000 else str(value)
+
+
+def rounded(value: float | None) -> str:
+    """Three or four digits that matter: 61.6, 844, 12,300, 1.20e+09."""
+    if value is None:
+        return "–"
+    if value and not 1e-3 <= abs(value) < 1e9:
+        return f"{value:.2e}"
+    if abs(value) < 1:
+        return f"{value:.4g}"
+    return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"

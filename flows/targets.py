@@ -9,6 +9,7 @@ from typing import Any
 from flows.combinations import combinations
 from storage.errors import StorageError
 from storage.runs import all_runs
+from storage.warehouse import Warehouse
 from tasks.config import load_config
 
 ALL = "saap sql 'select run_id, name, status from runs'"
@@ -64,6 +65,16 @@ def sweep_of_file(connection: Any, config: Path, overrides: tuple[str, ...]) -> 
     wanted = [_settings(_config(config, (*chosen, *overrides))) for chosen in combinations(str(config), overrides)]
     found = [made[settings] for settings in wanted if settings in made]
     return Sweep(config.stem, found, len(wanted) - len(found))
+
+
+def write_sweep_of_file(config: Path, overrides: tuple[str, ...], html: Path) -> Path:
+    """Write the page of a sweep's file; its store is the file's own. Raises ConfigError or StorageError."""
+    from flows.pages.write import write_sweep
+
+    store = Path(load_config(config, overrides).store)
+    with Warehouse(store).reading() as connection:
+        sweep = sweep_of_file(connection, config, overrides)
+    return write_sweep(store, sweep.title, sweep.run_ids, html, sweep.missing)
 
 
 def sweep_of_name(connection: Any, name: str) -> Sweep | None:

@@ -120,6 +120,30 @@ def hf(
         print(_upload(files, card, push, token, private))
 
 
+@app.command()
+def mlflow(
+    run_id: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run: its id, or how that begins or ends.", show_default=False)
+    ],
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MLFLOW_TRACKING_URI",
+            help="Tracking server or database, e.g. sqlite:///mlflow.db.",
+            show_default=False,
+        ),
+    ] = None,
+    store: StoreOption = STORE,
+) -> None:
+    """Log a run to MLflow: configuration, metrics, losses and the report. Twice is once."""
+    from flows.tracking import log_run
+    from storage.warehouse import Warehouse
+
+    with Warehouse(store).reading() as connection:
+        found = find_run(connection, store, run_id)
+    print(f"{found}: run {log_run(store, found, uri)} of MLflow")
+
+
 def find_checkpoint(source: str, variant: str | None, store: Path) -> Checkpoint:
     """The checkpoint in a folder, or of a run. Raises ConfigError or StorageError when there is none."""
     from storage.artifacts import MANIFEST, ArtifactStore

@@ -63,22 +63,22 @@ def report(
     if sweep is not None:
         file = write_sweep(store, sweep.title, sweep.run_ids, html or Path(f"{sweep.title}.html"), sweep.missing)
         console.print(f"{len(sweep.run_ids)} runs, {sweep.missing} not made yet", highlight=False)
+        console.print(f"page: {file.resolve()}", highlight=False, soft_wrap=True)
     else:
         console.record = svg is not None
-        print_run(store, run_id, data)
+        page = None
+        try:
+            page = write_report(store, run_id, html)
+        except StorageError as error:  # the table is shown all the same of a store to read only
+            if html is not None:
+                raise
+            console.print(f"no page: {error}", highlight=False, soft_wrap=True)
+        print_run(store, run_id, data, page)
         if svg is not None:
             try:
                 console.save_svg(str(svg), title="saap report")
             except OSError as error:
                 raise StorageError(f"cannot write {svg}: {error.strerror}") from error
-        try:
-            file = write_report(store, run_id, html)
-        except StorageError as error:
-            if html is not None:
-                raise
-            console.print(f"no page: {error}", highlight=False, soft_wrap=True)  # a store to read only
-            return
-    console.print(f"page: {file.resolve()}", highlight=False, soft_wrap=True)
 
 
 def show(run_id: RunArgument = None, store: StoreOption = Path("saap_store")) -> None:

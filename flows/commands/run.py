@@ -45,10 +45,12 @@ def run(config: WantedConfig = None, set_: SetOption = None, store: RunStoreOpti
     _start(settings.store)
     job = prepare(settings)  # what is wrong with model or data shows before a server is started
     with _prefect(Path(settings.store)):
+        from flows.pages.write import report_file
         from flows.run import flow_of
 
         flow_of(job)(str(config.resolve()), list(overrides))
-    print_run(Path(settings.store), job.run_id, settings.data)
+    page = report_file(Path(settings.store), job.run_id)
+    print_run(Path(settings.store), job.run_id, settings.data, page if page.is_file() else None)
 
 
 def sweep(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
@@ -67,7 +69,7 @@ def sweep(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption 
         from flows.sweep import saap_sweep
 
         saap_sweep(str(config.resolve()), list(overrides))
-    print_comparison(config, overrides)
+    print_comparison(config, overrides, html=Path(settings.store) / f"{config.stem}.html")
 
 
 def compare(
@@ -77,12 +79,15 @@ def compare(
     figure: Annotated[
         Path | None, typer.Option(help="Draw it into this PNG, PDF or SVG too.", show_default=False)
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the page with charts and tables here.", show_default=False)
+    ] = None,
 ) -> None:
     """Print what a sweep found: mean and spread over its calibration seeds, the paper's numbers beside them.
 
     Computes nothing: it shows what the store holds of the sweep, also while it runs.
     """
-    print_comparison(config, _overrides(set_, store), figure)
+    print_comparison(config, _overrides(set_, store), figure, html)
 
 
 def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flows.printing import cell, console, print_table
+from flows.printing import console, print_answer, print_table
 
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="SAAP_STORE", help="Folder with the artifacts and the warehouse.")
@@ -38,7 +38,7 @@ def sql(
     elif json_:
         print(json.dumps(as_json(columns, rows), allow_nan=False, indent=1))
     else:
-        print_table(columns, [[cell(value) for value in row] for row in rows])
+        print_answer(columns, rows)
 
 
 def rebuild(store: StoreOption = Path("saap_store")) -> None:

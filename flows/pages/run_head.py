@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flows.pages.section import Rows, Section, ask, rounded, words
+from flows.pages.section import Rows, Section, ask, words
+from flows.printing import rounded
 from storage.artifacts import ArtifactStore
 from tasks.config import RunConfig
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from flows.pages import run_charts as charts
-from flows.pages.section import Chart, Column, Rows, Section, ask, digits, rounded, words, yes
+from flows.pages.section import Chart, Column, Rows, Section, ask, digits, words, yes
+from flows.printing import rounded
 from tasks.config import ACCURACIES, PERPLEXITIES
 
 NAMES = {

@@ -17,16 +17,6 @@ def digits(places: int, scale: float = 1.0) -> Callable[[Any], str]:
     return lambda value: "–" if value is None else f"{value * scale:,.{places}f}"
 
 
-def rounded(value: Any) -> str:
-    """Three or four digits that matter: 61.6, 844, 12,300, 1.2e+06."""
-    if value is None:
-        return "–"
-    if value and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.2e}"
-    places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 4
-    return f"{value:,.{places}f}"
-
-
 def yes(value: Any) -> str:
     return "–" if value is None else "yes" if value else "no"
 

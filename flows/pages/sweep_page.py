@@ -5,7 +5,8 @@ from typing import Any
 
 from flows.pages import sweep_charts as charts
 from flows.pages.run_head import flat_fields
-from flows.pages.section import Chart, Column, Rows, Section, ask, digits, rounded, words
+from flows.pages.section import Chart, Column, Rows, Section, ask, digits, words
+from flows.printing import rounded
 
 # A setting is the configuration without the calibration seed and without what the variant does not depend on: a pruned
 # model not on its recovery, a dense one on nothing but model, dtype and data. A run made twice counts once.

@@ -11,6 +11,7 @@ from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.warehouse import Warehouse
 from tests.flows.conftest import saap
+from tests.flows.pages.conftest import rows_in
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +120,22 @@ def test_the_command_prints_the_table_and_draws_a_figure_with_every_setting(swep
     text = (tmp_path / "figure.svg").read_text()
     for label in ("flap", "wanda_sp", "ratio 0.2", "ratio 0.5", "dense", "paper, llama-7b, 0.5", "criterion"):
         assert f"<!-- {label} -->" in text, label
+
+
+def test_the_page_of_the_sweep_says_what_the_table_says(swept, tmp_path):
+    file, _ = swept
+    page = tmp_path / "criteria.html"
+    assert "page: " in saap("compare", file, "--html", page).stdout
+    shown = {
+        (row["setting"], row["ratio"]): (row["seeds"], row["wikitext2"], row["wikitext2_spread"])
+        for row in rows_in(page, "settings")
+        if row["variant"] == "pruned"
+    }
+    rows = [row for row in compare(str(file)).rows if row.variant == "pruned"]
+    assert {
+        (row.chosen[0], row.ratio): (row.runs, row.mean("wikitext2"), pytest.approx(row.spread("wikitext2")))
+        for row in rows
+    } == shown
 
 
 def test_a_figure_of_nothing_or_into_nowhere_is_refused(swept, tmp_path):

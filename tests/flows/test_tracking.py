@@ -1,0 +1,64 @@
+"""A run logged to a real MLflow, its tracking database a file."""
+
+import pytest
+
+from flows.tracking import log_run
+from storage.errors import StorageError
+from tests.flows.conftest import saap
+from tests.flows.pages.made import Maker
+from tests.flows.test_cli import refused
+from tests.storage.test_warehouse import ask
+
+RUN = "20261127T120000-0aa001"
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """(warehouse, MLflow's client, the ids that logging twice gave)."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    maker = Maker(folder / "store")
+    maker.run(RUN, {"prune": {"ratio": 0.3}})
+    maker.warehouse.rebuild()
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    client.create_experiment("saap", artifact_location=(folder / "artifacts").as_uri())
+    return maker.warehouse, client, [log_run(maker.store.root, RUN, uri) for _ in range(2)]
+
+
+def test_it_is_there_once_with_every_parameter_metric_and_the_page(logged, tmp_path):
+    warehouse, client, ids = logged
+    (run,) = client.search_runs([client.get_experiment_by_name("saap").experiment_id])
+    assert ids == [run.info.run_id] * 2
+    assert (run.info.status, run.data.tags["saap.run_id"]) == ("FINISHED", RUN)
+    assert run.data.params["prune.ratio"] == "0.3"
+    assert len(run.data.params) > 60
+    for variant, benchmark, value in ask(warehouse, "select variant, benchmark, value from metrics where papers"):
+        assert run.data.metrics[f"{variant}/{benchmark}"] == pytest.approx(value)
+    for variant, rate in ask(warehouse, "select variant, tokens_per_s from speed"):
+        assert run.data.metrics[f"{variant}/tokens_per_s"] == pytest.approx(rate)
+    losses = client.get_metric_history(run.info.run_id, "training/loss")
+    answer = ask(warehouse, "select step, loss from training order by step")
+    assert sorted((point.step, point.value) for point in losses) == [
+        (step, pytest.approx(loss)) for step, loss in answer
+    ]
+    page = client.download_artifacts(run.info.run_id, "report.html", str(tmp_path))
+    with open(page, encoding="utf-8") as file:
+        assert RUN in file.read()
+
+
+def test_without_a_place_or_a_run_or_an_answer_it_is_one_line(logged, monkeypatch):
+    store = logged[0].root
+    refused(saap("export", "mlflow", RUN, "--store", store), "which MLflow?", "sqlite:///mlflow.db")
+    refused(saap("export", "mlflow", "none", "--store", store, "--uri", "sqlite:///x.db"), "no such run")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(StorageError, match=r"cannot log to MLflow at http://127.0.0.1:9") as raised:
+        log_run(store, RUN, "http://127.0.0.1:9")
+    assert "\n" not in str(raised.value)
+
+
+def test_the_command_logs_the_run_it_is_told(logged):
+    uri = logged[1].tracking_uri
+    done = saap("export", "mlflow", "0aa001", "--store", logged[0].root, "--uri", uri)
+    assert (done.returncode, done.stdout) == (0, f"{RUN}: run {logged[2][0]} of MLflow\n"), done.stderr
