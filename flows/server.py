@@ -5,6 +5,7 @@ Prefect's own ephemeral server outlives a killed parent and keeps its standard o
 
 import contextlib
 import ctypes
+import importlib
 import os
 import signal
 import socket
@@ -51,8 +52,11 @@ def keep_loopback_off_proxies() -> None:
 
 
 @contextlib.contextmanager
-def prefect_api(store: Path) -> Iterator[str]:
-    """Address of a Prefect API: the user's (environment or profile), or of a server that lives as long as the block."""
+def prefect_api(store: Path, meanwhile: tuple[str, ...] = ()) -> Iterator[str]:
+    """Address of a Prefect API: the user's (environment or profile), or of a server that lives as long as the block.
+
+    meanwhile: modules to import while that server starts, in the seconds it takes.
+    """
     from prefect.settings import get_current_settings
 
     if (users := get_current_settings().api.url) is not None:
@@ -82,6 +86,8 @@ def prefect_api(store: Path) -> Iterator[str]:
             stderr=log,
             preexec_fn=_die_with_parent,
         )
+        for module in meanwhile:
+            importlib.import_module(module)
         _wait_until_healthy(server, url, home / "server.log")
     try:
         _use_api(url)
