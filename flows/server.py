@@ -5,6 +5,7 @@ Prefect's own ephemeral server outlives a killed parent and keeps its standard o
 
 import contextlib
 import ctypes
+import importlib
 import os
 import signal
 import socket
@@ -52,10 +53,11 @@ def keep_loopback_off_proxies() -> None:
 
 
 @contextlib.contextmanager
-def prefect_api(store: Path) -> Iterator[str]:
+def prefect_api(store: Path, meanwhile: tuple[str, ...] = ()) -> Iterator[str]:
     """Address of a Prefect API: the user's (environment or profile), or of a server that lives as long as the block.
 
-    Raises StorageError when it does not start, or fails in the block for longer than Prefect retries.
+    meanwhile: modules to import while that server starts, in the seconds it takes. Raises StorageError when it does not
+    start, or fails in the block for longer than Prefect retries.
     """
     import httpx
     from prefect.settings import get_current_settings
@@ -65,7 +67,7 @@ def prefect_api(store: Path) -> Iterator[str]:
         if users is not None:
             yield users
         else:
-            with _own_server(store) as url:
+            with _own_server(store, meanwhile) as url:
                 yield url
     except httpx.HTTPError as error:
         at = f" at {users}" if users else f"; see {store / 'prefect' / 'server.log'}"
@@ -74,7 +76,7 @@ def prefect_api(store: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _own_server(store: Path) -> Iterator[str]:
+def _own_server(store: Path, meanwhile: tuple[str, ...]) -> Iterator[str]:
     home = store / "prefect"
     home.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
@@ -99,6 +101,8 @@ def _own_server(store: Path) -> Iterator[str]:
             stderr=log,
             preexec_fn=_die_with_parent,
         )
+        for module in meanwhile:
+            importlib.import_module(module)
         _wait_until_healthy(server, url, home / "server.log")
     try:
         _use_api(url)

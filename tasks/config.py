@@ -185,6 +185,9 @@ class Evaluate(Section):
         (128, 2048), description="perplexity window lengths, tokens"
     )
     max_tokens: Amount | None = Field(None, description="first so many tokens of each text; all if absent")
+    bos: Literal["auto", "always", "never"] = Field(
+        "auto", description="BOS before each window; auto: if the tokenizer adds one, and not for LLaMA"
+    )
     samples: bool = Field(False, description="keep lm-eval's per-sample logs (prompts, answers, log-likelihoods) too")
 
 

@@ -1,6 +1,7 @@
 """Commands that take a configuration: run, sweep, compare, plan, config."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 
 from flows.printing import console, print_comparison, print_run, print_table
 from tasks.config import ConfigError, RunConfig
+from tasks.step import Step
 from tasks.toml import toml_value
 
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
@@ -44,7 +46,7 @@ def run(config: WantedConfig = None, set_: SetOption = None, store: RunStoreOpti
     settings = load_config(config, overrides)
     _start(settings.store)
     job = prepare(settings)  # what is wrong with model or data shows before a server is started
-    with _prefect(Path(settings.store)):
+    with _prefect(Path(settings.store), job.steps):
         from flows.pages.write import report_file
         from flows.run import flow_of
 
@@ -123,9 +125,12 @@ def _start(store: str) -> None:
     quiet_settings(Path(store).resolve())
 
 
-def _prefect(store: Path) -> Any:
+def _prefect(store: Path, steps: Sequence[Step] = ()) -> Any:
     from flows.server import prefect_api
     from flows.tracebacks import hide_user_tracebacks
+    from storage.artifacts import ArtifactStore
 
     hide_user_tracebacks()
-    return prefect_api(store.resolve())
+    artifacts = ArtifactStore(store.resolve())
+    work = any(artifacts.inspect(step.stage, step.key)[0] is None for step in steps)
+    return prefect_api(store.resolve(), ("flows.run", "saap") if work else ("flows.run",))

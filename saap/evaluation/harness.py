@@ -119,8 +119,7 @@ class SharedQuestionLM(HFLM):
         asked = torch.tensor([row * length + column for _, row, columns, _ in places for column in columns])
         unique, rows = asked.unique(return_inverse=True)
         targets = torch.tensor([t for *_, tokens in places for t in tokens])
-        head = self.model.get_output_embeddings()
-        found, likeliest = log_probs(head, hidden.flatten(0, 1)[unique.to(hidden.device)], rows, targets)
+        found, likeliest = log_probs(self.model, hidden.flatten(0, 1)[unique.to(hidden.device)], rows, targets)
         counts = [len(tokens) for *_, tokens in places]
         return {
             request: (float(its.sum()), bool(hits.all()))

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from saap.models.families import family_of
 from saap.models.products import product
 
 LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}  # at a time: 4 MB of float32, which stay in a CPU's caches; 256 MB
@@ -11,13 +12,13 @@ LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}  # at a time: 4 MB of float32, which 
 
 @torch.no_grad()
 def log_probs(
-    head: Any, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+    model: Any, hidden: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log softmax(head(hidden[row]))[token] for each of K pairs (row, token), and whether no token is likelier.
+    """log softmax(logits of hidden[row])[token] for each of K pairs (row, token), and whether no token is likelier.
 
     Args:
-        head: the linear layer that gives logits, without gradients.
-        hidden: (N, H), the states that predict; each is multiplied once, however many pairs ask for it.
+        model: a causal language model of a known family.
+        hidden: (N, H), last states of `model.base_model`; each is multiplied once, however many pairs ask for it.
         rows, tokens: int64 (K,).
 
     Returns:
@@ -27,6 +28,7 @@ def log_probs(
     With m the highest logit so far and Z = Σ e^(logit − m), a further part of the vocabulary updates both, as in flash
     attention.
     """
+    head, (scale, cap) = model.get_output_embeddings(), family_of(model.config).logits(model.config)
     weight, bias = head.weight, head.bias
     hidden, rows, tokens = hidden.to(weight.device), rows.to(weight.device), tokens.to(weight.device)
     highest = torch.full((len(hidden), 1), -torch.inf, device=weight.device)
@@ -36,6 +38,10 @@ def log_probs(
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
         logits = product(hidden, weight[part], None if bias is None else bias[part]).float()
+        if scale != 1:
+            logits.mul_(scale)
+        if cap:
+            logits.div_(cap).tanh_().mul_(cap)
         here = ((tokens >= start) & (tokens < start + step)).nonzero().squeeze(1)
         own[here] = logits[rows[here], tokens[here] - start]
         best, place = logits.max(-1, keepdim=True)

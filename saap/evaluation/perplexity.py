@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from saap.errors import SaapError
@@ -26,6 +27,23 @@ class Perplexity:
     items: list[float]
 
 
+def window_bos(model: nn.Module, tokenizer: Any, wish: str = "auto") -> int | None:
+    """The token for `perplexity` to put before each window, or None.
+
+    wish: "always"; "never"; or "auto", where the tokenizer puts one before a text, as models that were trained so are
+    far off without: except LLaMA and its likes, whose published perplexities are of windows without.
+    Raises SaapError for "always" when the tokenizer has none.
+    """
+    token: int | None = tokenizer.bos_token_id
+    if wish == "always" and token is None:
+        raise SaapError("the tokenizer has no BOS token: set evaluate.bos to 'auto' or 'never'")
+    papers = str(model.config.model_type).removeprefix("saap_") == "llama"  # type: ignore[union-attr]
+    if wish == "never" or token is None or (wish == "auto" and papers):
+        return None
+    adds = tokenizer("a")["input_ids"][:1] == [token]
+    return token if wish == "always" or adds else None
+
+
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
@@ -35,6 +53,7 @@ def perplexity(
     window: int,
     max_tokens: int | None = None,
     batch_tokens: int = 2048,
+    bos: int | None = None,
     name: str = "perplexity",
 ) -> Perplexity:
     r"""Perplexity of a causal model on rows of text joined with "\n\n".
@@ -42,24 +61,29 @@ def perplexity(
     The joined text is tokenised once and cut into non-overlapping windows of `window` tokens, the remainder dropped;
     the NLL is the mean over the window − 1 targets of each window.
     `max_tokens` keeps only the first so many tokens of the text.
+    `bos` is a token to put before each window (see `window_bos`): the model sees it, and as many tokens are targets.
+    None leaves the text as the tokenizer gives it, which may begin with one, as in the papers' code.
     Raises SaapError when the text is shorter than one window.
     """
     ids = tokenizer("\n\n".join(rows), return_tensors="pt", verbose=False)["input_ids"][0]
+    if bos is not None and ids[:1].tolist() == [bos]:
+        ids = ids[1:]
     ids = ids[:max_tokens]
     windows = ids[: len(ids) // window * window].view(-1, window)
     if len(windows) == 0:
         raise SaapError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
     device = next(model.parameters()).device
-    head = model.get_output_embeddings()  # type: ignore[operator]
     losses = []
     step = max(1, batch_tokens // window)
     with tqdm(total=len(windows), desc=f"{name} @{window}", unit="window") as bar:
         for batch in windows.split(step):
             batch = batch.to(device)
             with FastLinears():
-                hidden = model.base_model(batch, use_cache=False).last_hidden_state[:, :-1]  # type: ignore[operator]
+                whole = batch if bos is None else F.pad(batch, (1, 0), value=bos)
+                states = model.base_model(whole, use_cache=False).last_hidden_state  # type: ignore[operator]
+            hidden = states[:, -window:-1]
             targets = batch[:, 1:]
-            found, _ = log_probs(head, hidden.flatten(0, 1), torch.arange(targets.numel()), targets.flatten())
+            found, _ = log_probs(model, hidden.flatten(0, 1), torch.arange(targets.numel()), targets.flatten())
             losses.append(-found.view(targets.shape).mean(1).double().cpu())
             bar.update(len(batch))
     loss = torch.cat(losses)

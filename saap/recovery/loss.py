@@ -1,4 +1,4 @@
-"""The training loss, computed a piece of the vocabulary matrix product at a time, with a teacher if there is one."""
+"""The training loss, with logits made a part at a time: of the vocabulary, or, with a teacher, of the tokens."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from saap.models.families import family_of
+from saap.models.logits import cross_entropy
 
 LOGITS_AT_ONCE = 2**22  # float32 numbers: 16 MB; above 32 MB a C library gets each tensor anew from the system
 
@@ -70,6 +71,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.dtype
+        if teacher is None and ctx.needs_input_grad[0]:
+            losses, back = cross_entropy(head, None, hidden.to(dtype), targets, *form)
+            ctx.gradient = back.to(hidden.dtype)
+            return losses.sum()
         weight, rows = head.to(dtype), max(1, LOGITS_AT_ONCE // len(head))
         share = share if teacher is not None else 0.0
         total = torch.zeros((), device=hidden.device)

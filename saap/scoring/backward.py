@@ -12,9 +12,8 @@ from tqdm.auto import tqdm
 
 from saap.models.families import family_of
 from saap.models.groups import weight_of
-from saap.models.products import FastLinears, product
-
-LOGITS = 1 << 20  # at a time: 4 MB of float32
+from saap.models.logits import cross_entropy
+from saap.models.products import FastLinears
 
 
 def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
@@ -33,7 +32,8 @@ def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
         predicting, targets = last.detach()[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(last.device)
         gradient = torch.zeros_like(last)
         form = family_of(model.config).logits(model.config)
-        found = _logits_gradient(head, predicting, targets, scale / (ids.shape[1] - 1), *form)
+        weight = weight_of(head, last.device)
+        _, found = cross_entropy(weight, head.bias, predicting, targets, *form, factor=scale / (ids.shape[1] - 1))
         gradient[:, :-1] = found.view_as(gradient[:, :-1])
         last.backward(gradient)
 
@@ -96,48 +96,6 @@ def input_device(model: nn.Module) -> torch.device:
 def is_offloaded(model: nn.Module) -> bool:
     """Whether accelerate keeps weights of the model on the CPU or on disk, away from the device that computes."""
     return any(parameter.is_meta for parameter in model.parameters())
-
-
-def _logits_gradient(
-    head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, factor: float, scale: float, cap: float | None
-) -> torch.Tensor:
-    """factor·∂/∂hidden of the summed cross-entropy of scale·head(hidden): factor·scale·(softmax − one-hot)·W.
-
-    With a cap c the logits l become c·tanh(l / c), and each term is multiplied by the slope 1 − tanh².
-
-    A part of the vocabulary at a time, so that the head is read once; the sums of e^(logit − highest so far) are
-    carried along as in flash attention. The target is left out of them: with R the sum over the others and E = e^logit
-    of the target, softmax − 1 there is −R / (R + E), which does not cancel.
-    """
-    weight, bias = weight_of(head, hidden.device), head.bias
-    if scale != 1:
-        hidden = hidden * scale
-    wanted = weight[targets]
-    own = (hidden.float() * wanted.float()).sum(-1, keepdim=True)
-    if bias is not None:
-        own += bias[targets, None] * scale
-    own_slope = torch.ones(())
-    if cap:
-        own = cap * torch.tanh(own / cap)
-        own_slope = 1 - (own / cap).square()
-    highest, rest = own.clone(), torch.zeros_like(own)
-    total = torch.zeros_like(hidden, dtype=torch.float32)
-    step = max(1, LOGITS // len(targets))
-    for start in range(0, len(weight), step):
-        part = weight[start : start + step]
-        odds = product(hidden, part, None if bias is None else scale * bias[start : start + step]).float()
-        if cap:
-            odds = torch.tanh(odds / cap).mul_(cap)
-            slope = 1 - (odds / cap).square()
-        before, highest = highest, torch.maximum(highest, odds.amax(-1, keepdim=True))
-        odds.sub_(highest).exp_()
-        here = ((targets >= start) & (targets < start + step)).nonzero().squeeze(1)
-        odds[here, targets[here] - start] = 0
-        shrink = (before - highest).exp_()
-        rest.mul_(shrink).add_(odds.sum(-1, keepdim=True))
-        total.mul_(shrink).add_(product((odds.mul_(slope) if cap else odds).to(weight.dtype), part.T))
-    whole = rest + (own - highest).exp_()
-    return total.addcmul_(rest * own_slope, wanted.float(), value=-1).mul_(factor * scale / whole)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def _params(config: RunConfig, benchmark: str) -> dict[str, Any]:
     options, params = config.evaluate, {"benchmark": benchmark, **dtype_of(config)}
     if benchmark in ACCURACIES:
         return params | {"limit": options.limit, "samples": options.samples, "harness": version("lm-eval")}
-    return params | {"windows": list(options.windows), "max_tokens": options.max_tokens}
+    return params | {"windows": list(options.windows), "max_tokens": options.max_tokens, "bos": options.bos}
 
 
 def _fingerprint(outside: Outside, inputs: Mapping[str, Source], benchmark: str) -> str:
@@ -78,31 +78,36 @@ def _accuracies(step: Step, folder: Path, checkpoint: Checkpoint, data: Data) ->
 def _perplexities(step: Step, checkpoint: Checkpoint, data: Data) -> list[dict[str, Any]]:
     """Rows of metrics: one for each window length that the model's positions allow."""
     import saap
+    from saap.evaluation.perplexity import window_bos
 
     config, benchmark = step.config(), step.config()["benchmark"]
     model = load_model(step, checkpoint, float_weights=True)
     column = DATA[benchmark].columns[0]
     text = [row[column] for row in read_data(data.name, benchmark)]
+    tokenizer = load_tokenizer(step)
+    bos = window_bos(model, tokenizer, config["bos"])
+    before = "no BOS" if bos is None else "BOS before each"
     longest = getattr(model.config, "max_position_embeddings", None)  # ALiBi models have no limit
     limited = f", first {config['max_tokens']} tokens" if config["max_tokens"] else ""
     rows = []
     for window in config["windows"]:
-        if longest is not None and window > longest:
+        if longest is not None and window + (bos is not None) > longest:
             continue
         found = saap.perplexity(
             model,
             text,
-            load_tokenizer(step),
+            tokenizer,
             window=window,
             max_tokens=config["max_tokens"],
             batch_tokens=256 * compute_settings(step)["batch_size"],
+            bos=bos,
             name=benchmark,
         )
         rows.append(
             {
                 **asdict(found),
                 "metric": "perplexity",
-                "protocol": f"{DATA[benchmark].place}, windows of {window}{limited}",
+                "protocol": f"{DATA[benchmark].place}, windows of {window}, {before}{limited}",
                 "harness": None,
                 "task_version": None,
                 "papers": window == PAPERS_WINDOW,

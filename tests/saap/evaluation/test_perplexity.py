@@ -1,9 +1,11 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from saap import SaapError, perplexity
+from saap.evaluation.perplexity import window_bos
 
 WINDOW = 32
 
@@ -42,6 +44,58 @@ def test_it_is_exp_of_the_mean_loss_of_the_whole_windows(model, rows, tiny_token
 def test_max_tokens_keeps_the_windows_that_fit_into_the_first_so_many(model, rows, tiny_tokenizer, losses, count):
     found = perplexity(model, rows, tiny_tokenizer, window=WINDOW, max_tokens=count * WINDOW + 3)
     assert (found.n, found.value) == (count, pytest.approx(math.exp(sum(losses[:count]) / count), rel=1e-5))
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_with_bos_each_window_has_one_before_it_and_as_many_targets(model, rows, tiny_tokenizer, adds):
+    class Adding:
+        """The tokenizer as one that puts a BOS before every text."""
+
+        def __call__(self, text, **options):
+            found = tiny_tokenizer(text, **options)
+            bos = torch.full((1, 1), tiny_tokenizer.bos_token_id)
+            found["input_ids"] = torch.cat([bos, found["input_ids"]], 1)
+            return found
+
+    ids = tiny_tokenizer("\n\n".join(rows))["input_ids"]
+    expected = []
+    for start in range(0, 5 * WINDOW, WINDOW):
+        window = torch.tensor([[tiny_tokenizer.bos_token_id, *ids[start : start + WINDOW]]])
+        labels = window.clone()
+        labels[:, :2] = -100  # the window's first token is no target, with or without
+        with torch.no_grad():
+            expected.append(model(window, labels=labels).loss.item())
+    tokenizer, bos = Adding() if adds else tiny_tokenizer, tiny_tokenizer.bos_token_id
+    found = perplexity(model, rows, tokenizer, window=WINDOW, max_tokens=5 * WINDOW, bos=bos)
+    assert found.items == pytest.approx(expected, rel=1e-5)
+    assert found.items != pytest.approx(perplexity(model, rows, tokenizer, window=WINDOW).items[:5], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "adds", "wish", "expected"),
+    [
+        ("saap_mistral", True, "auto", 1),
+        ("mistral", False, "auto", None),
+        ("llama", True, "auto", None),
+        ("saap_llama", True, "auto", None),
+        ("llama", False, "always", 1),
+        ("gemma3_text", True, "never", None),
+    ],
+)
+def test_by_itself_bos_follows_the_tokenizer_but_for_llama(model_type, adds, wish, expected):
+    model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+
+    def tokenizer(text):
+        return {"input_ids": [1, 5] if adds else [5]}
+
+    tokenizer.bos_token_id = 1
+    assert window_bos(model, tokenizer, wish) == expected
+    tokenizer.bos_token_id = None
+    if wish == "always":
+        with pytest.raises(SaapError, match="set evaluate"):
+            window_bos(model, tokenizer, wish)
+    else:
+        assert window_bos(model, tokenizer, wish) is None
 
 
 def test_the_standard_error_is_that_of_the_mean_loss_times_the_perplexity(model, rows, tiny_tokenizer, losses):

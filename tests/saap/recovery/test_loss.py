@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from saap.models import logits
 from saap.recovery import loss
 from saap.recovery.loss import Student
 from tests.saap.models.test_families import build
@@ -31,6 +32,7 @@ def plain(model, teacher, share):
 @pytest.mark.parametrize("logits_at_once", [512 * 4, 2**24], ids=["pieces", "whole"])
 def test_the_loss_and_its_gradients_equal_autograd_through_whole_logits(tiny_llama, monkeypatch, share, logits_at_once):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setitem(logits.LOGITS, "cpu", logits_at_once)
     model = tiny_llama(tie_word_embeddings=False).train()
     teacher = None if share is None else tiny_llama(seed=9, hidden_size=32)
     model.lm_head.requires_grad_(False)
