@@ -85,10 +85,10 @@ def torch_pruning(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
     cost = int(groups.parameters[groups.kind == "mlp"][0])
     for batch in tokens.split(4):
         small(batch, labels=batch, use_cache=False).loss.mul(len(batch) / len(tokens)).backward()
-    pruner = tp.BasePruner(
+    pruner = tp.pruner.BasePruner(
         small,
         tokens[:1],
-        importance=tp.GroupTaylorImportance(),
+        importance=tp.importance.GroupTaylorImportance(),
         global_pruning=True,
         pruning_ratio=ratio * int(groups.parameters.sum()) / (cost * channels),
         ignored_layers=[

@@ -89,6 +89,7 @@ class Criterion(Section):
     name: Literal[
         "saap",
         "saap_plus",
+        "saap_gates",
         "llm_pruner",
         "wanda_sp",
         "flap",

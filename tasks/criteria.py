@@ -21,6 +21,7 @@ NEEDS: dict[str, Needs] = {
     "saap_plus": Needs(
         ("fisher", "tokens"), ("cuts", "protect", "align"), search="global", compensation="least_squares"
     ),
+    "saap_gates": Needs(("fisher", "tokens"), ("ratio", "seed", "protect"), search="global"),
     "llm_pruner": Needs(("gradients",), ("variant", "query_heads"), search="uniform_down"),
     "wanda_sp": Needs(("tokens",), ("ratio", "kinds", "protect", "align"), search="uniform_down"),
     "flap": Needs(("activations",), search="global", compensation="bias"),

@@ -32,11 +32,13 @@ from .loraprune import loraprune
 from .lorashear import lorashear
 from .magnitude import magnitude
 from .random import random
+from .saap_gates import saap_gates
 from .saap_plus import saap_plus
 from .wanda_sp import wanda_sp
 
 CRITERIA: dict[str, Callable[..., np.ndarray]] = {
     "saap_plus": saap_plus,
+    "saap_gates": saap_gates,
     "llm_pruner": llm_pruner,
     "wanda_sp": wanda_sp,
     "flap": flap,

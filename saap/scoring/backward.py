@@ -25,7 +25,7 @@ def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     ids = batch.to(input_device(model))
-    with _frozen(model):
+    with frozen(model):
         with torch.enable_grad(), _recomputed(model) if is_offloaded(model) else FastLinears():
             states = embedding(ids).detach().requires_grad_()
             last = model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
@@ -99,7 +99,7 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """While open, no parameter asks for a gradient, so that nothing is kept to compute one."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asking:

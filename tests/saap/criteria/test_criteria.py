@@ -30,7 +30,7 @@ def statistics_of(model, tokens):
         "seed": lambda: SEED,
         "variant": lambda: "param_mix",
         "query_heads": lambda: "as_coded",
-        "ratio": lambda: 0.3,
+        "ratio": lambda: 0.12,
         "kinds": lambda: "pooled",
         "cuts": lambda: (0.1, 0.2),
         "protect": lambda: (0, -1),
@@ -90,7 +90,7 @@ def test_channels_and_heads_made_useless_are_found(name, tiny_llama, tokens):
     groups = discover(model)
     score = ranking(name, model, tokens)
     for _, _, index in groups.blocks():
-        if planted[index].any():
+        if planted[index].any() and name != "saap_gates":  # whose gates, trained all at once, only say who goes
             assert score[index][planted[index]].max() < score[index][~planted[index]].min()
     ratio = groups.parameters[planted].sum() / groups.parameters.sum()
     keep = select(score, groups, ratio, search=NEEDS[name].search, protect=(0, 1, -1), align=1)
@@ -230,7 +230,7 @@ def test_magnitude_is_the_mean_absolute_weight_and_random_repeats_itself(tiny_ll
 def test_weights_that_accelerate_keeps_elsewhere_are_fetched_or_the_criterion_says_it_cannot(name, tiny_llama, tokens):
     away = cpu_offload(tiny_llama(), execution_device="cpu")
     assert away.model.layers[2].mlp.down_proj.weight.is_meta
-    if name in ("saap_plus", "llm_pruner", "wanda_sp", "gisp", "loraprune", "lorashear"):
+    if name in ("saap_plus", "saap_gates", "llm_pruner", "wanda_sp", "gisp", "loraprune", "lorashear"):
         with pytest.raises(saap.SaapError, match="all on its device"):
             ranking(name, away, tokens)
     else:

@@ -1,0 +1,183 @@
+"""saap_gates: gates of coupled groups, learned under the budget towards the dense model's distribution. Ours."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from saap.errors import SaapError
+from saap.models.groups import discover
+from saap.models.products import FastLinears
+from saap.pruning.plan import PROTECTED, select
+from saap.scoring.backward import frozen, input_device, is_offloaded
+from saap.scoring.statistics import output_matrices
+
+STEPS = 120
+BATCH = 4  # sequences a step; part of the result, so not the batch size of the machine
+LEARNING_RATE = 0.03  # of Adam, falling linearly to nothing
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+STEEPNESS = 4.0  # of the start: the gates' logits go over so wide a range
+AVERAGED = 0.5  # share of the steps, the last ones, that the result is the mean of
+LOGITS = 1 << 24  # at a time: 64 MB of float32
+
+
+def saap_gates(
+    model: nn.Module,
+    fisher: np.ndarray,
+    tokens: torch.Tensor,
+    ratio: float,
+    seed: int,
+    protect: Sequence[int] = PROTECTED,
+) -> np.ndarray:
+    """The mean of each group's gate p over the second half of the training; the lowest go.
+
+    Every group has a gate p = sigmoid(s) on what it writes; the weights are frozen. At each step the groups of lowest p
+    are shut, as many as the budget says, and the model runs without them; its loss is KL(dense ‖ this one) of the next
+    token, mean over the tokens; the gradient for each gate, shut ones too, is taken as if p had stood where 0 or 1
+    stands (straight through). So a group that is missed comes back, and what makes up for another is seen together with
+    it, which no ranking of the dense model does. s starts from the order of F/parameters (`saap_plus` ranking once).
+
+    The projection with a straight-through gradient is GRASPrune's (arXiv 2604.19398). Ours: the start, the dense
+    model's distribution in the place of the next token, which the text's domain has less hold on, and the mean over
+    steps, as gates near the edge wander. It goes with `search = "global"`.
+
+    Args:
+        fisher: float64 (N,), `saap.mask_fisher`.
+        tokens: int64 (D, T); several hundred sequences serve better than fifty.
+        ratio, protect: as in `saap.select`.
+        seed: the order in which the sequences are taken.
+
+    Raises:
+        SaapError: a ratio out of reach, a gradient that is not finite, or weights away from their device.
+    """
+    if is_offloaded(model):
+        raise SaapError("saap_gates needs a model whose weights are all on its device")
+    groups = discover(model)
+    start = fisher / groups.parameters
+    layers = int(groups.layer.max()) + 1
+    free = ~np.isin(groups.layer, [layer % layers for layer in protect])
+    place = np.empty(len(groups))
+    place[np.argsort(start, kind="stable")] = np.linspace(0, 1, len(groups))
+    shut = ~select(start, groups, ratio, protect=tuple(protect), align=1)
+    logits = STEEPNESS * (place - place[shut].max())
+    moments, mean, counted = np.zeros((2, len(groups))), np.zeros(len(groups)), 0
+    budget = ratio * groups.parameters.sum()
+    order = _batches(len(tokens), seed)
+    with frozen(model), _Gates(model) as gates:
+        dense = gates.final_states(tokens)
+        for step in tqdm(range(STEPS), desc="saap_gates", unit="step"):
+            gates.open = _projected(np.where(free, logits, np.inf), groups.parameters, budget)
+            chosen = next(order)
+            p = 1 / (1 + np.exp(-logits))
+            gradient = np.where(free, gates.gradient(tokens[chosen], dense[chosen]) * p * (1 - p), 0)
+            if not np.isfinite(gradient).all():
+                raise SaapError("the gradients of saap_gates' gates are not finite: use float32")
+            for moment, beta, power in zip(moments, BETAS, (gradient, gradient**2), strict=True):
+                moment += (1 - beta) * (power - moment)
+            first, second = (m / (1 - beta ** (step + 1)) for m, beta in zip(moments, BETAS, strict=True))
+            logits -= LEARNING_RATE * (1 - step / STEPS) * first / (np.sqrt(second) + EPSILON)
+            if step >= STEPS * (1 - AVERAGED):
+                mean, counted = mean + 1 / (1 + np.exp(-logits)), counted + 1
+    return mean / counted
+
+
+def _projected(logits: np.ndarray, parameters: np.ndarray, budget: float) -> np.ndarray:
+    """bool (N,): open gates; the lowest are shut as far as their parameters fit into the budget."""
+    order = np.argsort(logits, kind="stable")
+    is_open = np.ones(len(logits), bool)
+    is_open[order[np.cumsum(parameters[order]) <= budget]] = False
+    return is_open
+
+
+def _batches(samples: int, seed: int) -> Iterator[torch.Tensor]:
+    """Numbers of BATCH sequences (all, when there are fewer), each sequence once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for chosen in torch.randperm(samples, generator=generator).split(BATCH):
+            if len(chosen) == min(BATCH, samples):
+                yield chosen
+
+
+class _Gates:
+    """Gates on the inputs of the output matrices of a model, while entered. open: bool (N,), which of them let pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.matrices = model, list(output_matrices(model))
+        sizes = [linear.in_features // part.width for *_, part, linear in self.matrices]
+        self.edges = np.cumsum([0, *sizes])
+        self.open = np.ones(self.edges[-1], bool)
+        self.slopes: list[torch.Tensor] = []
+
+    def __enter__(self) -> "_Gates":
+        self.handles = [
+            linear.register_forward_pre_hook(self._hook(number, part.width))
+            for number, (*_, part, linear) in enumerate(self.matrices)
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, number: int, width: int):  # type: ignore[no-untyped-def]
+        start, end = self.edges[number], self.edges[number + 1]
+
+        def hook(linear: nn.Module, inputs: tuple) -> torch.Tensor:
+            x: torch.Tensor = inputs[0]
+            mask = torch.from_numpy(self.open[start:end]).to(x.device, x.dtype).repeat_interleave(width)
+            if torch.is_grad_enabled():
+                gated: torch.Tensor = _Gate.apply(x, mask, self.slopes[number], width)
+                return gated
+            return x * mask
+
+        return hook
+
+    @torch.no_grad()
+    def final_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(D, T, H): what the model gives its head, with the gates as they are."""
+        device = input_device(self.model)
+        return torch.cat(
+            [self.model.base_model(part.to(device), use_cache=False).last_hidden_state for part in tokens.split(8)]  # type: ignore[operator]
+        )
+
+    def gradient(self, ids: torch.Tensor, dense: torch.Tensor) -> np.ndarray:
+        """float64 (N,): of the mean KL(dense ‖ gated), nats a token, for every gate. dense: (D, T, H), final states."""
+        device = input_device(self.model)
+        self.slopes = [
+            torch.zeros(int(end - start), device=linear.weight.device)
+            for start, end, (*_, linear) in zip(self.edges, self.edges[1:], self.matrices, strict=False)
+        ]
+        self.model.eval()
+        with torch.enable_grad(), FastLinears():
+            states = self.model.get_input_embeddings()(ids.to(device)).detach().requires_grad_()  # type: ignore[operator]
+            last = self.model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        last.backward(_divergence_gradient(head, last.detach().flatten(0, 1), dense.flatten(0, 1)).view_as(last))
+        return torch.cat([slope.double().cpu() for slope in self.slopes]).numpy()
+
+
+@torch.no_grad()
+def _divergence_gradient(head: nn.Linear, states: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """∂/∂states of the mean over the tokens of KL(softmax head(dense) ‖ softmax head(states)), (tokens, H)."""
+    found = []
+    step = max(1, LOGITS // head.out_features)
+    for own, wanted in zip(states.split(step), dense.split(step), strict=True):
+        difference = head(own).float().softmax(-1) - head(wanted).float().softmax(-1)
+        found.append(difference.div_(len(states)).to(states.dtype) @ head.weight)
+    return torch.cat(found)
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, mask, slopes, width):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, mask)
+        ctx.slopes, ctx.width = slopes, width
+        return x * mask
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        x, mask = ctx.saved_tensors
+        ctx.slopes += (x * gradient).float().flatten(0, -2).sum(0).view(-1, ctx.width).sum(1)
+        return gradient * mask, None, None, None

@@ -1,0 +1,69 @@
+"""saap_gates: gradients against autograd, the projection by hand, and a model whose channels repeat each other."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import saap
+from saap import CRITERIA, discover, select
+from saap.criteria.saap_gates import _Gates, _projected
+
+
+def tokens_of(count, length=16):
+    return torch.randint(0, 512, (count, length), generator=torch.Generator().manual_seed(2))
+
+
+def test_the_gradient_of_every_gate_is_that_of_the_divergence_from_the_dense_model(tiny_llama):
+    model, tokens = tiny_llama(n_kv=4), tokens_of(3)
+    groups = discover(model)
+    shut = np.random.default_rng(0).random(len(groups)) < 0.3
+    with _Gates(model) as gates:
+        dense = gates.final_states(tokens)
+        gates.open = ~shut
+        found = gates.gradient(tokens, dense)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+    oracle, leaves = tiny_llama(n_kv=4).double(), []
+    with torch.no_grad():
+        wanted = oracle(tokens).logits.log_softmax(-1).flatten(0, 1)
+    for layer, kind, index in groups.blocks():
+        block = oracle.model.layers[layer]
+        linear, width = (block.self_attn.o_proj, 16) if kind == "attention" else (block.mlp.down_proj, 1)
+        leaves.append(torch.tensor((~shut[index]).astype(float), requires_grad=True))
+        linear.register_forward_pre_hook(
+            lambda _, args, gate=leaves[-1], width=width: (args[0] * gate.repeat_interleave(width),)
+        )
+    own = oracle(tokens).logits.log_softmax(-1).flatten(0, 1)
+    F.kl_div(own, wanted, log_target=True, reduction="batchmean").backward()
+    np.testing.assert_allclose(found, torch.cat([leaf.grad for leaf in leaves]).numpy(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"), [(6, [1, 0, 1, 0, 1]), (5.9, [1, 1, 1, 0, 1]), (0, [1, 1, 1, 1, 1]), (16, [1, 0, 0, 0, 1])]
+)
+def test_the_lowest_gates_are_shut_as_far_as_they_fit_into_the_budget(budget, kept):
+    logits, parameters = np.array([3.0, -1.0, 0.0, -2.0, np.inf]), np.array([5, 4, 10, 2, 1])
+    assert _projected(logits, parameters, budget).tolist() == [bool(k) for k in kept]
+
+
+def test_training_brings_the_pruned_model_nearer_to_the_dense_one_than_the_order_it_starts_from(
+    tiny_llama, monkeypatch
+):
+    """On text it has not seen, from a start that says nothing: gates in an order by chance."""
+    for constant, value in (("STEPS", 60), ("STEEPNESS", 0.5)):  # few steps, and a start easily overturned
+        monkeypatch.setattr(sys.modules[_Gates.__module__], constant, value)  # the module's name is its function's too
+    model, (tokens, others) = tiny_llama(n_kv=4), tokens_of(128).split(64)
+    groups, ratio, limits = discover(model), 0.15, {"protect": (0, -1)}
+    fisher = np.random.default_rng(0).random(len(groups)) * groups.parameters
+
+    def distance(score):
+        small = saap.prune(model, select(score, groups, ratio, align=1, **limits))
+        with torch.no_grad():
+            own, dense = (net(others).logits.log_softmax(-1).flatten(0, 1) for net in (small, model))
+        return F.kl_div(own, dense, log_target=True, reduction="batchmean").item()
+
+    learned = CRITERIA["saap_gates"](model, fisher, tokens, ratio, 0, **limits)
+    assert distance(learned) < 0.7 * distance(fisher / groups.parameters)
