@@ -23,6 +23,7 @@ DENSE = (
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_5_text",
     "smollm3",
 )
 MODEL_TYPES = (*DENSE, "baichuan", *(f"saap_{name}" for name in (*DENSE, "baichuan")))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.models.groups import KINDS, block_parts, weight_of
+from saap.models.groups import block_parts, weight_of
 
 
 @torch.no_grad()
@@ -15,7 +15,7 @@ def magnitude(model: nn.Module) -> np.ndarray:
     """
     scores = []
     for kinds in block_parts(model):
-        for kind in KINDS:
+        for kind in kinds:
             total, size = np.zeros(1), 0
             for part, linear in kinds[kind]:
                 rows = weight_of(linear).float().abs().sum(1 - part.axis, dtype=torch.float64)

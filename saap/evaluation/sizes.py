@@ -41,7 +41,10 @@ def size_of(model: nn.Module) -> Size:
         elif isinstance(module, nn.Linear) and module is not model.get_output_embeddings():  # type: ignore[operator]
             macs += module.weight.numel()
     width = sum(
-        linear.in_features for block in block_parts(model) for part, linear in block["attention"] if part.axis == 1
+        linear.in_features
+        for block in block_parts(model)
+        for part, linear in block.get("attention", [])
+        if part.axis == 1
     )
     stored = [*parameters.values(), *buffers.values()]
     return Size(count, sum(t.numel() * t.element_size() for t in stored), dtype, macs, width)

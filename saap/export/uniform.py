@@ -12,7 +12,7 @@ from saap.models.checkpoint import DTYPES, complete, load, load_config, load_tok
 
 STOCK = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "ministral3", "granite"),
-    *("phi3", "glm4", "olmo2", "olmo3", "cohere2"),
+    *("phi3", "glm4", "olmo2", "olmo3", "cohere2", "qwen3_5_text"),
 )
 # config fields that say what a stock model has no use for
 OURS = (

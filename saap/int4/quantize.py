@@ -93,6 +93,9 @@ def to_groupwise(
                     target.bias = nn.Parameter(module.bias.clone(), requires_grad=False)
             elif not list(module.children()):
                 block.set_submodule(name, copy.deepcopy(module))
+            else:  # what a layer of linear attention holds beside its matrices
+                for own, parameter in module.named_parameters(recurse=False):
+                    block.get_submodule(name).register_parameter(own, copy.deepcopy(parameter))
     return complete(small, model)
 
 

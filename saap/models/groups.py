@@ -75,8 +75,8 @@ def block_parts(model: nn.Module) -> list[dict[str, list[tuple[Part, nn.Linear]]
 def group_matrices(model: nn.Module) -> Iterator[tuple[int, str, Part, nn.Linear]]:
     """(layer, kind, part, linear) of every matrix that belongs to groups, in the order of `discover`."""
     for layer, kinds in enumerate(block_parts(model)):
-        for kind in KINDS:
-            for part, linear in kinds[kind]:
+        for kind, members in kinds.items():
+            for part, linear in members:
                 yield layer, kind, part, linear
 
 
@@ -87,7 +87,7 @@ def discover(model: nn.Module) -> Groups:
     even: dict[tuple[int, str], int] = {}
     configs = family.block_configs(model)
     for layer, (config, parts) in enumerate(zip(configs, block_parts(model), strict=True)):
-        for kind in KINDS:
+        for kind in parts:
             count = family.units(config)[kind]
             size = 0
             for part, linear in parts[kind]:
@@ -131,7 +131,7 @@ def weight_norms(model: nn.Module) -> np.ndarray:
     """float64 (N,): ‖W‖², the sum of squares of all weights (biases apart) of each coupled group."""
     norms = []
     for parts in block_parts(model):
-        for kind in KINDS:
+        for kind in parts:
             total: torch.Tensor | None = None
             for part, linear in parts[kind]:
                 square = weight_of(linear).float().square().sum(1 - part.axis, dtype=torch.float64)

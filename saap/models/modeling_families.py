@@ -25,6 +25,8 @@ from transformers import (
     Olmo3ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -38,6 +40,7 @@ from transformers.models.ministral3.modeling_ministral3 import Ministral3Decoder
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 from transformers.models.olmo3.modeling_olmo3 import Olmo3DecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
 
 from .modeling import UnevenConfig, UnevenModel, register
@@ -156,6 +159,18 @@ class SaapCohere2ForCausalLM(UnevenModel, Cohere2ForCausalLM):
     layer_class = Cohere2DecoderLayer
 
 
+@strict
+class SaapQwen35Config(UnevenConfig, Qwen3_5TextConfig):
+    model_type = "saap_qwen3_5_text"
+
+
+class SaapQwen35ForCausalLM(UnevenModel, Qwen3_5ForCausalLM):
+    """Only MLP widths differ: attention, three quarters of it linear, is that of the dense model."""
+
+    config_class = SaapQwen35Config
+    layer_class = Qwen3_5DecoderLayer
+
+
 register(
     SaapGemmaForCausalLM,
     SaapGemma2ForCausalLM,
@@ -168,4 +183,5 @@ register(
     SaapOlmo2ForCausalLM,
     SaapOlmo3ForCausalLM,
     SaapCohere2ForCausalLM,
+    SaapQwen35ForCausalLM,
 )

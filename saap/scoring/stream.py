@@ -59,7 +59,7 @@ class Stream:
                 for kind, units in (without or {}).items():
                     silence = _silence(units, self.widths[layer, kind])
                     stack.callback(self.matrices[layer, kind].register_forward_pre_hook(silence).remove)
-                for kind in KINDS:
+                for kind in (kind for kind in KINDS if (layer, kind) in self.matrices):
                     stack.callback(self.matrices[layer, kind].register_forward_hook(seen.watch(kind)).remove)
                 out = self.blocks[layer](states, *args, **kwargs)
             seen.out = out[0] if isinstance(out, tuple) else out

@@ -27,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
     Llama(others.SaapOlmo2ForCausalLM, post_norm=True, joint_norms=True),
     Llama(others.SaapOlmo3ForCausalLM, post_norm=True, joint_norms=True),
     Llama(others.SaapCohere2ForCausalLM),
+    Llama(others.SaapQwen35ForCausalLM, mlp_only=True),
     Bloom(),
     Baichuan(),
 )

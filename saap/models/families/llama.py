@@ -14,6 +14,7 @@ class Llama(Family):
 
     fused_qkv, fused_mlp: q, k and v, or gate and up, are stacked in one matrix. post_norm: what attention and MLP write
     is normalised before it joins the residual stream. joint_norms: the norms of q and k run over all heads together.
+    mlp_only: layers of a hybrid, whose attention (some of it linear) is left whole.
     """
 
     int4 = True
@@ -26,9 +27,11 @@ class Llama(Family):
         fused_mlp: bool = False,
         post_norm: bool = False,
         joint_norms: bool = False,
+        mlp_only: bool = False,
     ) -> None:
         self.model_class, self.post_norm = model_class, post_norm
         self.fused_qkv, self.fused_mlp, self.has_joint_norms = fused_qkv, fused_mlp, joint_norms
+        self.mlp_only = mlp_only
         uneven = model_class.config_class.model_type
         self.model_types = (uneven.removeprefix("saap_"), uneven)
 
@@ -50,16 +53,20 @@ class Llama(Family):
         gated = [Part("mlp.gate_proj", 0, (1,)), Part("mlp.up_proj", 0, (1,))]
         if self.fused_mlp:
             gated = [Part("mlp.gate_up_proj", 0, (1, 1))]
-        return {
-            "attention": [*inputs, Part("self_attn.o_proj", 1, (query,))],
-            "mlp": [*gated, Part("mlp.down_proj", 1, (1,))],
-        }
+        mlp = [*gated, Part("mlp.down_proj", 1, (1,))]
+        if self.mlp_only:
+            return {"mlp": mlp}
+        return {"attention": [*inputs, Part("self_attn.o_proj", 1, (query,))], "mlp": mlp}
 
     def units(self, config: Any) -> dict[str, int]:
+        if self.mlp_only:
+            return {"mlp": config.intermediate_size}
         heads = config.num_attention_heads if by_query(config) else config.num_key_value_heads
         return {"attention": heads, "mlp": config.intermediate_size}
 
     def widths(self, config: Any, kept: dict[str, list[int]]) -> dict[str, Any]:
+        if self.mlp_only:
+            return {"intermediate_size": len(kept["mlp"])}
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         own = {"num_attention_heads": len(kept["attention"])}
         if not by_query(config):

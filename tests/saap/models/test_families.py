@@ -38,6 +38,8 @@ from transformers import (
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     SmolLM3Config,
@@ -102,6 +104,8 @@ OTHERS = {
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, GATED | {"no_rope_layers": [1, 1, 0, 1], "pad_token_id": 2}),
     "smollm3, window": (
         SmolLM3ForCausalLM,
+        Qwen3_5ForCausalLM,
+        Qwen3_5TextConfig,
         SmolLM3Config,
         GATED | NOT_ALL | {"use_sliding_window": True, "pad_token_id": 2, "no_rope_layers": [0, 1, 1, 0]},
     ),
@@ -121,6 +125,13 @@ OTHERS = {
     "glm4": (Glm4ForCausalLM, Glm4Config, GATED | {"head_dim": 16, "pad_token_id": 2}),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config, GATED | {"pad_token_id": 2}),
     "olmo3": (Olmo3ForCausalLM, Olmo3Config, GATED | NOT_ALL | {"pad_token_id": 2}),
+    "qwen3_5": (
+        Qwen3_5ForCausalLM,
+        Qwen3_5TextConfig,
+        GATED
+        | {"head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"] * 2, "pad_token_id": 2},
+    ),
     "cohere2": (Cohere2ForCausalLM, Cohere2Config, GATED | NOT_ALL | {"logit_scale": 0.5, "pad_token_id": 2}),
 }
 BY_QUERY = {
@@ -196,6 +207,10 @@ def coupled(model, block):
             "attention": [[(a.query_key_value, 0, f), (a.dense, 1, c)] for f, c in zip(fused, columns, strict=True)],
             "mlp": [[(m.dense_h_to_4h, 0, j), (m.dense_4h_to_h, 1, j)] for j in channels],
         }
+    if hasattr(block, "block_type"):  # a hybrid: attention of either kind is left whole
+        m = block.mlp
+        rows = [slice(j, j + 1) for j in range(m.down_proj.in_features)]
+        return {"mlp": [[(m.gate_proj, 0, j), (m.up_proj, 0, j), (m.down_proj, 1, j)] for j in rows]}
     a, m = block.self_attn, block.mlp
     d = a.head_dim
     n_rep, queries = a.num_key_value_groups, a.o_proj.in_features // d
@@ -416,7 +431,8 @@ def test_the_attention_implementation_can_be_changed_after_loading(llama_like, t
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     for implementation in ("eager", "sdpa") if again._supports_sdpa else ("eager",):
         again.set_attn_implementation(implementation)
-        assert {b.self_attn.config._attn_implementation for b in blocks(again)} == {implementation}
+        attention = [b.self_attn for b in blocks(again) if hasattr(b, "self_attn")]
+        assert {layer.config._attn_implementation for layer in attention} == {implementation}
         torch.testing.assert_close(logits(again), logits(small), rtol=1e-5, atol=1e-5)
 
 
