@@ -75,6 +75,8 @@ def _write(path: Path, value: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except FileNotFoundError as error:
+        raise StorageError(f"the store was removed while the run was at work: there is no {path.parent}") from error
     except OSError as error:
         raise StorageError(f"cannot write the run record {path} ({error.strerror})") from error
 

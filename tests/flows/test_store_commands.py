@@ -165,4 +165,4 @@ def test_a_store_removed_while_a_run_works_ends_it_in_one_line(config, store, pr
     assert process.returncode == 2, errors
     assert "Traceback" not in errors, errors
     assert len([line for line in errors.splitlines() if line.startswith("saap: ")]) == 1, errors
-    assert not store.exists()
+    assert not (store / "runs").exists()

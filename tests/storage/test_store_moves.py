@@ -208,7 +208,7 @@ def test_blocks_of_the_warehouse_that_went_bad_are_made_again(root):
 def test_a_store_that_went_is_one_line_and_does_not_come_back(root):
     record = RunRecord(root, "r3", **ABOUT)
     shutil.rmtree(root)
-    with pytest.raises(StorageError, match="cannot write the run record"):
+    with pytest.raises(StorageError, match="store was removed"):
         record.finish("completed")
     with pytest.raises(StorageError, match="is gone"):
         Warehouse(root).load("r3")
