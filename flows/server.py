@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,7 @@ def prefect_api(store: Path, meanwhile: tuple[str, ...] = ()) -> Iterator[str]:
     users = get_current_settings().api.url
     try:
         if users is not None:
+            _ask_health(users)
             yield users
         else:
             with _own_server(store, meanwhile) as url:
@@ -73,6 +75,17 @@ def prefect_api(store: Path, meanwhile: tuple[str, ...] = ()) -> Iterator[str]:
         at = f" at {users}" if users else f"; see {store / 'prefect' / 'server.log'}"
         line = str(error).partition("\n")[0] or type(error).__name__
         raise StorageError(f"the Prefect server failed ({line}){at}: the same command goes on from here") from error
+
+
+def _ask_health(url: str) -> None:
+    """Raises StorageError when nobody answers. What the answer is, Prefect may judge."""
+    try:
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{url}/health", timeout=10):
+            pass
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"no Prefect server answers at {url}: start it with prefect server start, or unset PREFECT_API_URL"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -164,6 +164,13 @@ def test_a_long_query_blocks_neither_a_run_nor_other_queries(root):
         process.kill()
 
 
+def test_one_process_reads_the_old_and_the_new_file_at_once(root):
+    with Warehouse(root).reading() as before:
+        run(root, "r3")
+        assert counts(root)["runs"] == 3
+        assert before.execute("select count(*) from runs").fetchall() == [(2,)]
+
+
 def test_a_writer_that_hangs_is_named_and_readers_see_what_was_there(root, monkeypatch, caplog):
     from storage import locks, warehouse
 

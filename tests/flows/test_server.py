@@ -1,0 +1,44 @@
+"""A Prefect server of the user's that is not there, or fails, ends a command in one line."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import httpx
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.server import prefect_api
+from storage.errors import StorageError
+
+
+@pytest.fixture
+def busy():
+    """Address of a server that says 503 to everything."""
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(503)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/api"
+        server.shutdown()
+
+
+def test_a_server_that_is_not_there_is_named_before_anything_runs(tmp_path):
+    nobody = temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"})
+    with nobody, pytest.raises(StorageError, match=r"127\.0\.0\.1:9.*PREFECT_API_URL"), prefect_api(tmp_path):
+        pass
+
+
+def test_a_server_that_fails_for_longer_than_prefect_retries_is_one_line(tmp_path, busy):
+    with (
+        temporary_settings({PREFECT_API_URL: busy}),
+        pytest.raises(StorageError, match="503") as failed,
+        prefect_api(tmp_path) as url,
+    ):
+        httpx.get(f"{url}/flow_runs").raise_for_status()
+    assert "\n" not in str(failed.value)
