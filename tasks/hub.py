@@ -11,11 +11,8 @@ from typing import Any, TypeVar
 from tasks.toml import ConfigError
 
 Found = TypeVar("Found")
-WAITS = (
-    1.0,
-    4.0,
-    15.0,
-)  # seconds before the second try, the third, the last; a Retry-After of up to a minute goes first
+# seconds before the second, third and last try; what the hub's Retry-After says goes first, up to a minute
+WAITS = (1.0, 4.0, 15.0)
 LONGEST_WAIT = 60.0
 
 
