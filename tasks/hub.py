@@ -1,6 +1,7 @@
 """The model hub: asked again after what passes, its refusals said in a line, what it answered kept for offline use."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -48,7 +49,9 @@ def ask(what: str, action: Callable[[], Found]) -> Found:
             why, passes, asked = _explain(what, cause)
             if not passes or wait is None:
                 raise HubError(why) from error
-            time.sleep(min(asked if asked is not None else wait, LONGEST_WAIT))
+            wait = min(asked if asked is not None else wait, LONGEST_WAIT)
+            logging.getLogger(__name__).warning("%s; trying again in %.0f s", why.partition(": ")[0], wait)
+            time.sleep(wait)
     raise AssertionError
 
 
