@@ -6,6 +6,7 @@ Importing it registers the uneven models with transformers, so `AutoModelForCaus
 our checkpoints.
 """
 
+from saap.corpus import ParquetTexts
 from saap.criteria import CRITERIA
 from saap.errors import DataUnavailable, SaapError
 from saap.evaluation.accuracy import ACCURACY, accuracy
@@ -43,6 +44,7 @@ __all__ = [
     "Groupwise",
     "GroupwiseLinear",
     "Lora",
+    "ParquetTexts",
     "Perplexity",
     "PooledAdapter",
     "Qlora",

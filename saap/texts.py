@@ -13,7 +13,7 @@ from saap.errors import SaapError, first_line
 
 
 def read_rows(file: str | Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-    """All rows of a .parquet or .jsonl file, the named columns only.
+    """All rows of a .parquet file, JSON lines or one JSON array (.jsonl, .json), the named columns only.
 
     Raises SaapError for a missing or damaged file, a missing column, or a file without rows.
     """
@@ -27,9 +27,16 @@ def read_rows(file: str | Path, columns: tuple[str, ...]) -> list[dict[str, Any]
         raise SaapError(f"data file {file} does not exist")
     try:
         if file.suffix == ".parquet":
-            rows = pq.read_table(file).to_pylist()
+            with pq.ParquetFile(file) as parquet:
+                if missing := [c for c in columns if c not in parquet.schema_arrow.names]:
+                    raise SaapError(
+                        f"{file} has no column {missing}; its columns are {parquet.schema_arrow.names}"[:300]
+                    )
+                rows = parquet.read(columns=list(columns)).to_pylist()
         else:
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+            text = file.read_text(encoding="utf-8-sig")
+            array = text.lstrip().startswith("[")
+            rows = json.loads(text) if array else [json.loads(line) for line in text.split("\n") if line.strip()]
     except (pa.ArrowInvalid, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise SaapError(f"cannot read {file}: {first_line(error)}") from error
     if not rows:
@@ -123,8 +130,11 @@ def alpaca_example(row: dict[str, str], tokenizer: Any, max_length: int, whole_t
     """One Alpaca row in the Alpaca prompt format: input_ids, and labels, −100 on the prompt (loss on the answer).
 
     whole_text: loss on the prompt too. Ends with the end-of-sequence token; cut at max_length tokens. The first label
-    is −100, since nothing comes before it.
+    is −100, since nothing comes before it. Raises SaapError for a row without instruction or output.
     """
+    for column in ("instruction", "output"):
+        if not isinstance(row[column], str):
+            raise SaapError(f"an Alpaca row needs text as {column}, found {row[column]!r}"[:300])
     prompt = (WITH_INPUT if row["input"] else WITHOUT_INPUT).format(**row)
     head = tokenizer(prompt)["input_ids"]
     tail = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

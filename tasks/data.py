@@ -9,7 +9,7 @@ from typing import Any
 
 from storage.keys import Fingerprints, digest
 from tasks.hub import HubError, Split, commit_of, file_of, split_of, with_rows
-from tasks.rows import FORMS, check_text_column, read_checked, write_parquet
+from tasks.rows import FORMS, check_text_column, checked_rows, write_parquet
 from tasks.toml import ConfigError
 
 SHUFFLED_AT_ONCE = 1 << 22  # rows: as in saap.texts, which needs torch
@@ -122,7 +122,7 @@ def check_file(file: Path, role: str) -> int:
     columns = DATA[role].columns
     if file.suffix == ".parquet" and role not in FORMS and len(columns) == 1:
         return check_text_column(file, role, columns[0])
-    return len(read_checked(file, role, columns))
+    return sum(1 for _ in checked_rows(file, role, columns))
 
 
 def read_data(data: str, role: str) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def read_data(data: str, role: str) -> list[dict[str, Any]]:
     Raises MissingData when the hub's cannot be downloaded.
     """
     columns = DATA[role].columns
-    rows = (row for file in _files(data, role) for row in read_checked(file, role, columns))
+    rows = (row for file in _files(data, role) for row in checked_rows(file, role, columns))
     return [{column: row[column] for column in columns} for row in rows]
 
 
@@ -139,7 +139,7 @@ def read_data(data: str, role: str) -> list[dict[str, Any]]:
 def benchmark_file(data: str, role: str) -> Iterator[Path]:
     """A Parquet file with all rows of a benchmark in the official form, as long as the context lasts."""
     columns = DATA[role].columns
-    rows = [row for file in _files(data, role) for row in read_checked(file, role, columns)]
+    rows = [row for file in _files(data, role) for row in checked_rows(file, role, columns)]
     with TemporaryDirectory() as folder:
         yield write_parquet(rows, columns, Path(folder) / f"{role}.parquet")
 

@@ -1,6 +1,8 @@
 """The model hub: asked again after what passes, its refusals said in a line, what it answered kept for offline use."""
 
 import json
+import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -10,11 +12,8 @@ from typing import Any, TypeVar
 from tasks.toml import ConfigError
 
 Found = TypeVar("Found")
-WAITS = (
-    1.0,
-    4.0,
-    15.0,
-)  # seconds before the second try, the third, the last; a Retry-After of up to a minute goes first
+# seconds before the second, third and last try; what the hub's Retry-After says goes first, up to a minute
+WAITS = (1.0, 4.0, 15.0)
 LONGEST_WAIT = 60.0
 
 
@@ -44,14 +43,26 @@ def ask(what: str, action: Callable[[], Found]) -> Found:
         try:
             return action()
         except (HTTPError, OSError, ConnectionError) as error:
-            cause = error if getattr(error, "response", None) is not None else error.__cause__ or error
+            cause = _answer_in(error)
             if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
                 raise
             why, passes, asked = _explain(what, cause)
             if not passes or wait is None:
                 raise HubError(why) from error
-            time.sleep(min(asked if asked is not None else wait, LONGEST_WAIT))
+            wait = min(asked if asked is not None else wait, LONGEST_WAIT)
+            logging.getLogger(__name__).warning("%s; trying again in %.0f s", why.partition(": ")[0], wait)
+            time.sleep(wait)
     raise AssertionError
+
+
+def _answer_in(error: BaseException) -> BaseException:
+    """The error that holds the hub's answer, of those that led to this one; else what led to it."""
+    link: BaseException | None = error
+    while link is not None:
+        if getattr(link, "response", None) is not None:
+            return link
+        link = link.__cause__ or link.__context__
+    return error.__cause__ or error
 
 
 def _explain(what: str, error: BaseException) -> tuple[str, bool, float | None]:
@@ -164,11 +175,16 @@ def _converted_files(repository: str, config: str | None, split: str, commit: st
 def _published_files(repository: str, config: str | None, split: str, commit: str) -> list[str]:
     """As `datasets` finds them: by the README's configurations, else by names."""
     from datasets import load_dataset_builder
+    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
+    from huggingface_hub import HfApi
 
     try:
         builder = load_dataset_builder(repository, config, revision=commit)
         urls = (builder.config.data_files or {}).get(split, [])
-    except ValueError as error:  # no such configuration, or files of no known kind
+    except DatasetNotFoundError:
+        HfApi().auth_check(repository, repo_type="dataset")  # says why not, which datasets does not
+        raise
+    except (ValueError, DataFilesNotFoundError) as error:  # no such configuration, or no files
         raise HubError(f"the data set {repository} has no {config} {split}: {str(error).splitlines()[0]}") from error
     return [str(url).split(f"@{commit}/", 1)[-1] for url in urls]
 
@@ -188,8 +204,6 @@ def _noted(note: Path, what: str) -> dict[str, Any]:
 
 
 def _keep(note: Path, value: dict[str, Any]) -> None:
-    import os
-
     partial = note.with_suffix(f".{os.getpid()}.tmp")
     partial.write_text(json.dumps(value))
     partial.replace(note)

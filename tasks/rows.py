@@ -15,15 +15,15 @@ class _Wrong(ValueError):
         super().__init__(f"column {column}: {expected} is expected, found {repr(found)[:60]}")
 
 
-def read_checked(file: Path, role: str, columns: tuple[str, ...]) -> list[Row]:
-    """All rows of a file in the official form of the role, the named columns first and others as they are.
+def checked_rows(file: Path, role: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    """The rows of a file, one by one, in the official form of the role; of benchmarks further columns as they are.
 
     Taken where the meaning is clear: `input` missing or null, choices as a list of pairs, numbers for labels.
     Raises ConfigError for a damaged file, a missing column, a file without rows, a value that is not as expected.
     """
     fix = FORMS.get(role, _texts(*columns))
-    rows = []
-    for number, row in enumerate(_rows(file), 1):
+    number = 0
+    for number, row in enumerate(_rows(file, None if role in FORMS else columns), 1):
         if not isinstance(row, dict):
             raise ConfigError(
                 f"{file}, row {number}: an object with {', '.join(columns)} is expected, found {row!r:.60}"
@@ -39,10 +39,9 @@ def read_checked(file: Path, role: str, columns: tuple[str, ...]) -> list[Row]:
             fix(row)
         except _Wrong as wrong:
             raise ConfigError(f"{file}, row {number}, {wrong}") from wrong
-        rows.append(row)
-    if not rows:
+        yield row
+    if not number:
         raise ConfigError(f"{file} has no rows")
-    return rows
 
 
 def check_text_column(file: Path, role: str, column: str) -> int:
@@ -95,15 +94,23 @@ def write_parquet(rows: list[Row], columns: tuple[str, ...], file: Path) -> Path
     return file
 
 
-def _rows(file: Path) -> Iterator[Any]:
-    """The rows of .parquet, JSON lines, or one JSON array; a byte order mark is passed over."""
+def _rows(file: Path, columns: tuple[str, ...] | None) -> Iterator[Any]:
+    """The rows of .parquet, JSON lines, or one JSON array; a byte order mark is passed over.
+
+    columns: those to read of a Parquet file, where it has them; all if None.
+    """
     if file.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            for batch in pq.ParquetFile(file).iter_batches():
-                yield from batch.to_pylist()
+            with pq.ParquetFile(file) as parquet:
+                names = parquet.schema_arrow.names
+                wanted = names if columns is None else [name for name in names if name in columns]
+                if not wanted:
+                    raise ConfigError(f"{file} lacks the columns {', '.join(columns or ())}; it has {sorted(names)}")
+                for batch in parquet.iter_batches(columns=wanted):
+                    yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise ConfigError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
         return

@@ -99,6 +99,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(fault, b'{"error": "of the test"}', {"Retry-After": "0"})
         elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(.+))?", path):
             self._api(*found.groups(), parse_qs(url.query), body)
+        elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/auth-check", path):
+            repository = self._repository(f"{found[1]}/{found[2]}")
+            if repository is not None:
+                self._send(*((403, b"", {"X-Error-Code": "GatedRepo"}) if repository.gated else (200, b"")))
         elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/(.+)", path):
             self._resolve(found[1] or "models/", found[2], found[3])
         elif found := re.fullmatch(r"/cdn/(\w+/[^/]+/[^/]+)/(\w{40})/(.+)", path):

@@ -109,6 +109,14 @@ def test_an_alpaca_row_is_learned_on_its_answer_only(tiny_tokenizer, given):
     assert short["labels"] == [-100] * len(prompt) + answer[:2]
 
 
+@pytest.mark.parametrize("column", ["instruction", "output"])
+def test_an_alpaca_row_without_a_text_is_refused(tiny_tokenizer, column):
+    row = {"instruction": "Name a colour.", "input": None, "output": "Blue."}
+    assert alpaca_example(row, tiny_tokenizer, 100) == alpaca_example(row | {"input": ""}, tiny_tokenizer, 100)
+    with pytest.raises(SaapError, match=f"text as {column}, found None"):
+        alpaca_example(row | {column: None}, tiny_tokenizer, 100)
+
+
 TEXTS = ["one — 1", "", "two\nlines", "all\u2028that\x85may\x0bend\x0ca\x1cline"]
 ROWS = [{"text": text, "extra": number} for number, text in enumerate(TEXTS)]
 
@@ -143,6 +151,12 @@ def test_files_that_cannot_be_used_are_refused_by_name(tmp_path, name, spoil, me
     with pytest.raises(SaapError, match=f"{name}.*{message}|{message}.*{name}") as caught:
         read_rows(file, ("text",))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_array_is_read_too(tmp_path, indent):
+    (tmp_path / "rows.json").write_text("\ufeff" + json.dumps(ROWS, indent=indent), encoding="utf-8")
+    assert read_rows(tmp_path / "rows.json", ("text",)) == [{"text": text} for text in TEXTS]
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
