@@ -151,7 +151,7 @@ class Recover(Section):
     )
     epochs: Annotated[float, Field(gt=0, le=10_000)] = Field(1.0, description="passes over the rows")
     batch_size: Count = Field(8, description="examples an optimiser step")
-    micro_batch_size: Count = Field(8, description="examples at once on a device")
+    micro_batch_size: Count = Field(8, description="examples at once on a device; in no key")
     learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(1e-3, description="AdamW")
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = Field(10, description="optimiser steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
@@ -160,7 +160,7 @@ class Recover(Section):
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="of the arithmetic in training; float16 on a GPU only"
     )
-    gradient_checkpointing: bool = Field(False, description="less memory for activations, a third more time")
+    gradient_checkpointing: bool = Field(False, description="less memory for activations, a third more time; in no key")
     distill: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share in the loss of KL(dense model ‖ this one); 0: plain cross-entropy, no dense model held"
     )
