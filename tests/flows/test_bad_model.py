@@ -170,7 +170,7 @@ FOLDERS = {
     "tokenizer is a pipe": (replaced("tokenizer.json", os.mkfifo), ["tokenizer.json", "no regular file"]),
     "tokenizer config broken": (text("tokenizer_config.json", "{"), ["tokenizer", "read"]),
     "more tokens than embeddings": (more_tokens, ["1112 tokens", "512"]),
-    "no end of text": (no_end, ["end-of-text", "eos_token", "recover.recipe"]),
+    "no end of text": (no_end, ["end-of-text", "recovery", "lm-eval", "eos_token"]),
 }
 RUNS = [
     (["prune.protect=[6]"], ["protect", "block 6", "6 blocks"]),
@@ -293,6 +293,14 @@ def test_plan_run_sweep_and_the_deployed_flows_refuse_alike(config, store, overr
         saap_sweep.fn(str(config), [override])
     assert str(flow.value) == swept
     assert not list(store.glob("*/*/manifest.json"))
+
+
+def test_a_tokenizer_without_an_end_will_do_where_none_is_needed(config, folder):
+    no_end(folder)
+    asked = ["plan", config, *settings([f"model.path={folder}", "recover.recipe=none"])]
+    assert_refused(["end-of-text"], *asked)
+    done = RUNNER.invoke(app, [*map(str, asked), "--set", "evaluate.benchmarks=['wikitext2']"])
+    assert done.exit_code == 0, done.exception
 
 
 def test_a_bloom_is_refused_for_int4_and_llama_cpp_and_taken_without(config, folder):
