@@ -118,10 +118,11 @@ def _check_tokenizer(config: RunConfig, source: ModelSource, facts: Facts) -> No
             f"the tokenizer in {source.path} has {facts.tokens} tokens, the model embeddings for "
             f"{facts.config.vocab_size}: give the tokenizer that belongs to it"
         )
-    if config.recover.recipe != "none" and not facts.ends:
+    answers = bool(config.evaluate.variants and set(config.evaluate.benchmarks) & set(ACCURACIES))
+    if not facts.ends and (config.recover.recipe != "none" or answers):
         raise ConfigError(
-            f"the tokenizer in {source.path} names no end-of-text token, which recovery teaches: set eos_token in its "
-            "tokenizer_config.json or eos_token_id in config.json, or recover.recipe = 'none'"
+            f"the tokenizer in {source.path} names no end-of-text token, which recovery teaches and lm-eval needs: set "
+            "eos_token in its tokenizer_config.json or eos_token_id in config.json"
         )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from storage.keys import digest
 from tasks.artifact import Source
+from tasks.compute import compute_of
 from tasks.config import RunConfig
 from tasks.criteria import needs_of
 from tasks.inputs import Checkpoint, Data, Gguf
@@ -121,7 +122,7 @@ class Graph:
                 params=json.dumps(params, sort_keys=True),
                 inputs=taken,
                 outside=tuple(outside.items()),
-                compute=self.config.compute.model_dump_json(),
+                compute=compute_of(self.config),
                 store=str(Path(self.config.store).resolve()),
                 run_id=self.run_id,
                 variant=variant,

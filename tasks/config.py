@@ -11,42 +11,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.toml import ConfigError, one_line, parse_value, read_toml, sections_of, short
+from tasks.values import Amount, Arguments, Block, Count, Ratio, Seed, Text, distinct
 
 ACCURACIES = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa")
 PERPLEXITIES = ("wikitext2", "ptb")
 Benchmark = Literal[
     "arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa", "wikitext2", "ptb"
 ]
-
-
-def _plain(text: str) -> str:
-    if not text.strip():
-        raise ValueError("must not be empty")
-    if len(text) > 4096 or any(ord(letter) < 32 or ord(letter) == 127 for letter in text):
-        raise ValueError("must be one line of at most 4,096 characters")
-    return text
-
-
-def _arguments(text: str) -> str:
-    try:
-        shlex.split(text)
-    except ValueError as error:
-        raise ValueError(f"cannot be split into arguments ({error})") from error
-    return text
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(values)) < len(values):
-        raise ValueError("must not name one thing twice")
-    return values
-
-
-Text = Annotated[str, AfterValidator(_plain)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of examples, tokens, steps, channels: what nobody exceeds
-Amount = Annotated[int, Field(ge=1, le=10**12)]  # of the first so many of what there is
-Ratio = Annotated[float, Field(gt=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Block = Annotated[int, Field(ge=-4096, lt=4096)]
 
 
 class Section(BaseModel):
@@ -105,7 +76,7 @@ class Criterion(Section):
         "as_coded",
         description="llm_pruner, grouped queries: heads counted as its code does, or those the KV head serves",
     )
-    cuts: Annotated[tuple[Ratio, ...], AfterValidator(_distinct)] = Field(
+    cuts: Annotated[tuple[Ratio, ...], AfterValidator(distinct)] = Field(
         (0.1, 0.2, 0.35), description="ratios below prune.ratio after which saap_plus ranks what is left again"
     )
 
@@ -128,7 +99,7 @@ class Prune(Section):
         "auto",
         description="for what was removed: its mean as a bias, a refit of what stays, nothing, or the criterion's",
     )
-    protect: Annotated[tuple[Block, ...], AfterValidator(_distinct)] = Field(
+    protect: Annotated[tuple[Block, ...], AfterValidator(distinct)] = Field(
         (0, 1, 2, -1), description="blocks left whole; negative: from the end"
     )
     align: Count = Field(32, description="MLP channels are kept in multiples of this")
@@ -146,12 +117,12 @@ class Recover(Section):
     )
     rank: Count = Field(64, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(16.0, description="adapters are scaled by alpha / rank")
-    targets: Annotated[tuple[Text, ...], AfterValidator(_distinct)] = Field(
+    targets: Annotated[tuple[Text, ...], AfterValidator(distinct)] = Field(
         (), description='layers with an adapter, e.g. ["q_proj", "v_proj"]; all if empty'
     )
     epochs: Annotated[float, Field(gt=0, le=10_000)] = Field(1.0, description="passes over the rows")
     batch_size: Count = Field(8, description="examples an optimiser step")
-    micro_batch_size: Count = Field(8, description="examples at once on a device")
+    micro_batch_size: Count = Field(8, description="examples at once on a device; in no key")
     learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(1e-3, description="AdamW")
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = Field(10, description="optimiser steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
@@ -160,7 +131,7 @@ class Recover(Section):
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="of the arithmetic in training; float16 on a GPU only"
     )
-    gradient_checkpointing: bool = Field(False, description="less memory for activations, a third more time")
+    gradient_checkpointing: bool = Field(False, description="less memory for activations, a third more time; in no key")
     distill: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share in the loss of KL(dense model ‖ this one); 0: plain cross-entropy, no dense model held"
     )
@@ -175,14 +146,14 @@ class Recover(Section):
 
 
 class Evaluate(Section):
-    benchmarks: Annotated[tuple[Benchmark, ...], AfterValidator(_distinct)] = Field(
+    benchmarks: Annotated[tuple[Benchmark, ...], AfterValidator(distinct)] = Field(
         get_args(Benchmark), description="which of the nine"
     )
-    variants: Annotated[tuple[Literal["dense", "pruned", "recovered"], ...], AfterValidator(_distinct)] = Field(
+    variants: Annotated[tuple[Literal["dense", "pruned", "recovered"], ...], AfterValidator(distinct)] = Field(
         ("dense", "pruned", "recovered"), description="which models of the run"
     )
     limit: Amount | None = Field(None, description="first so many items of each accuracy benchmark; all if absent")
-    windows: Annotated[tuple[Annotated[Count, Field(ge=2)], ...], AfterValidator(_distinct)] = Field(
+    windows: Annotated[tuple[Annotated[Count, Field(ge=2)], ...], AfterValidator(distinct)] = Field(
         (128, 2048), description="perplexity window lengths, tokens"
     )
     max_tokens: Amount | None = Field(None, description="first so many tokens of each text; all if absent")
@@ -211,7 +182,7 @@ class Compute(Section):
     offload: bool = Field(
         False, description="score and prune a model larger than the device: its blocks come from disk one by one"
     )
-    launch: Annotated[Text, AfterValidator(_arguments)] | None = Field(
+    launch: Arguments | None = Field(
         None,
         description="train in several processes: arguments of `accelerate launch`; '--multi_gpu' or '--use_fsdp'",
     )

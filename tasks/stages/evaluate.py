@@ -33,8 +33,9 @@ def _params(config: RunConfig, benchmark: str) -> dict[str, Any]:
 
 
 def _fingerprint(outside: Outside, inputs: Mapping[str, Source], benchmark: str) -> str:
-    dense = outside.model.weights if inputs["checkpoint"].path else None
-    return digest([dense, None if outside.missing(benchmark) else outside.data(benchmark)])
+    data = None if outside.missing(benchmark) else outside.data(benchmark)
+    model = outside.model  # as a folder, its tokenizer comes from outside as well
+    return digest([model.weights, model.tokenizer, data] if inputs["checkpoint"].path else [None, data])
 
 
 @stage(version=3, publishes=Metrics, params=_params, fingerprint=_fingerprint)

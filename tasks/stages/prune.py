@@ -28,7 +28,8 @@ def prune_params(config: RunConfig) -> dict[str, Any]:
 
 
 def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
-    return digest([outside.model.weights, outside.model.tokenizer])
+    model = outside.model
+    return digest([model.weights, model.tokenizer, *([model.extras] if model.extras else [])])
 
 
 @stage(version=3, publishes=Checkpoint, params=prune_params, fingerprint=_fingerprint)

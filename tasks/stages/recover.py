@@ -9,7 +9,7 @@ from storage.artifacts import ArtifactStore
 from storage.keys import digest
 from storage.tables import write_table
 from tasks.artifact import Source
-from tasks.compute import compute_settings
+from tasks.compute import MEMORY, compute_settings
 from tasks.data import read_data
 from tasks.inputs import Checkpoint, Data, forget_model
 from tasks.model_card import write_card
@@ -23,9 +23,9 @@ def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
 
 
 @stage(
-    version=4,
+    version=5,
     publishes=Checkpoint,
-    params=lambda config: config.recover.model_dump() | dtype_of(config),
+    params=lambda config: config.recover.model_dump(exclude=set(MEMORY)) | dtype_of(config),
     fingerprint=_fingerprint,
 )
 def recover(
@@ -46,7 +46,7 @@ def recover(
         output=str(folder),
         recipe=config["recipe"],
         options={f.name: config[f.name] for f in fields(recipe)},
-        training={f.name: config[f.name] for f in fields(Training)},
+        training={f.name: (compute if f.name in MEMORY else config)[f.name] for f in fields(Training)},
         dtype=config["dtype"],
         device=compute["device"],
     )

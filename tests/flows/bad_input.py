@@ -21,3 +21,7 @@ def assert_refused(words, *arguments):
     line = refused(*arguments)
     missing = [word for word in words if word not in line]
     assert not missing, (missing, line)
+
+
+def settings(overrides):
+    return [part for override in overrides for part in ("--set", override)]

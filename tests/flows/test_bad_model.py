@@ -6,19 +6,12 @@ import shutil
 
 import pytest
 import torch
-from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from flows.cli import app
-from flows.run import saap_run
-from flows.sweep import saap_sweep
 from saap import load, load_tokenizer, save, to_groupwise
-from saap.errors import SaapError
-from storage.keys import Fingerprints
-from tasks.config import ConfigError
-from tasks.model_source import EMBEDDED, model_source
-from tests.flows.bad_input import RUNNER, assert_refused, refused
+from tests.flows.bad_input import RUNNER, assert_refused, settings
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -170,50 +163,8 @@ FOLDERS = {
     "tokenizer is a pipe": (replaced("tokenizer.json", os.mkfifo), ["tokenizer.json", "no regular file"]),
     "tokenizer config broken": (text("tokenizer_config.json", "{"), ["tokenizer", "read"]),
     "more tokens than embeddings": (more_tokens, ["1112 tokens", "512"]),
-    "no end of text": (no_end, ["end-of-text", "eos_token", "recover.recipe"]),
+    "no end of text": (no_end, ["end-of-text", "recovery", "lm-eval", "eos_token"]),
 }
-RUNS = [
-    (["prune.protect=[6]"], ["protect", "block 6", "6 blocks"]),
-    (["prune.protect=[-7]"], ["protect", "-7"]),
-    (["prune.ratio=0.99"], ["0.99", "cannot be reached"]),
-    (["prune.ratio=0.9", "prune.protect=[0,1,2,3]"], ["0.9", "cannot be reached"]),
-    (["prune.protect=[0,1,2,3,4,5]"], ["cannot be reached"]),
-    (["prune.kinds=mlp", "prune.ratio=0.8"], ["cannot be reached", "heads"]),
-    (["prune.search=uniform", "prune.align=96", "prune.ratio=0.6"], ["cannot be reached"]),
-    (["recover.targets=['query']"], ["query", "recover.targets", "q_proj"]),
-    (["recover.precision=float16"], ["float16", "GPU"]),
-    (["calibrate.length=257"], ["calibrate.length", "256 positions"]),
-    (["evaluate.windows=[512]"], ["evaluate.windows", "256 positions"]),
-    (["evaluate.max_tokens=16"], ["evaluate.max_tokens", "window of 32"]),
-    (["compute.device=cuda:99"], ["cuda:99", "not there"]),
-    (["model.path=/no/such/model"], ["/no/such/model", "does not exist"]),
-    (["model.path=~/model"], ["~/model", "does not exist"]),
-    (["model.path=./gone"], ["./gone", "does not exist"]),
-    (["model.path=a/b/c"], ["a/b/c", "does not exist"]),
-    (["model.path=smollm"], ["smollm", "smollm2-135m"]),
-    (["model.path=org/model"], ["org/model"]),
-]
-SWEEPS = [
-    ("", [], ["[sweep]"]),
-    ("[sweep]", [], ["[sweep]"]),
-    ("sweep = 3", [], ["[sweep]"]),
-    ("[sweep]\n'prune.ratio' = 0.5", [], ["[sweep]", "lists"]),
-    ("[sweep]\n'prune.ratio' = []", [], ["[sweep]", "lists"]),
-    ("[sweep]\nprune.ratio = [0.2]", [], ["[sweep]", "lists"]),
-    ("[sweep]\n'prune.ratio' = [0.2, 1.5]", [], ["prune.ratio", "1.5"]),
-    ("[sweep]\n'prune.ratio' = [0.2, 0.2]", [], ["prune.ratio", "0.2 twice"]),
-    ("[sweep]\n'prune.rato' = [0.2]", [], ["prune.rato"]),
-    ("[sweep]\n'prune' = [0.2]", [], ["prune is a section"]),
-    ("[sweep]\n'prune.ratio' = [0.2, 0.3]", ["prune.ratio=0.4"], ["prune.ratio", "axis"]),
-    ("[sweep]\n'prune.ratio' = [0.2, 0.3]", ["prune.align=0"], ["prune.align"]),
-    (f"[sweep]\n'calibrate.seed' = {list(range(20000))}", [], ["10,000"]),
-    ("[sweep]\n'prune.ratio' = [0.2, 0.99]", [], ["prune.ratio=0.99", "cannot be reached"]),
-    ("[sweep]\n'model.path' = ['/gone', '/away']", [], ['model.path="/gone"', "does not exist"]),
-]
-
-
-def settings(overrides):
-    return [part for override in overrides for part in ("--set", override)]
 
 
 @pytest.fixture
@@ -229,70 +180,12 @@ def test_a_folder_that_is_no_model_we_can_prune_is_refused(config, store, folder
     assert not list(store.glob("*/*/manifest.json"))
 
 
-@pytest.mark.parametrize(("overrides", "words"), RUNS, ids=str)
-def test_a_run_that_the_model_cannot_make_is_refused(config, overrides, words):
-    assert_refused(words, "plan", config, *settings(overrides))
-
-
-@pytest.mark.parametrize("override", ["prune.protect=[30]", "prune.protect=[-31]", "prune.ratio=0.97"])
-def test_the_embedded_model_is_checked_too(config, override):
-    line = refused("plan", config, *settings(["model.path=smollm2-135m", override]))
-    assert "30 blocks" in line or "cannot be reached" in line
-
-
-@pytest.mark.slow
-def test_what_is_said_of_the_embedded_model_is_what_its_file_says(tmp_path):
-    file = GGUFReader(model_source("smollm2-135m", None, Fingerprints(tmp_path)).path)
-    names = {
-        "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length",
-        "num_hidden_layers": "block_count",
-        "num_attention_heads": "attention.head_count",
-        "num_key_value_heads": "attention.head_count_kv",
-        "max_position_embeddings": "context_length",
-    }
-    said = {name: file.get_field(f"llama.{theirs}").contents() for name, theirs in names.items()}
-    said["vocab_size"] = len(file.get_field("tokenizer.ggml.tokens").data)
-    said["tie_word_embeddings"] = all(tensor.name != "output.weight" for tensor in file.tensors)
-    assert said | {"model_type": "llama"} == EMBEDDED["smollm2-135m"].config
-
-
-@pytest.mark.parametrize(("name", "parameters"), [("smollm2-135m", 134_515_008), ("gemma3-270m", 268_098_176)])
-def test_the_embedded_models_have_the_size_that_is_published(name, parameters):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**EMBEDDED[name].config))
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-
-
-@pytest.mark.parametrize(("table", "overrides", "words"), SWEEPS, ids=lambda part: str(part)[:50])
-def test_a_sweep_that_cannot_be_is_refused(config, table, overrides, words):
-    config.write_text(table if "sweep = " in table else config.read_text() + table)
-    assert_refused(words, "sweep", config, *settings(overrides))
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "prune.ratio=0.99",
-        "recover.targets=['query']",
-        "calibrate.length=257",
-        "evaluate.max_tokens=16",
-        "recover.bits=9",
-    ],
-)
-def test_plan_run_sweep_and_the_deployed_flows_refuse_alike(config, store, override):
-    line = refused("plan", config, "--set", override)
-    assert refused("run", config, "--set", override) == line
-    with pytest.raises((ConfigError, SaapError)) as flow:
-        saap_run.fn(str(config), [override])
-    assert str(flow.value) == line
-    config.write_text(config.read_text() + "\n[sweep]\n'calibrate.seed' = [0, 1]")
-    swept = refused("sweep", config, "--set", override)
-    assert swept.endswith(line)
-    with pytest.raises(ConfigError) as flow:
-        saap_sweep.fn(str(config), [override])
-    assert str(flow.value) == swept
-    assert not list(store.glob("*/*/manifest.json"))
+def test_a_tokenizer_without_an_end_will_do_where_none_is_needed(config, folder):
+    no_end(folder)
+    asked = ["plan", config, *settings([f"model.path={folder}", "recover.recipe=none"])]
+    assert_refused(["end-of-text"], *asked)
+    done = RUNNER.invoke(app, [*map(str, asked), "--set", "evaluate.benchmarks=['wikitext2']"])
+    assert done.exit_code == 0, done.exception
 
 
 def test_a_bloom_is_refused_for_int4_and_llama_cpp_and_taken_without(config, folder):

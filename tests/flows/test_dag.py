@@ -40,6 +40,8 @@ DENSE = {"evaluate dense arc_easy", "evaluate dense wikitext2"}
         ("name='other'", set()),
         ("compute.batch_size=2", set()),
         ("store='elsewhere'", set()),
+        ("recover.micro_batch_size=2", set()),
+        ("recover.gradient_checkpointing=true", set()),
         ("calibrate.seed=1", {"calibrate", "score", "fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
         ("score.hessian='fisher'", {"score", "fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
         ("fuse.fusion='vector'", {"fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
@@ -75,6 +77,20 @@ def test_other_weights_change_every_key_and_another_folder_of_the_same_changes_n
     content[-1] ^= 1
     weights.write_bytes(content)
     assert changed(settings, f"model.path={same}") == set(keys(settings)) - {"calibrate"}
+
+
+def test_another_tokenizer_changes_all_that_reads_text_or_carries_it_and_a_template_what_carries_it(
+    settings, tiny_folder, tmp_path
+):
+    folder = shutil.copytree(tiny_folder, tmp_path / "same")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    carried = {"prune", "recover", "speed"} | PRUNED
+    for name, content in (("chat_template.jinja", "x"), ("generation_config.json", json.dumps(generation | {"a": 1}))):
+        (folder / name).write_text(content)
+        assert changed(settings, f"model.path={folder}") == carried
+    with (folder / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    assert changed(settings, f"model.path={folder}") == set(keys(settings))
 
 
 def test_other_data_changes_the_stages_that_read_it(settings, tmp_path):
