@@ -45,7 +45,7 @@ def report(
     The page is one HTML file that needs no network. A run's lies in the store, beside its record, unless --html says
     where; a sweep's goes to NAME.html.
     """
-    from flows.pages.write import write_sweep
+    from flows.pages.write import write_report, write_sweep
     from storage.errors import StorageError
     from storage.warehouse import Warehouse
 
