@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.printing import console, print_comparison, print_run, print_table
+from flows.progress import show_progress
 from tasks.config import ConfigError, RunConfig
 from tasks.step import Step
 from tasks.toml import toml_value
@@ -24,17 +25,26 @@ RunStoreOption = Annotated[
 ]
 
 
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show all that Prefect logs.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and the results only.")]
+
+
 def _overrides(values: list[str] | None, store: Path | None) -> tuple[str, ...]:
     return (*(values or ()), *([f"store={toml_value(str(store))}"] if store else []))
 
 
-def run(config: WantedConfig = None, set_: SetOption = None, store: RunStoreOption = None) -> None:
+def run(
+    config: WantedConfig = None,
+    set_: SetOption = None,
+    store: RunStoreOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
     """Run the whole job: calibrate, score, fuse, fluctuation, prune, recover, evaluate, speed.
 
     Stages whose artifacts are in the store are not run again: an interrupted run goes on where it was when the same
     command is given again. Uses the Prefect server at PREFECT_API_URL, or one of its own for as long as it runs.
     """
-    from flows.job import prepare
     from tasks.config import load_config
 
     if config is None:
@@ -45,17 +55,26 @@ def run(config: WantedConfig = None, set_: SetOption = None, store: RunStoreOpti
     overrides = _overrides(set_, store)
     settings = load_config(config, overrides)
     _start(settings.store)
+    from flows.job import prepare  # only now: what it imports reads the environment
+
     job = prepare(settings)  # what is wrong with model or data shows before a server is started
     with _prefect(Path(settings.store), job.steps):
         from flows.pages.write import report_file
         from flows.run import flow_of
 
+        show_progress("verbose" if verbose else "quiet" if quiet else "normal", len(job.steps))
         flow_of(job)(str(config.resolve()), list(overrides))
     page = report_file(Path(settings.store), job.run_id)
     print_run(Path(settings.store), job.run_id, settings.data, page if page.is_file() else None)
 
 
-def sweep(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
+def sweep(
+    config: ConfigArgument,
+    set_: SetOption = None,
+    store: RunStoreOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
     """Run every combination of the lists in the config's \\[sweep] table; what they share is computed once."""
     from flows.combinations import combinations
     from flows.job import check_all
@@ -70,6 +89,7 @@ def sweep(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption 
     with _prefect(Path(settings.store)):
         from flows.sweep import saap_sweep
 
+        show_progress("verbose" if verbose else "quiet" if quiet else "normal")
         saap_sweep(str(config.resolve()), list(overrides))
     print_comparison(config, overrides, html=Path(settings.store) / f"{config.stem}.html")
 

@@ -194,7 +194,9 @@ class _Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hidden = not state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="recover", unit="step", disable=hidden)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="recover", unit="step", disable=hidden or None
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.tokens, self.trainer.began = 0, time.perf_counter()
