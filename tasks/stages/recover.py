@@ -23,7 +23,7 @@ def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
 
 
 @stage(
-    version=4,
+    version=5,
     publishes=Checkpoint,
     params=lambda config: config.recover.model_dump() | dtype_of(config),
     fingerprint=_fingerprint,
