@@ -195,8 +195,9 @@ def main() -> None:
     )
     good = []
     for step in arguments.steps:
-        left = ALL - (time.perf_counter() - began)
-        limit = min(STEPS[step][1], left)
+        patience = 10 if tiny else 1  # toy sizes are for whether it runs, on a machine that may be busy
+        left = patience * ALL - (time.perf_counter() - began)
+        limit = min(patience * STEPS[step][1], left)
         if limit < 5:
             print(json.dumps({"step": step, "ok": False, "error": "no time was left"}), flush=True)
             continue
