@@ -1,6 +1,10 @@
 """What the benchmarks share: models made on the spot, and memory as the system or the GPU's allocator has it."""
 
+import contextlib
+import io
+import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +87,16 @@ def where(device: str | torch.device) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def last_line(main: Callable[[], None], arguments: list[str]) -> dict[str, Any]:
+    """The JSON object that a benchmark, called with these arguments, prints last."""
+    sys.argv[1:] = arguments
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        main()
+    figures: dict[str, Any] = json.loads(out.getvalue().splitlines()[-1])
+    return figures
 
 
 def processor() -> str:

@@ -1,107 +1,158 @@
-"""Rivals that are no criterion here: whole layers go, or the package torch-pruning (`pip install`) cuts.
+"""Against the peers, side by side in one run: evaluation, scoring, training, and the ranking of `saap_plus`.
 
-Each is a function of (model, tokens int64 (D, T), ratio of the prunable parameters) that returns a pruned copy.
+    python benchmarks/peers.py                     # all four; half an hour on two idle cores
+    python benchmarks/peers.py --only ranking --samples 8
+
+evaluation  `saap.accuracy` of the seven tasks against `lm_eval.simple_evaluate` (PyPI), at equal numbers.
+scoring     `saap.score` against three forward passes made with the faster float32 product this processor has, and
+            against one backward pass of autograd a sample (plain torch).
+training    a step of `Groupwise` against one of QLoRA by peft and bitsandbytes (PyPI): speed, and peak memory.
+ranking     mask Fisher, ranking with its cuts, and the refit of `saap_plus` at 0.5, against LLM-Pruner's importance
+            pass as its code makes it (plain torch): a backward pass of autograd a sample with the gradients of all
+            weights, their squares added up, and the sums over the groups of |W·g − ½·W²·h|.
+
+Prints a line a part and, as its last line, one JSON object.
 """
 
-import copy
+import argparse
+import json
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from common import embedded, last_line, processor
 from torch import nn
-from torch.nn import functional as F
 
 import saap
-from saap.pruning.plan import PROTECTED
+from saap.evaluation.speed import in_turn
+from saap.models.groups import group_matrices
+from saap.models.products import FastLinears
+from tasks.config import RunConfig
+
+Figures = dict[str, Any]
 
 
-@torch.no_grad()
-def shortgpt(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
-    """ShortGPT (arXiv 2403.03853): layers of lowest influence 1 − E_t cos(h_t in, h_t out) go, none protected."""
-    blocks = saap.family_of(model.config).blocks(model)
-    influence = np.zeros(len(blocks))
+def evaluation(arguments: argparse.Namespace) -> Figures:
+    import evaluation
 
-    def hook(layer: int) -> Callable[..., None]:
-        def see(block: nn.Module, inputs: tuple, output: Any) -> None:
-            out = output[0] if isinstance(output, tuple) else output
-            influence[layer] += (1 - F.cosine_similarity(inputs[0].float(), out.float(), dim=-1)).sum().item()
-
-        return see
-
-    handles = [block.register_forward_hook(hook(layer)) for layer, block in enumerate(blocks)]
-    for batch in tokens.to(model.device).split(8):
-        model.base_model(batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return without_layers(model, np.argsort(influence, kind="stable")[: round(ratio * len(blocks))])
+    limit = ["--data", arguments.data, "--limit", str(arguments.items), "--rounds", str(arguments.rounds)]
+    found = last_line(evaluation.main, limit)
+    equal = [value for name, value in found.items() if name.endswith("_equal")]
+    return {"evaluation_over_lm_eval": found["ratio"], "evaluation_equal": all(equal)}
 
 
-def shortened_llama(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
-    """Shortened LLaMA (arXiv 2402.02834), PPL: layers whose absence raises the perplexity least go, all at once."""
-    layers = len(saap.family_of(model.config).blocks(model))
-    losses = [mean_loss(without_layers(model, [layer]), tokens) for layer in range(layers)]
-    return without_layers(model, np.argsort(losses, kind="stable")[: round(ratio * layers)])
+def scoring(arguments: argparse.Namespace) -> Figures:
+    import scoring
+
+    plain = scoring.forward
+
+    def fast_forward(model: nn.Module, tokens: torch.Tensor) -> None:
+        with FastLinears():
+            plain(model, tokens)
+
+    scoring.forward = fast_forward
+    found = last_line(scoring.main, ["--samples", str(arguments.samples), "--rounds", str(arguments.rounds)])
+    return {
+        "scoring_over_three_forwards": found["floor_ratio"],
+        "scoring_over_autograd": found["time_ratio"],
+        "scoring_peak_above_weights": found["peak_above_weights_ratio"],
+        "scoring_error": found["max_relative_error"],
+        "scoring_median_error": found["median_relative_error"],
+    }
 
 
-def without_layers(model: Any, gone: Any) -> Any:
-    """A copy without these layers. Weights that stay are shared with the model."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    small = copy.deepcopy(model, shared)
-    blocks = saap.family_of(small.config).blocks(small)
-    for layer in sorted(map(int, gone), reverse=True):
-        del blocks[layer]
-    small.config.num_hidden_layers = len(blocks)
-    if getattr(small.config, "layer_types", None):
-        small.config.layer_types = [t for i, t in enumerate(small.config.layer_types) if i not in set(map(int, gone))]
-    return small
+def training(arguments: argparse.Namespace) -> Figures:
+    import recovery
+
+    found = last_line(recovery.main, ["--recipes", "groupwise", "qlora", "--repeats", str(arguments.rounds)])
+    peaks = found["peak_bytes"]
+    return {
+        "groupwise_over_qlora": found["groupwise_over_qlora_speed"],
+        "groupwise_peak_over_qlora": round(peaks["groupwise"] / peaks["qlora"], 3),
+    }
 
 
-@torch.no_grad()
-def mean_loss(model: Any, tokens: torch.Tensor) -> float:
-    """Mean next-token cross-entropy, nats a token."""
-    total = 0.0
-    for batch in tokens.to(model.device).split(8):
-        logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item() * len(batch)
-    return total / len(tokens)
-
-
-def torch_pruning(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
-    """Torch-Pruning (VainF): its group Taylor importance over all channels in one global order; heads stay.
-
-    The blocks that `saap.select` protects are left whole here too.
-    """
-    try:
-        import torch_pruning as tp
-    except ImportError as error:
-        raise SystemExit("the peer torch_pruning needs its package: pip install torch-pruning") from error
-    small = copy.deepcopy(model).float()
-    blocks = saap.family_of(small.config).blocks(small)
-    free = [block for i, block in enumerate(blocks) if i not in {p % len(blocks) for p in PROTECTED}]
-    gates = {block.mlp.gate_proj for block in free}
-    groups = saap.discover(model)
-    channels = sum(int(gate.out_features) for gate in gates)
-    cost = int(groups.parameters[groups.kind == "mlp"][0])
-    for batch in tokens.split(4):
-        small(batch, labels=batch, use_cache=False).loss.mul(len(batch) / len(tokens)).backward()
-    pruner = tp.pruner.BasePruner(
-        small,
-        tokens[:1],
-        importance=tp.importance.GroupTaylorImportance(),
-        global_pruning=True,
-        pruning_ratio=ratio * int(groups.parameters.sum()) / (cost * channels),
-        ignored_layers=[
-            module
-            for module in small.modules()
-            if isinstance(module, nn.Linear | nn.Embedding)
-            and module not in gates | {block.mlp.up_proj for block in free}
-        ],
-        forward_fn=lambda net, ids: net(ids, use_cache=False).logits,
+def ranking(arguments: argparse.Namespace) -> Figures:
+    with tempfile.TemporaryDirectory() as folder:
+        model = saap.load(embedded(Path(folder)))
+    tokens = torch.randint(
+        0, model.config.vocab_size, (arguments.samples, 128), generator=torch.Generator().manual_seed(0)
     )
-    pruner.step()
-    small.zero_grad(set_to_none=True)
-    return small.to(model.dtype)
+    sides = {
+        "ours": seconds_of(lambda: saap_plus_at_half(model, tokens)),
+        "llm_pruner": seconds_of(lambda: llm_pruner_importance(model, tokens)),
+    }
+    taken = in_turn(sides, arguments.rounds, 0, "rounds")
+    ratio = sorted(theirs / ours for ours, theirs in zip(taken["ours"], taken["llm_pruner"], strict=True))
+    return {
+        "ranking_over_llm_pruner": round(ratio[len(ratio) // 2], 3),
+        "ranking_seconds": {side: round(min(seconds), 2) for side, seconds in taken.items()},
+    }
 
 
-PEERS = {"shortgpt": shortgpt, "shortened_llama": shortened_llama, "torch_pruning": torch_pruning}
+def saap_plus_at_half(model: nn.Module, tokens: torch.Tensor) -> nn.Module:
+    """What the pipeline does of it at the defaults, from the Fisher information to the refitted model."""
+    ratio = 0.5
+    cuts = [cut for cut in RunConfig().criterion.cuts if cut < ratio]
+    score = saap.CRITERIA["saap_plus"](model, saap.mask_fisher(model, tokens), tokens, cuts)
+    keep = saap.select(score, saap.discover(model), ratio, search="global")
+    return saap.refit(saap.prune(model, keep), model, keep, tokens)
+
+
+def llm_pruner_importance(model: nn.Module, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Σ |W·g − ½·W²·h| of each row or column of each matrix: g the mean gradient, h the mean of its squares."""
+    model.requires_grad_(True)
+    parameters = list(model.parameters())
+    squares = [torch.zeros_like(parameter) for parameter in parameters]
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for ids in tokens[:, None]:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        for parameter, square, summed in zip(parameters, squares, total, strict=True):
+            assert parameter.grad is not None
+            square.addcmul_(parameter.grad, parameter.grad)
+            summed.add_(parameter.grad)
+        model.zero_grad()
+    model.requires_grad_(False)
+    number = {id(parameter): n for n, parameter in enumerate(parameters)}
+    found = []
+    for *_, part, linear in group_matrices(model):
+        n, weight = number[id(linear.weight)], linear.weight.detach()
+        mixed = weight * total[n] / len(tokens) - 0.5 * weight.square() * squares[n] / len(tokens)
+        found.append(mixed.abs().sum(1 - part.axis))
+    return found
+
+
+def seconds_of(action: Callable[[], object]) -> Callable[[], float]:
+    def timed() -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    return timed
+
+
+PARTS = {"evaluation": evaluation, "scoring": scoring, "training": training, "ranking": ranking}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--data", default="mini", help="a data folder (docs/data.md), for the evaluation")
+    parser.add_argument("--items", type=int, default=36, help="items a benchmark of the evaluation")
+    parser.add_argument("--samples", type=int, default=50, help="of 128 tokens, for scoring and ranking")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    print(processor())
+    figures: Figures = {}
+    for part in arguments.only:
+        found = PARTS[part](arguments)
+        print(part, json.dumps(found), flush=True)
+        figures |= found
+    print(json.dumps({**figures, "machine": processor()}))
+
+
+if __name__ == "__main__":
+    main()

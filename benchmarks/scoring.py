@@ -164,10 +164,11 @@ def main() -> None:
     if products.by_onednn() and device.type == "cpu" and model.dtype == torch.float32:
         sides["ours, PyTorch's products"] = with_pytorchs_products
     taken = in_turn({side: partial(seconds, action) for side, action in sides.items()}, arguments.rounds, 0, "rounds")
-    errors = [
-        float(np.max(np.linalg.norm(mine - plain, axis=1) / np.linalg.norm(plain, axis=1)))
+    by_sample = [
+        np.linalg.norm(mine - plain, axis=1) / np.linalg.norm(plain, axis=1)
         for mine, plain in zip(found["ours"], found["straightforward"], strict=True)
     ]
+    errors, middle_errors = [float(e.max()) for e in by_sample], [float(np.median(e)) for e in by_sample]
     time_ratios = np.divide(taken["straightforward"], taken["ours"])
     floor_ratios = np.divide(taken["ours"], taken["forward"]) / 3
     same_products = np.divide(taken["straightforward"], taken.get("ours, PyTorch's products", taken["ours"]))
@@ -195,7 +196,10 @@ def main() -> None:
         ("ours / 3 forwards", floor_ratios),
     ):
         print(f"{what:<30} {np.median(ratios):.2f} (paired; {min(ratios):.2f} to {max(ratios):.2f})")
-    print(f"largest relative error of a sample: vector {errors[0]:.1e}, element {errors[1]:.1e}\n")
+    print(
+        f"relative error of a sample, largest and median: vector {errors[0]:.1e} and {middle_errors[0]:.1e}, "
+        f"element {errors[1]:.1e} and {middle_errors[1]:.1e}\n"
+    )
     for what, (samples, layers, time_taken) in growth.items():
         print(f"{what:<26} {time_taken:6.2f} s   {1000 * time_taken / samples / layers:6.2f} ms a sample and block")
     figures = {
@@ -205,11 +209,13 @@ def main() -> None:
         "peak_above_weights_ratio": peaks["ours"],
         "straightforward_peak_ratio": peaks["straightforward"],
         "max_relative_error": max(errors),
+        "median_relative_error": max(middle_errors),
+        "products": "oneDNN" if products.by_onednn() else "PyTorch's",
         "seconds": float(np.median(taken["ours"])),
         "seconds_by_samples": {str(n): t for n, k, t in growth.values() if k == blocks},
         "seconds_by_blocks": {str(k): t for n, k, t in growth.values() if n == 2 * few},
     }
-    rounded = {k: v if isinstance(v, dict) else float(f"{v:.4g}") for k, v in figures.items()}
+    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
     print(json.dumps({**rounded, "device": where(device), "weight_bytes": weights}))
 
 

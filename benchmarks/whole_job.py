@@ -6,10 +6,11 @@
     python benchmarks/whole_job.py --against ../before --set 'evaluate.variants=["dense"]' --no-plus
 
 Both builds run the same configuration (configs/demo.toml of this one, and what --set changes in it), each into a store
-of its own that is empty at first: from the command to its end; then the same command again, all of it cached; then
-`saap_plus` at 0.5 up to the pruned model. Seconds of a stage are those its manifests have. The peak is the largest
-resident memory of one process. Prints tables, how far the results of the two builds are apart, and, as its last line,
-one JSON object of ratios new / old (medians over the rounds).
+of its own that is empty at first: from the command to its end, and the processor's seconds for it, which other work on
+the machine disturbs less; then the same command again, all of it cached; then `saap_plus` at 0.5 up to the pruned
+model. Seconds of a stage are those its manifests have. The peak is the largest resident memory of one process. Prints
+tables, how far the results of the two builds are apart, and, as its last line, one JSON object of ratios new / old
+(medians over the rounds).
 """
 
 import argparse
@@ -48,8 +49,8 @@ class Build:
     def __init__(self, folder: Path, python: Path, config: Path, overrides: list[str]) -> None:
         self.folder, self.python, self.config, self.overrides = folder, python, config, overrides
 
-    def run(self, store: Path, more: list[str]) -> tuple[float, float]:
-        """Seconds of one `saap run`, and the largest resident memory of its processes in bytes."""
+    def run(self, store: Path, more: list[str]) -> tuple[float, float, float]:
+        """Of one `saap run`: seconds, those of the processor, and the largest resident memory of a process in bytes."""
         sets = [word for override in (*self.overrides, *more) for word in ("--set", override)]
         command = [self.python, "-m", "flows.cli", "run", self.config, "--store", store, *sets]
         # the code of this folder comes first, whatever project the environment was installed from
@@ -61,15 +62,15 @@ class Build:
             _, status, usage = os.wait4(child.pid, 0)
         if status:
             raise SystemExit(f"{self.folder}: the run failed\n{log.read_text()[-2000:]}")
-        return time.perf_counter() - start, usage.ru_maxrss * 1024
+        return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
     def measure(self, store: Path, plus: bool) -> tuple[Figures, Results]:
         """The seconds of everything, the peak in bytes, and the results of the job."""
         figures: Figures = {}
-        figures["demo"], figures["peak"] = self.run(store, [])
+        figures["demo"], figures["processor"], figures["peak"] = self.run(store, [])
         figures |= {stage: seconds for stage, seconds in stage_seconds(store).items() if stage in STAGES}
         results = results_in(store)
-        figures["cached"], _ = self.run(store, [])
+        figures["cached"], *_ = self.run(store, [])
         if plus:
             before = stage_seconds(store)
             self.run(store, PLUS)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from saap.errors import SaapError
 from saap.models.families import family_of
 from saap.models.groups import discover
+from saap.models.products import FastLinears, product
 from saap.scoring.backward import is_offloaded
 from saap.scoring.stream import Pass, Stream
 
@@ -62,33 +63,36 @@ def refit(
     family = family_of(model.config)
     lost = {(layer, kind) for layer, kind, index in discover(model).blocks() if not keep[index].all()}
     dense, lean = Stream(model, tokens, batch_size), Stream(small, tokens, batch_size)
-    for layer, config in enumerate(tqdm(family.block_configs(model), desc="refit", unit="block")):
-        wanted, found, factor = dense.through(layer), lean.through(layer), family.residual(config)
-        if (layer, "attention") in lost:
-            if family.post_norm:
-                drifts = _before_norm(wanted, found, "attention")
-            else:
-                drifts = [  # the streams between the halves of the block: what came in, and what attention adds
-                    (
-                        before + factor * theirs.y["attention"],
-                        before - own_before + factor * (theirs.y["attention"] - own.y["attention"]),
-                    )
-                    for before, own_before, theirs, own in zip(dense.states, lean.states, wanted, found, strict=True)
-                ]
-            _fit(lean.matrices[layer, "attention"], [factor * own.x["attention"] for own in found], drifts, ridge)
-            found = lean.through(layer)
-        if (layer, "mlp") in lost:
-            drifts = [(theirs.out, theirs.out - own.out) for theirs, own in zip(wanted, found, strict=True)]
-            if family.post_norm:
-                drifts = _before_norm(wanted, found, "mlp")
-            change = _fit(lean.matrices[layer, "mlp"], [factor * own.x["mlp"] for own in found], drifts, ridge)
-            if family.post_norm:
+    with FastLinears():
+        for layer, config in enumerate(tqdm(family.block_configs(model), desc="refit", unit="block")):
+            wanted, found, factor = dense.through(layer), lean.through(layer), family.residual(config)
+            if (layer, "attention") in lost:
+                if family.post_norm:
+                    drifts = _before_norm(wanted, found, "attention")
+                else:
+                    drifts = [  # the streams between the halves of the block: what came in, and what attention adds
+                        (
+                            before + factor * theirs.y["attention"],
+                            before - own_before + factor * (theirs.y["attention"] - own.y["attention"]),
+                        )
+                        for before, own_before, theirs, own in zip(
+                            dense.states, lean.states, wanted, found, strict=True
+                        )
+                    ]
+                _fit(lean.matrices[layer, "attention"], [factor * own.x["attention"] for own in found], drifts, ridge)
                 found = lean.through(layer)
-            else:
-                for own in found:
-                    own.out += factor * F.linear(own.x["mlp"], change)
-        dense.states = [theirs.out for theirs in wanted]
-        lean.states = [own.out for own in found]
+            if (layer, "mlp") in lost:
+                drifts = [(theirs.out, theirs.out - own.out) for theirs, own in zip(wanted, found, strict=True)]
+                if family.post_norm:
+                    drifts = _before_norm(wanted, found, "mlp")
+                change = _fit(lean.matrices[layer, "mlp"], [factor * own.x["mlp"] for own in found], drifts, ridge)
+                if family.post_norm:
+                    found = lean.through(layer)
+                else:
+                    for own in found:
+                        own.out += factor * F.linear(own.x["mlp"], change)
+            dense.states = [theirs.out for theirs in wanted]
+            lean.states = [own.out for own in found]
     return small
 
 
@@ -106,13 +110,13 @@ def _fit(
     for x, (stream, drift) in zip(inputs, drifts, strict=True):
         x, stream, drift = (t.flatten(0, -2).float() for t in (x, stream, drift))
         weighted = x / stream.square().sum(1, keepdim=True)
-        gram.addmm_(weighted.T, x)
-        cross.addmm_(drift.T, weighted)
+        gram += product(weighted.T, x.T)
+        cross += product(drift.T, weighted.T)
     if not torch.isfinite(gram).all() or not torch.isfinite(cross).all():
         raise SaapError("an activation is not finite: load the model in float32")
     gram, cross = gram.double(), cross.double()
     mean = gram.diagonal().mean()
     gram.diagonal().add_(ridge * mean if mean > 0 else 1.0)
-    change = torch.linalg.solve(gram, cross, left=False).to(linear.weight.dtype)
+    change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T.to(linear.weight.dtype)
     linear.weight += change
     return change

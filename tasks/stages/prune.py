@@ -32,7 +32,7 @@ def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
     return digest([model.weights, model.tokenizer, *([model.extras] if model.extras else [])])
 
 
-@stage(version=3, publishes=Checkpoint, params=prune_params, fingerprint=_fingerprint)
+@stage(version=4, publishes=Checkpoint, params=prune_params, fingerprint=_fingerprint)
 def prune(
     step: Step,
     folder: Path,
