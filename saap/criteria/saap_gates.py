@@ -16,7 +16,7 @@ from saap.scoring.statistics import output_matrices
 
 STEPS = 120
 BATCH = 4  # sequences a step; part of the result, so not the batch size of the machine
-LEARNING_RATE = 0.03  # of Adam, falling linearly to nothing
+LEARNING_RATE = 0.02  # of Adam, falling linearly to nothing
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 STEEPNESS = 4.0  # of the start: the gates' logits go over so wide a range
 AVERAGED = 0.5  # share of the steps, the last ones, that the result is the mean of
