@@ -32,7 +32,7 @@ class Experts(Llama):
 
     def __init__(self, model_class: type[UnevenModel], layout: Layout) -> None:
         super().__init__(model_class)
-        self.layout = layout
+        self.layout, self.router = layout, f"mlp.{layout.router}"
 
     def parts(self, config: Any) -> dict[str, list[Part]]:
         if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
@@ -45,7 +45,7 @@ class Experts(Llama):
 
     def sizes(self, layer: nn.Module) -> dict[str, int]:
         """kind → parameters of one group: of an expert what is not of its channels, which are groups too."""
-        router, experts = layer.get_submodule(f"mlp.{self.layout.router}"), layer.get_submodule("mlp.experts")
+        router, experts = layer.get_submodule(self.router), layer.get_submodule("mlp.experts")
         own = sum(parameter[0].numel() for parameter in router.parameters())
         biases = getattr(experts, "down_proj_bias", None)
         channel = sum(
@@ -77,8 +77,8 @@ class Experts(Llama):
         """Name in the layer → tensor, with these experts (n,) and of each these units (n, c) of kind 'mlp', int64."""
         channels = channels % self.width(layer.get_submodule("mlp.experts"))
         state: dict[str, torch.Tensor] = {}
-        for name, parameter in layer.get_submodule(f"mlp.{self.layout.router}").named_parameters():
-            state[f"mlp.{self.layout.router}.{name}"] = parameter[experts]
+        for name, parameter in layer.get_submodule(self.router).named_parameters():
+            state[f"{self.router}.{name}"] = parameter[experts]
         for name, parameter in layer.get_submodule("mlp.experts").named_parameters():
             pieces = [self._cut_one(name, parameter[int(e)], own) for e, own in zip(experts, channels, strict=True)]
             state[f"mlp.experts.{name}"] = torch.stack(pieces)

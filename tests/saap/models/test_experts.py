@@ -16,7 +16,22 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from saap import CRITERIA, SaapError, discover, load, mask_fisher, prune, removed_share, save, score, select
+from saap import (
+    CRITERIA,
+    SaapError,
+    discover,
+    load,
+    mask_fisher,
+    prune,
+    refit,
+    removed_share,
+    save,
+    score,
+    select,
+    size_of,
+    to_groupwise,
+)
+from saap.export.uniform import uniform
 from tests.saap.models.test_families import GATED, GREEDY, IDS, SMALL, assert_same_bits, logits
 
 E, WIDTH, LAYERS = 4, 12, 4
@@ -220,6 +235,21 @@ def test_one_budget_over_heads_experts_and_channels_is_met_and_can_be_applied(mo
     torch.testing.assert_close(logits(small), logits(silenced(model, keep)), rtol=1e-4, atol=1e-5)
 
 
+def test_active_parameters_are_those_of_the_experts_a_router_picks(model):
+    small = prune(model, random_keep(model))
+    size, idle = size_of(small), 0
+    macs = 512 * 64 + sum(m.weight.numel() for m in small.model.layers.modules() if isinstance(m, nn.Linear))
+    for layer in small.model.layers:
+        router, experts = router_and_experts(layer)
+        held = sum(p.numel() for p in experts.parameters())
+        idle += held * (experts.num_experts - 2) // experts.num_experts
+        matrices = experts.gate_up_proj.numel() + experts.down_proj.numel()
+        macs += router.weight.numel() + matrices * 2 // experts.num_experts
+    assert size.parameters == sum(p.numel() for p in small.parameters())
+    assert size.active == size.parameters - idle
+    assert size.macs_per_token(0) == macs
+
+
 def test_what_cannot_be_is_refused_by_name(model):
     groups = discover(model)
     keep = np.ones(len(groups), bool)
@@ -228,6 +258,12 @@ def test_what_cannot_be_is_refused_by_name(model):
         prune(model, keep)
     with pytest.raises(SaapError, match="criterion saap_plus"):
         score(model, IDS)
+    with pytest.raises(SaapError, match="no stock form"):
+        uniform(prune(model, random_keep(model)))
+    with pytest.raises(SaapError, match="group-wise int4 is not available"):
+        to_groupwise(model, 32)
+    with pytest.raises(SaapError, match="compensation"):
+        refit(prune(model, random_keep(model)), model, random_keep(model), IDS)
     with pytest.raises(SaapError, match="global"):
         select(np.ones(len(groups)), groups, 0.3, search="uniform")
     with pytest.raises(SaapError, match="cannot be reached"):
