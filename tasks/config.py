@@ -69,6 +69,7 @@ class Criterion(Section):
         "loraprune",
         "lorashear",
         "magnitude",
+        "reap",
         "random",
     ] = Field("saap", description="what ranks the groups; [score], [fuse], [fluctuation] are saap's")
     variant: Literal["vectorize", "param_first", "param_mix"] = Field("param_first", description="of llm_pruner")

@@ -30,6 +30,7 @@ NEEDS: dict[str, Needs] = {
     "loraprune": Needs(("tokens",), ("seed",), search="uniform_down"),
     "lorashear": Needs(("tokens",), ("seed",), search="global"),
     "magnitude": Needs(),
+    "reap": Needs(("tokens",), search="global"),
     "random": Needs((), ("seed",)),
 }
 

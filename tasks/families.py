@@ -7,26 +7,29 @@ from typing import Any
 from tasks.config import ConfigError
 
 # as transformers calls them; saap.models.families says what each is, and a test holds the two together
-DENSE = (
+KNOWN = (
     "bloom",
     "cohere2",
     "gemma",
     "gemma2",
     "gemma3_text",
     "glm4",
+    "gpt_oss",
     "granite",
     "llama",
     "ministral3",
     "mistral",
+    "mixtral",
     "olmo2",
     "olmo3",
     "phi3",
     "qwen2",
     "qwen3",
     "qwen3_5_text",
+    "qwen3_moe",
     "smollm3",
 )
-MODEL_TYPES = (*DENSE, "baichuan", *(f"saap_{name}" for name in (*DENSE, "baichuan")))
+MODEL_TYPES = (*KNOWN, "baichuan", *(f"saap_{name}" for name in (*KNOWN, "baichuan")))
 
 
 def check_family(folder: Path) -> dict[str, Any]:
@@ -39,6 +42,6 @@ def check_family(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder}/config.json is no JSON object")
     if (name := fields.get("model_type")) not in MODEL_TYPES:
         raise ConfigError(
-            f"model family '{name}' in {folder} is not supported; known: {', '.join((*DENSE, 'baichuan'))}"
+            f"model family '{name}' in {folder} is not supported; known: {', '.join((*KNOWN, 'baichuan'))}"
         )
     return fields

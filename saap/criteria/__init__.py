@@ -32,6 +32,7 @@ from .loraprune import loraprune
 from .lorashear import lorashear
 from .magnitude import magnitude
 from .random import random
+from .reap import reap
 from .saap_gates import saap_gates
 from .saap_plus import saap_plus
 from .wanda_sp import wanda_sp
@@ -47,6 +48,7 @@ CRITERIA: dict[str, Callable[..., np.ndarray]] = {
     "loraprune": loraprune,
     "lorashear": lorashear,
     "magnitude": magnitude,
+    "reap": reap,
     "random": random,
 }
 

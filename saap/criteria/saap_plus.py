@@ -33,7 +33,7 @@ def saap_plus(
     an earlier cut took stay first in the order; with cuts the score is the place in it: whole numbers from 0.
     """
     groups = discover(model)
-    score = fisher / groups.parameters
+    score = fisher / groups.costs
     for cut in sorted(cuts):
         keep = select(score, groups, cut, protect=tuple(protect), align=align)
         small = refit(prune(model, keep), model, keep, tokens)

@@ -1,22 +1,28 @@
 """How large a model is: parameters, bytes as stored, multiply-accumulates."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from saap.models.families import Experts, family_of
 from saap.models.groups import block_parts
 from saap.models.modeling import GroupwiseLinear
 
 
 @dataclass(frozen=True)
 class Size:
-    """Logical parameters, true bytes and multiply-accumulates of a model."""
+    """Logical parameters, true bytes and multiply-accumulates of a model.
+
+    active: the parameters one token passes: all, but of the experts of a layer only as many as the router picks.
+    """
 
     parameters: int
     weight_bytes: int
     dtype: str
     linear_macs: int
     attention_width: int
+    active: int
 
     def macs_per_token(self, context: int) -> int:
         """Of one new token: every linear layer and the head once; scores and values over `context` positions."""
@@ -46,5 +52,13 @@ def size_of(model: nn.Module) -> Size:
         for part, linear in block.get("attention", [])
         if part.axis == 1
     )
+    idle = 0
+    family = family_of(model.config)
+    for layer in family.blocks(model) if isinstance(family, Experts) else []:
+        experts: Any = layer.get_submodule("mlp.experts")
+        router: Any = layer.get_submodule(family.router)  # type: ignore[attr-defined]
+        one = sum(parameter[0].numel() for parameter in experts.parameters())
+        idle += (experts.num_experts - router.top_k) * one
+        macs += router.weight.numel() + router.top_k * 3 * experts.down_proj[0].numel()
     stored = [*parameters.values(), *buffers.values()]
-    return Size(count, sum(t.numel() * t.element_size() for t in stored), dtype, macs, width)
+    return Size(count, sum(t.numel() * t.element_size() for t in stored), dtype, macs, width, count - idle)

@@ -8,23 +8,26 @@ import torch
 from torch import nn
 
 from saap.errors import SaapError
-from saap.models.families import Part, family_of
+from saap.models.families import Experts, Part, family_of
 
 KINDS = ("attention", "mlp")
 HEADS = ("kv", "query")
 
 
-class _Even:
-    __slots__ = ("even",)  # beside the columns, which `vars` gives
+class _Rules:
+    __slots__ = ("_fewest", "even")  # beside the columns, which `vars` gives
 
 
 @dataclass(frozen=True)
-class Groups(_Even):
+class Groups(_Rules):
     """The N coupled groups of a model, ordered by layer, kind (attention before mlp) and unit.
 
     layer int32 (N,); kind str (N,), one of KINDS; unit int32 (N,), its number within (layer, kind): the KV head with
     its query heads (or the query head, see `choose_heads`), or the MLP channel; parameters int64 (N,), the weights (and
     biases) that go when the group goes.
+
+    In a mixture of E experts of I channels kind 'expert' stands between the two, and channel j of expert e is unit
+    e·I + j of kind 'mlp'. An expert's parameters are those beside its channels, which go with it: its router row.
     """
 
     layer: np.ndarray
@@ -41,6 +44,20 @@ class Groups(_Even):
         More than 1 for query heads: a checkpoint has one number of them under each KV head.
         """
         return int(getattr(self, "even", {}).get((layer, kind), 1))
+
+    def fewest(self, layer: int) -> int:
+        """How many experts a layer needs: as many as the router picks for a token."""
+        return int(getattr(self, "_fewest", {}).get(layer, 1))
+
+    @property
+    def costs(self) -> np.ndarray:
+        """int64 (N,): parameters, and for an expert those of its channels too."""
+        costs = self.parameters.copy()
+        for layer, kind, index in self.blocks():
+            if kind == "mlp" and self.stretches(layer, kind) > 1:
+                experts = (self.layer == layer) & (self.kind == "expert")
+                costs[experts] += self.parameters[index].reshape(self.stretches(layer, kind), -1).sum(1)
+        return costs
 
     def scopes(self, scope: str) -> np.ndarray:
         """int64 (N,): groups with the same number share a scope: 'global', 'kind', 'layer_kind' or 'group'."""
@@ -73,7 +90,15 @@ def block_parts(model: nn.Module) -> list[dict[str, list[tuple[Part, nn.Linear]]
 
 
 def group_matrices(model: nn.Module) -> Iterator[tuple[int, str, Part, nn.Linear]]:
-    """(layer, kind, part, linear) of every matrix that belongs to groups, in the order of `discover`."""
+    """(layer, kind, part, linear) of every matrix that belongs to groups, in the order of `discover`.
+
+    Raises SaapError for a mixture of experts, whose groups are more than the matrices that are linear layers.
+    """
+    if isinstance(family_of(model.config), Experts):
+        raise SaapError(
+            f"experts of a {model.config.model_type} are ranked by criterion saap_plus (with cuts = []) or reap, and "  # type: ignore[union-attr]
+            "not refitted: set prune.compensation to 'none'"
+        )
     for layer, kinds in enumerate(block_parts(model)):
         for kind, members in kinds.items():
             for part, linear in members:
@@ -85,16 +110,21 @@ def discover(model: nn.Module) -> Groups:
     family = family_of(model.config)
     layers, kinds, units, parameters = [], [], [], []
     even: dict[tuple[int, str], int] = {}
+    fewest: dict[int, int] = {}
     configs = family.block_configs(model)
     for layer, (config, parts) in enumerate(zip(configs, block_parts(model), strict=True)):
-        for kind in parts:
-            count = family.units(config)[kind]
-            size = 0
-            for part, linear in parts[kind]:
+        sizes: dict[str, int] = {}
+        if isinstance(family, Experts):
+            sizes = family.sizes(family.blocks(model)[layer])
+            fewest[layer] = config.num_experts_per_tok
+        for kind, count in family.units(config).items():
+            size = sizes.get(kind, 0)
+            for part, linear in parts.get(kind, []):
                 size += part.width * linear.weight.shape[1 - part.axis]
                 if part.axis == 0 and linear.bias is not None:
                     size += part.width
-            size += sum(part.width for part in family.joint_norms(config).get(kind, []))
+            vectors = [*family.joint_norms(config).get(kind, []), *family.vectors(config).get(kind, [])]
+            size += sum(part.width for part in vectors)
             even[layer, kind] = family.stretches(config).get(kind, 1)
             layers.append(np.full(count, layer, np.int32))
             kinds.append(np.full(count, kind))
@@ -102,6 +132,7 @@ def discover(model: nn.Module) -> Groups:
             parameters.append(np.full(count, size, np.int64))
     groups = Groups(*(np.concatenate(a) for a in (layers, kinds, units, parameters)))
     object.__setattr__(groups, "even", even)
+    object.__setattr__(groups, "_fewest", fewest)
     return groups
 
 

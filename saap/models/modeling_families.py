@@ -169,6 +169,7 @@ class SaapQwen35ForCausalLM(UnevenModel, Qwen3_5ForCausalLM):
 
     config_class = SaapQwen35Config
     layer_class = Qwen3_5DecoderLayer
+    outputs = ("mlp.down_proj",)
 
 
 register(

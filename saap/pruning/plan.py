@@ -7,6 +7,7 @@ import numpy as np
 
 from saap.errors import SaapError
 from saap.models.groups import Groups
+from saap.pruning.experts import select_experts
 
 SEARCHES = ("global", "uniform", "uniform_down")
 DIRECTIONS = ("lowest", "highest")
@@ -59,6 +60,10 @@ def select(
     protected = np.isin(groups.layer, [layer % layers for layer in protect])
     if kinds == "mlp":
         protected |= groups.kind == "attention"
+    if "expert" in groups.kind:
+        if search != "global" or kinds == "equal":
+            raise SaapError("experts have the search 'global' and kinds 'pooled' or 'mlp' (whole experts and channels)")
+        return select_experts(score if direction == "lowest" else -score, groups, ratio, protected, align)
     worth = _bundled(score if direction == "lowest" else -score, groups)
     free = int(groups.parameters[~protected].sum())
     budget = ratio * int(groups.parameters.sum())

@@ -10,7 +10,7 @@ from torch import nn
 
 from saap.errors import SaapError
 from saap.models.checkpoint import complete
-from saap.models.families import Part, family_of
+from saap.models.families import Experts, Part, family_of
 from saap.models.groups import Groups, block_parts, discover
 
 
@@ -43,6 +43,16 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
                 state[f"{name}.weight"] = linear.weight.index_select(part.axis, index)
                 if part.axis == 0 and linear.bias is not None:
                     state[f"{name}.bias"] = linear.bias[index]
+    family = family_of(model.config)
+    for layer, (block, config) in enumerate(zip(family.blocks(model), family.block_configs(model), strict=True)):
+        for kind, parts in family.vectors(config).items():
+            for part in parts:
+                vector = block.get_parameter(part.matrix)
+                kept = torch.from_numpy(rows[layer, kind]).to(vector.device)
+                state[f"{names[id(block)]}.{part.matrix}"] = vector[part.staying(kept, len(vector))]
+    if isinstance(family, Experts):
+        for layer, block in enumerate(family.blocks(model)):
+            state |= {f"{names[id(block)]}.{n}": t for n, t in family.cut(block, *_experts(rows, layer)).items()}
     for layer, kind, part, norm in _joint_norms(model):
         kept = torch.from_numpy(rows[layer, kind]).to(norm.weight.device)
         state[f"{names[id(norm)]}.weight"] = norm.weight[part.staying(kept, len(norm.weight))]
@@ -62,6 +72,8 @@ def mask(model: nn.Module, keep: np.ndarray) -> nn.Module:
     does so here too, what it gets from removed heads is zero, and its weights and eps make up for the greater count.
     """
     groups = _checked(model, keep)
+    if isinstance(family_of(model.config), Experts):
+        raise SaapError("experts cannot be masked: the router would still send tokens to them")
     masked = copy.deepcopy(model)
     removed = {(layer, kind): np.flatnonzero(~keep[index]) for layer, kind, index in groups.blocks()}
     for layer, kinds in enumerate(block_parts(masked)):
@@ -83,6 +95,14 @@ def mask(model: nn.Module, keep: np.ndarray) -> nn.Module:
     return masked
 
 
+def _experts(rows: dict[tuple[int, str], np.ndarray], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which experts of a layer stay, (n,), and which channels of each, (n, c)."""
+    experts, channels = rows[layer, "expert"], rows[layer, "mlp"]
+    width = len(channels) // len(experts)
+    own = channels.reshape(len(experts), width)
+    return torch.from_numpy(experts), torch.from_numpy(own)
+
+
 def _joint_norms(model: nn.Module) -> Iterator[tuple[int, str, Part, Any]]:
     """(layer, kind, part, norm) of the norms that run over all groups of a kind together."""
     family = family_of(model.config)
@@ -99,6 +119,16 @@ def _checked(model: nn.Module, keep: np.ndarray) -> Groups:
     for layer, kind, index in groups.blocks():
         if not keep[index].any():
             raise SaapError(f"the plan leaves layer {layer} without {kind}")
-        if len(set(keep[index].reshape(groups.stretches(layer, kind), -1).sum(1))) > 1:
-            raise SaapError(f"the plan leaves layer {layer} with different numbers of query heads under its KV heads")
+        each = keep[index].reshape(groups.stretches(layer, kind), -1).sum(1)
+        experts = (groups.layer == layer) & (groups.kind == "expert")
+        if kind == "expert" and each[0] < groups.fewest(layer):
+            raise SaapError(f"the plan leaves layer {layer} {each[0]} experts, its router picks {groups.fewest(layer)}")
+        if kind == "mlp" and experts.any():
+            if each[~keep[experts]].any():
+                raise SaapError(f"the plan keeps channels of experts of layer {layer} that go")
+            each = each[keep[experts]]
+        if len(set(each)) > 1:
+            raise SaapError(
+                f"the plan leaves layer {layer} with different numbers of {kind} groups where all must agree"
+            )
     return groups

@@ -4,11 +4,13 @@ from typing import Any
 
 from saap.errors import SaapError
 from saap.models import modeling as llamas
+from saap.models import modeling_experts as mixtures
 from saap.models import modeling_families as others
 
 from .baichuan import Baichuan
 from .base import Family, Part
 from .bloom import Bloom
+from .experts import Experts, Layout
 from .llama import Llama
 
 FAMILIES: tuple[Family, ...] = (
@@ -28,6 +30,9 @@ FAMILIES: tuple[Family, ...] = (
     Llama(others.SaapOlmo3ForCausalLM, post_norm=True, joint_norms=True),
     Llama(others.SaapCohere2ForCausalLM),
     Llama(others.SaapQwen35ForCausalLM, mlp_only=True),
+    Experts(mixtures.SaapQwen3MoeForCausalLM, Layout("gate", "num_experts", "moe_intermediate_size", True)),
+    Experts(mixtures.SaapMixtralForCausalLM, Layout("gate", "num_local_experts", "intermediate_size", True)),
+    Experts(mixtures.SaapGptOssForCausalLM, Layout("router", "num_local_experts", "intermediate_size", False)),
     Bloom(),
     Baichuan(),
 )
@@ -42,4 +47,4 @@ def family_of(config: Any) -> Family:
     raise SaapError(f"model family '{config.model_type}' is not supported; known: {known}")
 
 
-__all__ = ["FAMILIES", "Family", "Part", "family_of"]
+__all__ = ["FAMILIES", "Experts", "Family", "Part", "family_of"]

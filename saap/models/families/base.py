@@ -76,6 +76,10 @@ class Family(ABC):
         """kind → norms whose mean runs over all groups of the kind together; their weights go with the groups."""
         return {}
 
+    def vectors(self, config: Any) -> dict[str, list[Part]]:
+        """kind → other vectors that go with the groups: paths of parameters in the layer."""
+        return {}
+
     def stretches(self, config: Any) -> dict[str, int]:
         """kind → how many equal stretches its groups stand in, where each must keep as many as the others."""
         return {}

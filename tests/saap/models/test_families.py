@@ -104,8 +104,6 @@ OTHERS = {
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, GATED | {"no_rope_layers": [1, 1, 0, 1], "pad_token_id": 2}),
     "smollm3, window": (
         SmolLM3ForCausalLM,
-        Qwen3_5ForCausalLM,
-        Qwen3_5TextConfig,
         SmolLM3Config,
         GATED | NOT_ALL | {"use_sliding_window": True, "pad_token_id": 2, "no_rope_layers": [0, 1, 1, 0]},
     ),

@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 from saap import accuracy, dequantize, load, load_tokenizer, prune, save, to_groupwise
 from saap.models import modeling
 from tasks.data import mini_folder
+from tests.saap.models.test_experts import CASES as MIXTURES
+from tests.saap.models.test_experts import build as mixture
+from tests.saap.models.test_experts import random_keep as some_kept
 from tests.saap.models.test_families import CASES, GREEDY, IDS, LLAMA_LIKE, build, logits, random_keep
 
 PROGRAM = """
@@ -73,6 +76,7 @@ def elsewhere(tmp_path_factory):
 def test_pruned_and_int4_models_of_every_family_load_and_generate_the_same(elsewhere, tmp_path):
     models = {case: prune(build(case), random_keep(build(case))) for case in CASES}
     models |= {f"{case}, int4": to_groupwise(models[case], 32) for case in LLAMA_LIKE}
+    models |= {case: prune(mixture(case), some_kept(mixture(case))) for case in MIXTURES}
     expected = {}
     for name, model in models.items():
         save(model, tmp_path / name)

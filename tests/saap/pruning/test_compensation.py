@@ -82,8 +82,9 @@ def test_every_family_carries_the_biases_through_its_checkpoint(family, tmp_path
     moments = input_moments(model, IDS)
     groups = discover(model)
     keep = np.ones(len(groups), bool)
-    for _, kind, index in groups.blocks():
-        keep[index[3::7] if kind == "mlp" else index[1:2]] = False
+    for layer, kind, index in groups.blocks():
+        rows = index.reshape(groups.stretches(layer, kind), -1)
+        keep[index[3::7] if kind == "mlp" else rows[:, 1].ravel()] = False
     small = add_mean_bias(prune(model, keep), model, keep, moments)
     for (layer, kind, part, dense), (*_, linear) in zip(output_matrices(model), output_matrices(small), strict=True):
         index = np.flatnonzero((groups.layer == layer) & (groups.kind == kind))

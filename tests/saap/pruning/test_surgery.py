@@ -30,19 +30,17 @@ def test_widths_and_parameter_counts_are_those_of_the_plan(tiny_llama, n_kv, con
     for layer, block in enumerate(small.model.layers):
         heads, channels = (len(kept_units(groups, keep, layer, kind)) for kind in ("attention", "mlp"))
         attention, mlp = block.self_attn, block.mlp
-        wide = heads * D * 4 // n_kv
-        assert [m.out_features for m in (attention.q_proj, attention.k_proj, attention.v_proj)] == [
-            wide,
-            heads * D,
-            heads * D,
-        ]
+        # with one KV head a group is a query head, and k and v stay
+        queries, shared = (heads, 1) if n_kv == 1 else (heads * 4 // n_kv, heads)
+        wide = queries * D
+        outputs = [m.out_features for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        assert outputs == [wide, shared * D, shared * D]
         assert [m.out_features for m in (mlp.gate_proj, mlp.up_proj)] == [channels, channels]
         assert (attention.o_proj.in_features, mlp.down_proj.in_features) == (wide, channels)
-        assert widths(model, groups, keep)[layer] == {
-            "num_attention_heads": heads * 4 // n_kv,
-            "num_key_value_heads": heads,
-            "intermediate_size": channels,
-        }
+        expected = {"num_attention_heads": queries, "num_key_value_heads": shared, "intermediate_size": channels}
+        found = widths(model, groups, keep)[layer]
+        assert found == {name: expected[name] for name in found}
+        assert found.keys() == expected.keys() - ({"num_key_value_heads"} if n_kv == 1 else set())
     dense = sum(p.numel() for p in model.parameters())
     assert sum(p.numel() for p in small.parameters()) == dense - groups.parameters[~keep].sum()
     assert discover(small).parameters.sum() == groups.parameters[keep].sum()

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
-from saap import RECIPES, Groupwise, GroupwiseLinear, Lora, Qlora, SaapError, Training, load, recover, save
+from saap import RECIPES, Groupwise, GroupwiseLinear, Lora, Qlora, SaapError, Training, load, prune, recover, save
 from saap.recovery.loss import Student
 from saap.recovery.nf4 import from_nf4, to_nf4
+from tests.saap.models.test_experts import build as mixture
+from tests.saap.models.test_families import build, random_keep
 
 IDS = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(4))
 NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -49,6 +51,33 @@ def test_the_finished_model_is_plain_and_computes_what_the_trained_one_did(recip
         assert torch.equal(finished.state_dict()["model.embed_tokens.weight"], untouched)
         save(finished, tmp_path)
         assert torch.equal(load(tmp_path)(IDS).logits, finished(IDS).logits)
+
+
+@pytest.mark.parametrize("case", ["gemma2", "phi3", "glm4", "olmo2", "granite", "qwen3_5", "cohere2"])
+def test_adapters_merge_exactly_in_every_layout(case):
+    recipe = Groupwise(rank=4, alpha=8.0, group_size=16)
+    model = build(case)
+    small = prune(model, random_keep(model))
+    trained = recipe.prepare(small)
+    learn(trained)
+    ids = IDS.clamp(min=3)
+    loss = Student(trained, None, 0.0)(ids, torch.ones_like(ids), ids)["loss"]
+    learning = [p for p in trained.parameters() if p.requires_grad]
+    assert all(g is not None and g.isfinite().all() for g in torch.autograd.grad(loss, learning))
+    with torch.no_grad():
+        before = trained.eval()(ids).logits
+        after = recipe.finish(trained)(ids).logits
+    assert (after - before).abs().max() < 4e-2 * before.abs().max()  # float16 zeros, and gates of linear attention
+
+
+def test_lora_recovers_the_attention_of_a_mixture_of_experts():
+    model, recipe = mixture("mixtral"), Lora(rank=4, alpha=8.0)
+    trained = recipe.prepare(model)
+    learn(trained)
+    with torch.no_grad():
+        before = trained.eval()(IDS).logits
+        after = recipe.finish(trained)(IDS).logits
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
 
 
 def test_untrained_adapters_leave_lora_as_it_was_and_qlora_as_nf4_is(tiny_llama):
