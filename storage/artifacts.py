@@ -124,7 +124,7 @@ class ArtifactStore:
             _fsync(draft.parent)
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
-            if isinstance(error, Exception) and not (self.root / "locks").is_dir():
+            if isinstance(error, Exception) and not draft.parent.is_dir():
                 raise StorageError(f"the store {self.root} was removed while {stage} was at work") from error
             full = isinstance(error, OSError) and error.errno in FULL
             if full or "No space left on device" in str(error):  # safetensors has an error type of its own
