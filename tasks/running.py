@@ -79,9 +79,9 @@ def is_transient(task: Any, task_run: Any, state: Any) -> bool:
         error = failure.__cause__ if isinstance(failure, MissingData) and failure.__cause__ else failure
         if getattr(error, "exit_code", None) == 2:
             return False
-        if isinstance(error, OSError):  # requests', httpx' and the hub's connection errors are OSErrors too
+        if isinstance(error, OSError):  # requests' connection errors are OSErrors too
             return error.errno not in _REPEATS
-        return type(error).__module__.split(".")[0] in ("httpx", "httpcore")
+        return type(error).__module__.split(".")[0] in ("httpx", "httpcore", "httpx2", "httpcore2")
     return False
 
 

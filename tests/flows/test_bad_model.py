@@ -109,7 +109,7 @@ FOLDERS = {
     "config is a pipe": (replaced("config.json", os.mkfifo), ["no config.json"]),
     "no model type": (text("config.json", "{}"), ["not supported", "llama"]),
     "gpt2": (fields(model_type="gpt2"), ["'gpt2'", "not supported", "llama"]),
-    "mixtral": (fields(model_type="mixtral"), ["'mixtral'", "not supported"]),
+    "falcon": (fields(model_type="falcon"), ["'falcon'", "not supported"]),
     "a number for a type": (fields(model_type=3), ["'3'", "not supported"]),
     "gptq": (fields(quantization_config={"quant_method": "gptq"}), ["quantised already (gptq)", "float weights"]),
     "awq": (fields(quantization_config={"quant_method": "awq"}), ["quantised already (awq)"]),

@@ -40,7 +40,7 @@ def refused(done, *words):
         ("model.path=/no/such/model", ["/no/such/model", "does not exist"]),
         ("data=/no/such/data", ["/no/such/data", "mini"]),
         ("data=hub", ["bookcorpus", "mini"]),
-        ("model.path=org/model", ["org/model", "HF_TOKEN"]),
+        ("model.path=org/model", ["org/model", "HF_HUB_OFFLINE"]),
         ("store=/proc/nowhere", ["/proc/nowhere", "--store"]),
         ("prune", ["section.field=value"]),
     ],

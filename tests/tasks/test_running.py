@@ -1,6 +1,7 @@
 """Retries: what may pass by itself is tried again, what would fail the same way is not."""
 
 import errno
+import importlib
 
 import pytest
 from prefect import flow
@@ -8,7 +9,7 @@ from prefect import flow
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from tasks.artifact import Artifact
-from tasks.running import task_of
+from tasks.running import is_transient, task_of
 from tasks.stage import stage
 from tasks.step import Step
 
@@ -58,3 +59,14 @@ def test_an_error_that_would_repeat_is_not_tried_again(tmp_path, prefect_server,
         call(task, step(tmp_path))
     assert len(tries) == 1
     assert ArtifactStore(tmp_path).find("calibrate", tmp_path.name) is None
+
+
+@pytest.mark.parametrize("client", ["httpx", "httpx2", "requests"])
+def test_a_connection_error_of_any_client_here_passes(client):
+    def ask():
+        importlib.import_module(client).get("http://127.0.0.1:9", timeout=5)
+
+    class Failed:
+        result = staticmethod(ask)
+
+    assert is_transient(None, None, Failed)
