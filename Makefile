@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install models demo test lint clean
+.PHONY: help install models demo test lint findings clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -40,6 +40,10 @@ lint: $(STAMP)  ## ruff, mypy, import-linter
 
 test: $(STAMP) lint  ## lint, then all tests
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+findings:  ## surprises about outside libraries, each still as it was seen? (downloads gigabytes, half an hour)
+	@failed=; for script in findings/*.sh; do echo "== $$script"; bash $$script || failed="$$failed $$script"; done; \
+	  test -z "$$failed" || { echo "no longer as seen:$$failed"; exit 1; }
 
 clean:  ## remove the environment and caches (not the store)
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,102 @@
+"""Which groups other threads, processors and dtypes would remove: the table of docs/traps.md.
+
+    python benchmarks/rankings.py                            # the embedded SmolLM2-135M, 4 and 12 samples of 128 tokens
+    python benchmarks/rankings.py --model /models/llama      # any local folder of a family we know
+
+Scores the model once for each setting, in a process of its own, as they are read when torch starts. Other processors
+are stood for by the instruction sets PyTorch and oneDNN may use. Prints a table and, as its last line, one JSON object.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from common import embedded, processor
+
+import saap
+
+FEW, MORE = 4, 12  # samples
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+SETTINGS: dict[str, tuple[str, int, dict[str, str]]] = {
+    "float32": ("float32", FEW, {}),
+    "2 threads": ("float32", FEW, {"OMP_NUM_THREADS": "2"}),
+    "4 threads": ("float32", FEW, {"OMP_NUM_THREADS": "4"}),
+    "AVX2": ("float32", FEW, AVX2),
+    "no vector instructions": ("float32", FEW, {"ATEN_CPU_CAPABILITY": "default"}),
+    "float32, more samples": ("float32", MORE, {}),
+    "bfloat16": ("bfloat16", MORE, {}),
+}
+RATIOS = (0.2, 0.5)
+Scores = tuple[np.ndarray, np.ndarray]
+
+
+def measure(folder: Path, dtype: str, samples: int, file: Path) -> None:
+    """In a process of its own: the importances of the model in `folder`, into a file."""
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    texts = pq.read_table(Path(__file__).parents[1] / "tasks/mini/calibration.parquet").column("text").to_pylist()
+    tokens, _ = saap.sample_tokens(texts, saap.load_tokenizer(folder), count=MORE, length=128, seed=0)
+    vector, element = saap.score(saap.load(folder, dtype=dtype), tokens[:samples])
+    np.savez(file, vector=vector, element=element)
+
+
+def scores(folder: Path, setting: str) -> Scores:
+    dtype, samples, environment = SETTINGS[setting]
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "scores.npz"
+        arguments = ["--model", str(folder), "--measure", dtype, str(samples), str(file)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **environment}
+        subprocess.run([sys.executable, __file__, *arguments], check=True, env=environment)
+        with np.load(file) as found:
+            return found["vector"], found["element"]
+
+
+def removed(found: Scores, groups: saap.Groups, norms: np.ndarray, ratio: float) -> np.ndarray:
+    fused, *_ = saap.fuse(*found, groups)
+    return ~saap.select(saap.asi(saap.fluctuation(fused, norms), groups), groups, ratio)
+
+
+def compare(folder: Path) -> list[dict[str, object]]:
+    model = saap.load(folder)
+    groups, norms = saap.discover(model), saap.weight_norms(model)
+    rows: list[dict[str, object]] = []
+    reference: Scores | None = None
+    for setting, (_, samples, _) in SETTINGS.items():
+        found = scores(folder, setting)
+        if setting.startswith("float32"):
+            reference = found
+        assert reference is not None
+        equal = all(np.array_equal(a, b) for a, b in zip(found, reference, strict=True))
+        row: dict[str, object] = {"setting": setting, "samples": samples, "bit_equal": equal}
+        for ratio in RATIOS:
+            mine, theirs = (removed(each, groups, norms, ratio) for each in (found, reference))
+            changed = theirs & ~mine
+            row |= {f"removed {ratio}": int(theirs.sum()), f"changed {ratio}": int(changed.sum())}
+            row[f"heads changed {ratio}"] = int((changed & (groups.kind == "attention")).sum())
+        rows.append(row)
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--measure", nargs=3, metavar=("DTYPE", "SAMPLES", "FILE"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        dtype, samples, file = arguments.measure
+        measure(arguments.model, dtype, int(samples), Path(file))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = compare(arguments.model or embedded(Path(temporary)))
+    print(json.dumps({"machine": processor(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
