@@ -38,7 +38,7 @@ def sentences(run: dict[str, Any], config: dict[str, Any], kept: Rows, sizes: Ro
         did += f", and groupwise training in {config['recover']['bits']}-bit codes recovers it"
     elif recipe in ("lora", "qlora"):
         did += f", and {recipe} training recovers it"
-    return [did + f", on the data of {run['data']}.", *_became({row["variant"]: row for row in sizes})]
+    return [did + f", with the data '{run['data']}'.", *_became({row["variant"]: row for row in sizes})]
 
 
 def _became(results: dict[str, dict[str, Any]]) -> list[str]:
