@@ -25,7 +25,10 @@ def plain_scores(model, tokens, hessian="none", vector_unit="row"):
             a, m = block.self_attn, block.mlp
             attention = [(a.q_proj, 0, wide), (a.k_proj, 0, d), (a.v_proj, 0, d), (a.o_proj, 1, wide)]
             mlp = [(m.gate_proj, 0, 1), (m.up_proj, 0, 1), (m.down_proj, 1, 1)]
-            for units, matrices in ((n_kv, attention), (m.up_proj.out_features, mlp)):
+            heads = n_kv
+            if n_kv == 1:  # query heads are the groups: k and v serve them all and stay
+                heads, attention = model.config.num_attention_heads, [(a.q_proj, 0, d), (a.o_proj, 1, d)]
+            for units, matrices in ((heads, attention), (m.up_proj.out_features, mlp)):
                 salience = [(w.weight * w.weight.grad).detach().numpy() for w, _, _ in matrices]
                 for u in range(units):
                     coarse, fine, signed = 0.0, 0.0, 0.0
@@ -51,7 +54,7 @@ def assert_close(found, expected):
     assert (np.abs(vector - plain_vector) <= 1e-4 * plain_vector + 1e-5 * plain_element).all()
 
 
-@pytest.fixture(scope="module", params=[4, 2, 1], ids=["mha", "gqa2", "gqa4"])
+@pytest.fixture(scope="module", params=[4, 2, 1], ids=["mha", "gqa", "mqa"])
 def case(request, tiny_llama):
     model = tiny_llama(request.param)
     return model, plain_scores(model, TOKENS)
