@@ -8,6 +8,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from saap.errors import SaapError
+from saap.models.families import family_of
 from saap.models.groups import discover
 from saap.models.products import FastLinears
 from saap.pruning.plan import PROTECTED, select
@@ -153,19 +154,28 @@ class _Gates:
         with torch.enable_grad(), FastLinears():
             states = self.model.get_input_embeddings()(ids.to(device)).detach().requires_grad_()  # type: ignore[operator]
             last = self.model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        last.backward(_divergence_gradient(head, last.detach().flatten(0, 1), dense.flatten(0, 1)).view_as(last))
+        last.backward(_divergence_gradient(self.model, last.detach().flatten(0, 1), dense.flatten(0, 1)).view_as(last))
         return torch.cat([slope.double().cpu() for slope in self.slopes]).numpy()
 
 
 @torch.no_grad()
-def _divergence_gradient(head: nn.Linear, states: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """∂/∂states of the mean over the tokens of KL(softmax head(dense) ‖ softmax head(states)), (tokens, H)."""
+def _divergence_gradient(model: nn.Module, states: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """∂/∂states of the mean over the tokens of KL(p(dense) ‖ p(states)), p from the model's logits; (tokens, H)."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    scale, cap = family_of(model.config).logits(model.config)
+
+    def logits(final: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = head(final).float() * scale
+        return cap * torch.tanh(found / cap) if cap else found
+
     found = []
     step = max(1, LOGITS // head.out_features)
     for own, wanted in zip(states.split(step), dense.split(step), strict=True):
-        difference = head(own).float().softmax(-1) - head(wanted).float().softmax(-1)
-        found.append(difference.div_(len(states)).to(states.dtype) @ head.weight)
+        with torch.enable_grad():
+            leaf = own.detach().requires_grad_()
+            output = logits(leaf)
+        difference = output.detach().softmax(-1) - logits(wanted).softmax(-1)
+        found.append(torch.autograd.grad(output, leaf, difference / len(states))[0])
     return torch.cat(found)
 
 
