@@ -24,10 +24,10 @@ def plain_scores(model, tokens, hessian="none", vector_unit="row"):
         for block in model.model.layers:
             a, m = block.self_attn, block.mlp
             attention = [(a.q_proj, 0, wide), (a.k_proj, 0, d), (a.v_proj, 0, d), (a.o_proj, 1, wide)]
-            mlp = [(m.gate_proj, 0, 1), (m.up_proj, 0, 1), (m.down_proj, 1, 1)]
             heads = n_kv
-            if n_kv == 1:  # query heads are the groups: k and v serve them all and stay
+            if n_kv == 1:  # a group is a query head, k and v stay
                 heads, attention = model.config.num_attention_heads, [(a.q_proj, 0, d), (a.o_proj, 1, d)]
+            mlp = [(m.gate_proj, 0, 1), (m.up_proj, 0, 1), (m.down_proj, 1, 1)]
             for units, matrices in ((heads, attention), (m.up_proj.out_features, mlp)):
                 salience = [(w.weight * w.weight.grad).detach().numpy() for w, _, _ in matrices]
                 for u in range(units):
