@@ -184,7 +184,7 @@ def _published_files(repository: str, config: str | None, split: str, commit: st
     except DatasetNotFoundError:
         HfApi().auth_check(repository, repo_type="dataset")  # says why not, which datasets does not
         raise
-    except (ValueError, DataFilesNotFoundError) as error:  # no such configuration, or no files
+    except (ValueError, RuntimeError, DataFilesNotFoundError) as error:  # no such configuration, no files, a script
         raise HubError(f"the data set {repository} has no {config} {split}: {str(error).splitlines()[0]}") from error
     return [str(url).split(f"@{commit}/", 1)[-1] for url in urls]
 
