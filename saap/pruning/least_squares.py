@@ -67,33 +67,33 @@ def refit(
         for layer, config in enumerate(tqdm(family.block_configs(model), desc="refit", unit="block")):
             wanted, found, factor = dense.through(layer), lean.through(layer), family.residual(config)
             if (layer, "attention") in lost:
-                if family.post_norm:
-                    drifts = _before_norm(wanted, found, "attention")
-                else:
-                    drifts = [  # the streams between the halves of the block: what came in, and what attention adds
-                        (
-                            before + factor * theirs.y["attention"],
-                            before - own_before + factor * (theirs.y["attention"] - own.y["attention"]),
-                        )
-                        for before, own_before, theirs, own in zip(
-                            dense.states, lean.states, wanted, found, strict=True
-                        )
-                    ]
+                between = _between_halves(dense, lean, wanted, found, factor)
+                drifts = _before_norm(wanted, found, "attention") if family.post_norm else between
                 _fit(lean.matrices[layer, "attention"], [factor * own.x["attention"] for own in found], drifts, ridge)
                 found = lean.through(layer)
             if (layer, "mlp") in lost:
-                drifts = [(theirs.out, theirs.out - own.out) for theirs, own in zip(wanted, found, strict=True)]
-                if family.post_norm:
-                    drifts = _before_norm(wanted, found, "mlp")
+                behind = [(theirs.out, theirs.out - own.out) for theirs, own in zip(wanted, found, strict=True)]
+                drifts = _before_norm(wanted, found, "mlp") if family.post_norm else behind
                 change = _fit(lean.matrices[layer, "mlp"], [factor * own.x["mlp"] for own in found], drifts, ridge)
-                if family.post_norm:
-                    found = lean.through(layer)
-                else:
-                    for own in found:
-                        own.out += factor * F.linear(own.x["mlp"], change)
+                for own in found if not family.post_norm else ():
+                    own.out += factor * F.linear(own.x["mlp"], change)
+                found = lean.through(layer) if family.post_norm else found
             dense.states = [theirs.out for theirs in wanted]
             lean.states = [own.out for own in found]
     return small
+
+
+def _between_halves(
+    dense: Stream, lean: Stream, wanted: list[Pass], found: list[Pass], factor: float
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """h and h − h' of each batch between the halves of the layer: what came in, and what attention adds."""
+    return [
+        (
+            before + factor * theirs.y["attention"],
+            before - own_before + factor * (theirs.y["attention"] - own.y["attention"]),
+        )
+        for before, own_before, theirs, own in zip(dense.states, lean.states, wanted, found, strict=True)
+    ]
 
 
 def _before_norm(wanted: list[Pass], found: list[Pass], kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
