@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from common import embedded, processor
 
@@ -40,8 +39,10 @@ Scores = tuple[np.ndarray, np.ndarray]
 def measure(folder: Path, dtype: str, samples: int, file: Path) -> None:
     """In a process of its own: the importances of the model in `folder`, into a file."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    texts = pq.read_table(Path(__file__).parents[1] / "tasks/mini/calibration.parquet").column("text").to_pylist()
-    tokens, _ = saap.sample_tokens(texts, saap.load_tokenizer(folder), count=MORE, length=128, seed=0)
+    rows = saap.read_rows(Path(__file__).parents[1] / "tasks/mini/bookcorpus_like/passages.jsonl", ("text",))
+    tokens, _ = saap.sample_tokens(
+        [row["text"] for row in rows], saap.load_tokenizer(folder), count=MORE, length=128, seed=0
+    )
     vector, element = saap.score(saap.load(folder, dtype=dtype), tokens[:samples])
     np.savez(file, vector=vector, element=element)
 

@@ -2,7 +2,7 @@
 # lm-eval scores the answers of a bfloat16 model in bfloat16, so that different answers tie.
 # Log-softmax and the sum over an answer's tokens keep the model's dtype unless softmax_dtype says otherwise. A
 # log-likelihood of −100 is then a multiple of 0.5, and answers that differ by less are equal; the first one wins. Two
-# models that are compared, or one before and after pruning, differ by such ties: one question in fifty here.
+# models that are compared, or one before and after pruning, differ by such ties: two questions of fifty here.
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT; cd "$folder"
 python3 -m venv env
@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS, QUESTIONS, ANSWERS = 1000, 100, 4
+WORDS, QUESTIONS, ANSWERS = 1000, 50, 4
 torch.manual_seed(0)
 words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
 words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -36,7 +36,7 @@ requests = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0
 
 
 def scores(**options):
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=32, device="cpu", **options)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, device="cpu", **options)
     found = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
     return torch.tensor(found, dtype=torch.float64).view(QUESTIONS, ANSWERS)
 
@@ -53,5 +53,5 @@ print(f"expected: no ties for the best of {ANSWERS} different answers, and the s
 print(f"seen: log-likelihoods near {full.mean().item():.0f}; distinct values among {half.numel()}: {half.unique().numel()}")
 print(f"seen: of {QUESTIONS} questions {ties(half)} tied for the best, {ties(full)} with softmax_dtype=float32")
 print(f"seen: best answer another one in {changed}")
-assert ties(half) >= 1 and ties(full) == 0 and half.unique().numel() < half.numel() / 4
+assert ties(half) >= 1 and ties(full) == 0 and half.unique().numel() < half.numel() / 2
 PY

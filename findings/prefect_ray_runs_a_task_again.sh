@@ -33,7 +33,7 @@ def work():
     return "done"
 
 
-@flow(task_runner=RayTaskRunner(init_kwargs={"num_cpus": 1, "include_dashboard": False, "logging_level": "ERROR"}))
+@flow(task_runner=RayTaskRunner(init_kwargs={"num_cpus": 2, "include_dashboard": False, "logging_level": "ERROR"}))
 def run():
     future = work.submit()
     future.wait(120)

@@ -1,4 +1,5 @@
 -- The views of the warehouse. After a change here, raise VERSION in warehouse.py: existing files are then rebuilt.
+-- The last bits of a sum depend on its order, and DuckDB's threads come in any: `order by` inside an aggregate settles it.
 
 -- one row a run and variant; the average of the accuracies only when all seven are there
 create view results as
@@ -66,12 +67,13 @@ with once as (
     select distinct on (settings, variant, seed) * from ablations where variant <> 'dense'
     order by settings, variant, seed, run_id desc)
 select model, data, criterion, criterion_variant, ratio, variant, count(*) as seeds,
-    avg(wikitext2) as wikitext2, stddev_samp(wikitext2) as wikitext2_spread,
-    avg(ptb) as ptb, stddev_samp(ptb) as ptb_spread,
-    avg(average) as average, stddev_samp(average) as average_spread,
-    avg(parameters) as parameters, avg(weight_bytes) as weight_bytes, avg(tokens_per_s) as tokens_per_s,
-    stddev_samp(tokens_per_s) as tokens_per_s_spread,
-    avg(seconds_to_rank) as seconds_to_rank,
+    avg(wikitext2 order by seed) as wikitext2, stddev_samp(wikitext2 order by seed) as wikitext2_spread,
+    avg(ptb order by seed) as ptb, stddev_samp(ptb order by seed) as ptb_spread,
+    avg(average order by seed) as average, stddev_samp(average order by seed) as average_spread,
+    avg(parameters order by seed) as parameters, avg(weight_bytes order by seed) as weight_bytes,
+    avg(tokens_per_s order by seed) as tokens_per_s,
+    stddev_samp(tokens_per_s order by seed) as tokens_per_s_spread,
+    avg(seconds_to_rank order by seed) as seconds_to_rank,
     fusion, fluctuation, asi_scope, direction, search, kinds, compensation, recipe, samples, settings
 from once group by all order by model, data, ratio, variant, wikitext2;
 
@@ -177,10 +179,11 @@ create macro joint_error(a, b) as sqrt(a * a + b * b);
 create view seed_spread as
 with once as (
     select distinct on (a.settings, m.variant, m.benchmark, m.metric, m.protocol, m.data, a.seed)
-        a.settings, m.variant, m.benchmark, m.metric, m.protocol, m.data, m.value
-    from metrics m join ablations a using (run_id, variant))
-select settings, variant, benchmark, metric, protocol, data, count(*) as seeds, avg(value) as mean,
-    stddev_samp(if(metric = 'perplexity', ln(value), value)) as spread
+        a.settings, m.variant, m.benchmark, m.metric, m.protocol, m.data, a.seed, m.value
+    from metrics m join ablations a using (run_id, variant)
+    order by a.settings, m.variant, m.benchmark, m.metric, m.protocol, m.data, a.seed, run_id desc)
+select settings, variant, benchmark, metric, protocol, data, count(*) as seeds, avg(value order by seed) as mean,
+    stddev_samp(if(metric = 'perplexity', ln(value), value) order by seed) as spread
 from once group by all;
 
 -- Whether b differs from a by more than noise: every two variants of any runs, on the same benchmark, data and protocol.
@@ -200,7 +203,7 @@ pairs as (
         if(a.seeds > 1 and b.seeds > 1, joint_error(a.spread, b.spread), null) as seed_spread
     from sides a join sides b using (benchmark, metric, protocol, data, n) where a.key <> b.key),
 paired as (
-    select p.*, stddev_pop(ib.value - ia.value) as deviation,
+    select p.*, stddev_pop(ib.value - ia.value order by ia.item) as deviation,
         count(*) filter (ib.value > ia.value) as won, count(*) filter (ib.value < ia.value) as lost, count(ib.value) as items
     from pairs p
         left join items ia on ia.key = p.key_a and ia.benchmark = p.benchmark and ia.metric = p.metric

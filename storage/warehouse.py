@@ -25,7 +25,7 @@ from storage.loading import create_tables, follow_disk, follows_disk, sql_type
 from storage.locks import held
 from storage.tables import SCHEMAS
 
-VERSION = 14  # raise it when a table or view changes: a file of another version is made again from the store
+VERSION = 15  # raise it when a table or view changes: a file of another version is made again from the store
 WRITER_WAITS, READER_WAITS = 60.0, 2.0  # seconds, for the process that is loading something
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 log = logging.getLogger("saap.storage")

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 
+import duckdb
 import numpy as np
 import pytest
 from scipy import stats
@@ -117,3 +119,23 @@ def test_runs_that_agree_in_all_but_the_seed_give_the_spread_over_calibration_sa
 def test_a_difference_larger_than_its_noise_is_told_from_a_smaller_one(warehouse):
     assert compare(warehouse, "r0", "dense", "r0", "pruned", "acc")["more_than_noise"]
     assert not compare(warehouse, "r0", "pruned", "r1", "pruned", "acc")["more_than_noise"]
+
+
+def test_the_same_question_has_the_same_answer_to_the_last_bit_on_many_threads(warehouse, tmp_path):
+    """DuckDB adds in the order its threads come, and sums of doubles depend on it."""
+    many = 250_000  # several row groups, or one thread does it all
+    file = tmp_path / "warehouse.duckdb"
+    shutil.copy(warehouse.file, file)
+    with duckdb.connect(str(file)) as connection:
+        connection.execute("set threads = 4")
+        connection.execute(f"update metrics set n = {many} where metric = 'perplexity'")
+        connection.execute("create temp table template as select * from items where metric = 'perplexity' and item = 0")
+        connection.execute("delete from items where metric = 'perplexity'")
+        connection.execute(
+            "insert into items select template.* replace (i::integer as item, 1 + random() as value) "
+            f"from template cross join range({many}) as numbers(i) order by hash(i)"
+        )
+        asked = "select stderr, low, p_value, basis from significance where metric = 'perplexity' order by all"
+        answers = {str(connection.execute(asked).fetchall()) for _ in range(4)}
+    assert len(answers) == 1
+    assert "paired items" in answers.pop()
