@@ -27,13 +27,13 @@ from common import embedded, most_held, where
 from peers import PEERS, mean_loss
 
 import saap
-from saap.models.groups import block_parts
+from saap.models.groups import layer_parts
 from saap.pruning.plan import PROTECTED
 from tasks.config import Criterion
 from tasks.criteria import NEEDS, SAAP
 from tasks.data import read_data
 
-HEADS = f"{'':<44}{'ratio':>6}{'heads':>7}{'channels':>10}{'blocks M':>10}{'all M':>8}"
+HEADS = f"{'':<44}{'ratio':>6}{'heads':>7}{'channels':>10}{'layers M':>10}{'all M':>8}"
 
 
 class Cost:
@@ -121,13 +121,13 @@ def cut(
 
 
 def kept(small: Any, model: Any) -> tuple[int, int, int]:
-    """(KV heads, channels, parameters of the blocks' groups) of a pruned model, from the shapes of its matrices."""
-    parts = block_parts(model)[0]
+    """(KV heads, channels, parameters of the layers' groups) of a pruned model, from the shapes of its matrices."""
+    parts = layer_parts(model)[0]
     counts, parameters = {"attention": 0, "mlp": 0}, 0
-    for block in saap.family_of(small.config).blocks(small):
+    for layer in saap.family_of(small.config).layers(small):
         for kind, members in parts.items():
             for part, _ in members:
-                weight = block.get_submodule(part.matrix).weight
+                weight = layer.get_submodule(part.matrix).weight
                 parameters += weight.numel()
                 counts[kind] += weight.shape[1] // part.width if part.axis == 1 else 0
     return counts["attention"], counts["mlp"], parameters
@@ -180,16 +180,16 @@ def main() -> None:
     figures: dict[str, Any] = {}
 
     def measure(row: str, ratio: float, small: Any, seconds: float, peak: int) -> None:
-        heads, channels, blocks = kept(small, model)
+        heads, channels, layers = kept(small, model)
         found = {name: math.exp(mean_loss(small, windows)) for name, windows in texts.items()}
         mean = math.exp(sum(map(math.log, found.values())) / len(found))
         all_of_it = saap.size_of(small).parameters
         shown = "".join(f"{value:>11.1f}" for value in (*found.values(), mean))
-        shape = f"{ratio:>6g}{heads:>7}{channels:>10}{blocks / 1e6:>10.2f}{all_of_it / 1e6:>8.1f}"
+        shape = f"{ratio:>6g}{heads:>7}{channels:>10}{layers / 1e6:>10.2f}{all_of_it / 1e6:>8.1f}"
         print(f"{row:<44}{shape}{seconds:>7.0f}{peak / 1e9:>7.2f}{shown}", flush=True)
         figures[f"{row}, {ratio:g}"] = {
             **{name: round(value, 2) for name, value in (*found.items(), ("mean", mean))},
-            **{"kv_heads": heads, "channels": channels, "block_parameters": blocks, "parameters": all_of_it},
+            **{"kv_heads": heads, "channels": channels, "block_parameters": layers, "parameters": all_of_it},
             **{"seconds": round(seconds, 1), "peak_bytes": peak},
         }
 

@@ -33,9 +33,9 @@ QUERIES = {
 
 
 def groups(layers: int, heads: int, channels: int) -> dict[str, np.ndarray]:
-    block = heads + channels
+    layer = heads + channels
     return {
-        "layer": np.repeat(np.arange(layers, dtype=np.int32), block),
+        "layer": np.repeat(np.arange(layers, dtype=np.int32), layer),
         "kind": np.tile(np.repeat(["attention", "mlp"], [heads, channels]), layers),
         "unit": np.tile(np.concatenate([np.arange(heads), np.arange(channels)]).astype(np.int32), layers),
     }

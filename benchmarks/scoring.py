@@ -28,13 +28,13 @@ from torch import nn
 import saap
 from saap.evaluation.speed import in_turn
 from saap.models import products
-from saap.models.groups import KINDS, block_parts
+from saap.models.groups import KINDS, layer_parts
 from saap.scoring.importance import samples_at_once
 
 
 def straightforward(model: nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(vector, element), float32 (D, N), as `saap.score` gives them."""
-    parts = block_parts(model)
+    parts = layer_parts(model)
     device = next(model.parameters()).device
     vectors, elements = [], []
     for parameter in model.parameters():
@@ -110,15 +110,15 @@ def the_model(arguments: argparse.Namespace) -> nn.Module:
 
 
 def fewer_blocks(model: nn.Module) -> tuple[nn.Module, int]:
-    """The same model with the first half of its blocks, which it shares."""
+    """The same model with the first half of its layers, which it shares."""
     import copy
 
     memo = {id(parameter): parameter for parameter in model.parameters()}
     half = copy.deepcopy(model, memo)
-    blocks = saap.family_of(model.config).blocks(half)
-    del blocks[len(blocks) // 2 :]
-    half.config.num_hidden_layers = len(blocks)
-    return half, len(blocks)
+    layers = saap.family_of(model.config).layers(half)
+    del layers[len(layers) // 2 :]
+    half.config.num_hidden_layers = len(layers)
+    return half, len(layers)
 
 
 def main() -> None:
@@ -135,11 +135,11 @@ def main() -> None:
 
     model = the_model(arguments)
     device = next(model.parameters()).device
-    blocks = len(block_parts(model))
+    layers = len(layer_parts(model))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (arguments.samples, arguments.length), generator=generator)
-    print(f"{model.config.model_type}, {blocks} blocks, {weights / 1e9:.2f} GB of {model.dtype} weights")
+    print(f"{model.config.model_type}, {layers} layers, {weights / 1e9:.2f} GB of {model.dtype} weights")
     print(f"{arguments.samples} × {arguments.length} tokens, {arguments.rounds} rounds, {where(device)}")
     if device.type == "cpu":
         print("no GPU was used" + ("; seconds of processor time" if _one_cpu_thread() else ""))
@@ -176,9 +176,9 @@ def main() -> None:
     half, half_blocks = fewer_blocks(model)
     few = max(1, arguments.samples // 4)
     growth = {
-        f"{few} samples, {blocks} blocks": (few, blocks, seconds(lambda: saap.score(model, tokens[:few]))),
-        f"{2 * few} samples, {blocks} blocks": (2 * few, blocks, seconds(lambda: saap.score(model, tokens[: 2 * few]))),
-        f"{2 * few} samples, {half_blocks} blocks": (
+        f"{few} samples, {layers} layers": (few, layers, seconds(lambda: saap.score(model, tokens[:few]))),
+        f"{2 * few} samples, {layers} layers": (2 * few, layers, seconds(lambda: saap.score(model, tokens[: 2 * few]))),
+        f"{2 * few} samples, {half_blocks} layers": (
             2 * few,
             half_blocks,
             seconds(lambda: saap.score(half, tokens[: 2 * few])),
@@ -201,7 +201,7 @@ def main() -> None:
         f"element {errors[1]:.1e} and {middle_errors[1]:.1e}\n"
     )
     for what, (samples, layers, time_taken) in growth.items():
-        print(f"{what:<26} {time_taken:6.2f} s   {1000 * time_taken / samples / layers:6.2f} ms a sample and block")
+        print(f"{what:<26} {time_taken:6.2f} s   {1000 * time_taken / samples / layers:6.2f} ms a sample and layer")
     figures = {
         "time_ratio": float(np.median(time_ratios)),
         "time_ratio_same_products": float(np.median(same_products)),
@@ -212,7 +212,7 @@ def main() -> None:
         "median_relative_error": max(middle_errors),
         "products": "oneDNN" if products.by_onednn() else "PyTorch's",
         "seconds": float(np.median(taken["ours"])),
-        "seconds_by_samples": {str(n): t for n, k, t in growth.values() if k == blocks},
+        "seconds_by_samples": {str(n): t for n, k, t in growth.values() if k == layers},
         "seconds_by_blocks": {str(k): t for n, k, t in growth.values() if n == 2 * few},
     }
     rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}

@@ -4,7 +4,7 @@
     python benchmarks/speed.py --model FOLDER --device cpu
 
 By the pipeline's protocol: forced length, 3 warm-ups, models in turn, medians, ratios of the same round. Plans are
-uniform (the same share of every unprotected block), ranked by weight norms: speed depends on the widths only. On a GPU:
+uniform (the same share of every unprotected layer), ranked by weight norms: speed depends on the widths only. On a GPU:
 bfloat16, random weights, batch 1 and 16, CUDA graphs over a static cache, eager beside them, and the share of the
 bandwidth limit: bytes read a step (weights without the embedding table, and the cache at its mean length) × steps/s
 over the rate at which this GPU reads a large tensor, measured here. Prints a table and,
@@ -57,7 +57,7 @@ def bytes_a_step(model: Any, batch_size: int, length: float) -> float:
     weights = sum(t.numel() * t.element_size() for t in stored)
     if head is not table:
         weights -= table.numel() * table.element_size()
-    heads = sum(c.num_key_value_heads * c.head_dim for c in saap.family_of(model.config).block_configs(model))
+    heads = sum(c.num_key_value_heads * c.head_dim for c in saap.family_of(model.config).layer_configs(model))
     return weights + batch_size * length * 2 * heads * table.element_size()
 
 

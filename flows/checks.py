@@ -69,17 +69,17 @@ def facts_of(source: ModelSource) -> Facts:
         tokens, ends = len(tokenizer), tokenizer.eos_token_id is not None
     linears = {
         name.rpartition(".")[2]
-        for block in _blocks(model)
-        for name, module in block.named_modules()
+        for layer in _layers(model)
+        for name, module in layer.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
     return Facts(config, discover(model), frozenset(linears), tokens, ends)
 
 
-def _blocks(model: Any) -> Any:
+def _layers(model: Any) -> Any:
     from saap import family_of
 
-    return family_of(model.config).blocks(model)
+    return family_of(model.config).layers(model)
 
 
 def _check_device(config: RunConfig) -> None:

@@ -20,7 +20,7 @@ def _schema(*fields: tuple[str, pa.DataType, str]) -> pa.Schema:
 
 _SAMPLE = ("sample", pa.int32(), "calibration sample, from 0")
 _GROUP = (
-    ("layer", pa.int32(), "decoder block, from 0"),
+    ("layer", pa.int32(), "decoder layer, from 0"),
     ("kind", KIND, "attention (a KV head with its query heads) or mlp (a channel)"),
     ("unit", pa.int32(), "number of the group within its layer and kind, from 0"),
 )
@@ -66,7 +66,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         *_GROUP, ("fisher", pa.float64(), "mean over the samples of its squared first-order share in the loss")
     ),
     "moments": _schema(
-        ("layer", pa.int32(), "decoder block, from 0"),
+        ("layer", pa.int32(), "decoder layer, from 0"),
         ("kind", KIND, "attention (inputs of o_proj) or mlp (of down_proj)"),
         ("channel", pa.int32(), "input channel, from 0"),
         ("mean", pa.float64(), "over all calibration tokens"),
@@ -75,7 +75,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
     "plan": _schema(*_GROUP, ("kept", pa.bool_(), "whether the group stays")),
     "widths": _schema(
-        ("layer", pa.int32(), "decoder block, from 0"),
+        ("layer", pa.int32(), "decoder layer, from 0"),
         ("kind", KIND, "attention or mlp"),
         ("units", pa.int32(), "groups in the dense model"),
         ("kept", pa.int32(), "groups that stay"),
@@ -121,7 +121,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("weight_bytes", pa.int64(), "bytes of weights, scales and zeros as stored"),
         ("peak_bytes", pa.float64(), "weights, and the most allocated beside them on the GPU; NaN on a CPU"),
         ("macs_per_token", pa.int64(), "multiply-accumulates for one new token"),
-        ("dtype", pa.string(), "of the block weights"),
+        ("dtype", pa.string(), "of the layer weights"),
         ("device", pa.string(), "what it ran on"),
         ("threads", pa.int32(), "CPU threads"),
         ("batch_size", pa.int32(), "sequences decoded at once"),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tasks.toml import ConfigError, one_line, parse_value, read_toml, sections_of, short
-from tasks.values import Amount, Arguments, Block, Count, Ratio, Seed, Text, distinct
+from tasks.values import Amount, Arguments, Count, Layer, Ratio, Seed, Text, distinct
 
 ACCURACIES = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa")
 PERPLEXITIES = ("wikitext2", "ptb")
@@ -86,7 +86,7 @@ class Prune(Section):
     ratio: Ratio = Field(0.2, description="share of all prunable parameters to remove")
     search: Literal["auto", "global", "uniform", "uniform_down"] = Field(
         "auto",
-        description="one budget for all blocks, a share of each (heads rounded, or rounded down), or as published",
+        description="one budget for all layers, a share of each (heads rounded, or rounded down), or as published",
     )
     direction: Literal["lowest", "highest"] = Field("lowest", description="end of the ranking that is removed")
     kinds: Literal["pooled", "equal", "mlp"] = Field(
@@ -100,8 +100,8 @@ class Prune(Section):
         "auto",
         description="for what was removed: its mean as a bias, a refit of what stays, nothing, or the criterion's",
     )
-    protect: Annotated[tuple[Block, ...], AfterValidator(distinct)] = Field(
-        (0, 1, 2, -1), description="blocks left whole; negative: from the end"
+    protect: Annotated[tuple[Layer, ...], AfterValidator(distinct)] = Field(
+        (0, 1, 2, -1), description="layers left whole; negative: from the end"
     )
     align: Count = Field(32, description="MLP channels are kept in multiples of this")
 
@@ -181,7 +181,7 @@ class Compute(Section):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="CPU threads; all cores if absent")
     batch_size: Count = Field(8, description="sequences at once in evaluation and statistics")
     offload: bool = Field(
-        False, description="score and prune a model larger than the device: its blocks come from disk one by one"
+        False, description="score and prune a model larger than the device: its layers come from disk one by one"
     )
     launch: Arguments | None = Field(
         None,

@@ -35,4 +35,4 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of examples, tokens, steps,
 Amount = Annotated[int, Field(ge=1, le=10**12)]  # of the first so many of what there is
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-Block = Annotated[int, Field(ge=-4096, lt=4096)]
+Layer = Annotated[int, Field(ge=-4096, lt=4096)]

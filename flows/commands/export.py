@@ -74,7 +74,7 @@ def uniform(
     variant: VariantOption = None,
     store: StoreOption = STORE,
 ) -> None:
-    """Write a stock checkpoint of equal blocks, narrower ones filled up with zeros: the same outputs in any program.
+    """Write a stock checkpoint of equal layers, narrower ones filled up with zeros: the same outputs in any program.
 
     Nothing is filled when the plan is even: run with --set prune.search=uniform --set 'prune.protect=\\[]'.
     """

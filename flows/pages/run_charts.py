@@ -97,7 +97,7 @@ def bars(field: str, title: str, form: str, count: int) -> dict[str, Any]:
 
 
 def kept(kind: str) -> dict[str, Any]:
-    """What is left of each block, the outline of the dense model behind it."""
+    """What is left of each layer, the outline of the dense model behind it."""
     tooltip = tips(("layer", "layer"), ("units", "dense"), ("kept", "kept"), ("share", "kept", ".1%"))
     x = {"field": "layer", "type": "ordinal", "title": "layer", "axis": {"labelAngle": 0, "labelOverlap": True}}
     return {

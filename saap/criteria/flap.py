@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from saap.models.groups import weight_of
-from saap.scoring.statistics import Block, Moments, output_matrices
+from saap.scoring.statistics import Moments, Structure, output_matrices
 
 
 @torch.no_grad()
-def flap(model: nn.Module, activations: dict[Block, Moments]) -> np.ndarray:
+def flap(model: nn.Module, activations: dict[Structure, Moments]) -> np.ndarray:
     """Var(x_j)·‖W_:,j‖² of column j of o_proj and down_proj (WIFV), z-scored per layer and kind, mean over a head.
 
     As its authors' code has it, the metric of o_proj is squared before it is standardised, which the paper's formula

@@ -1,4 +1,4 @@
-"""GISP (Wang et al., arXiv 2510.18030): first-order importance, normalised per block, removed in many small steps."""
+"""GISP (Wang et al., arXiv 2510.18030): first-order importance, normalised per layer, removed in many small steps."""
 
 from collections.abc import Sequence
 
@@ -19,11 +19,11 @@ STEP = 0.01  # share of the prunable parameters that goes between two backward p
 def gisp(
     model: nn.Module, tokens: torch.Tensor, ratio: float, protect: Sequence[int] = PROTECTED, align: int = 32
 ) -> np.ndarray:
-    """|Σ W·g| of a structure, divided by the mean of its block and kind; after each step what is left is ranked again.
+    """|Σ W·g| of a structure, divided by the mean of its layer and kind; after each step what is left is ranked again.
 
-    Published: the first-order score over a structure's weights, its normalisation per block, one global order, many
+    Published: the first-order score over a structure's weights, its normalisation per layer, one global order, many
     small steps without anything trained between them, and so models nested in each other. Our reading: the sum is that
-    over the structure's columns of o_proj or down_proj, which is the gradient of its mask; the block's mean is the
+    over the structure's columns of o_proj or down_proj, which is the gradient of its mask; the layer's mean is the
     unit; a step is a hundredth of the prunable parameters, each group at its cost.
 
     The score is the place in the order in which groups went: whole numbers from 0. Those that stay to the end come
@@ -43,7 +43,7 @@ def gisp(
     score = importance
     steps = max(1, round(ratio / STEP))
     for step in range(1, steps):
-        # small steps are less than a step of channels a block: rounding to whole ones is left to the plan
+        # small steps are less than a step of channels a layer: rounding to whole ones is left to the plan
         keep = select(score, groups, ratio * step / steps, protect=tuple(protect), align=1)
         small = prune(model, keep)
         again = np.full(len(groups), -1.0)  # below all that stays

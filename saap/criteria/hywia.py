@@ -10,7 +10,7 @@ def hywia(model: nn.Module, score: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """Softmax attention of each group over its own two scores: α = softmax(s), s = (ĉ, f̂), importance α·s.
 
     Published: the description (attention over normalised coarse and fine importances gives each group its own mix, in
-    LLM-Pruner's frame, so the same share of every block); not its code nor the normalisation. Our reading: ĉ and f̂ are
+    LLM-Pruner's frame, so the same share of every layer); not its code nor the normalisation. Our reading: ĉ and f̂ are
     the means over the samples of I^V and I^E, each divided by its mean over the layer and kind; the scores are both
     query and value, so the larger of the two weighs more and no parameter is trained.
     """

@@ -13,7 +13,7 @@ QUERY_HEADS = ("as_coded", "served")
 def llm_pruner(
     model: nn.Module, gradients: TaylorSums, variant: str = "param_first", query_heads: str = "as_coded"
 ) -> np.ndarray:
-    """Published: eq. 3–5, summed over the matrices of a group; the same share of every block, heads rounded down.
+    """Published: eq. 3–5, summed over the matrices of a group; the same share of every layer, heads rounded down.
 
     vectorize: |Σ W·ḡ| of a row or column ("vector"); param_first: Σ |W·ḡ| ("element¹", the default of its code);
     param_mix: Σ |W·ḡ − ½·W²·h| ("element²"). ḡ is the gradient of the mean loss of all samples, h the mean of the

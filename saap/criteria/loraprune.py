@@ -16,23 +16,24 @@ def loraprune(model: nn.Module, tokens: torch.Tensor, seed: int) -> np.ndarray:
     """|(∂B·A + B·∂A − ∂B·∂A) ⊙ (W + s·B·A)| summed over a group, as a moving average over training steps.
 
     Published: the estimate of the weight's gradient (eq. 9), the sum over dependent weights, the moving average (0.9),
-    and the same share of every block. Our reading: groups are L2-normalised within their layer and kind at each step;
+    and the same share of every layer. Our reading: groups are L2-normalised within their layer and kind at each step;
     the factors (rank 8) see the calibration text twice (`factors.py`); and nothing is masked meanwhile, where its
     authors prune little by little over a long fine-tuning: recovery comes after pruning here, as for every criterion.
     """
-    blocks = list(discover(model).blocks())
-    average = {(layer, kind): torch.zeros(len(index), dtype=torch.float64) for layer, kind, index in blocks}
+    structures = list(discover(model).structures())
+    average = {(layer, kind): torch.zeros(len(index), dtype=torch.float64) for layer, kind, index in structures}
     with lora_factors(model, seed) as factors:
         for _ in training_steps(model, factors, tokens, seed, "loraprune"):
-            step = {block: torch.zeros_like(total) for block, total in average.items()}
+            step = {structure: torch.zeros_like(total) for structure, total in average.items()}
             for factor in factors:
                 step[factor.layer, factor.kind] += _importance(factor).cpu()
-            for block, total in average.items():
-                norm = step[block].norm()
+            for structure, total in average.items():
+                norm = step[structure].norm()
                 if not torch.isfinite(norm):
-                    raise SaapError(f"the gradients of layer {block[0]} ({block[1]}) are not finite: use float32")
-                total.mul_(DECAY).add_(step[block] / norm.clamp(min=1e-300), alpha=1 - DECAY)
-    return np.concatenate([average[layer, kind].numpy() for layer, kind, _ in blocks])
+                    layer, kind = structure
+                    raise SaapError(f"the gradients of layer {layer} ({kind}) are not finite: use float32")
+                total.mul_(DECAY).add_(step[structure] / norm.clamp(min=1e-300), alpha=1 - DECAY)
+    return np.concatenate([average[layer, kind].numpy() for layer, kind, _ in structures])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 
 from saap.errors import SaapError
 from saap.models.groups import Groups, discover
-from saap.scoring.statistics import Block, output_matrices
+from saap.scoring.statistics import Structure, output_matrices
 
 from .factors import LEARNING_RATE, lora_factors, steps_of, training_steps
 
@@ -26,13 +26,14 @@ def lorashear(model: nn.Module, tokens: torch.Tensor, seed: int) -> np.ndarray:
     the whole pipeline (knowledge-distribution analysis, schedules, weights of the saliency). Our reading: each group
     has a gate z on the inputs of its output matrix; saliency is a moving average of |z·∂L/∂z| divided by the group's
     parameters; a redundant gate takes its gradient step, shrinks linearly over the period and is set to zero when its
-    sign would change; order by period, within it by saliency; one global order, blocks protected by the plan alone.
+    sign would change; order by period, within it by saliency; one global order, layers protected by the plan alone.
     """
     groups = discover(model)
-    size = [len(index) for *_, index in groups.blocks()]
+    size = [len(index) for *_, index in groups.structures()]
     z = np.ones(len(groups), np.float32)
     saliency, order = np.zeros(len(groups)), np.empty(0, np.int64)  # order: the redundant groups, first to go first
-    gates = {block: nn.Parameter(torch.ones(count)) for block, count in zip(_blocks(groups), size, strict=True)}
+    sizes = zip(_structures(groups), size, strict=True)
+    gates = {structure: nn.Parameter(torch.ones(count)) for structure, count in sizes}
     length = max(1, steps_of(len(tokens)) // (PERIODS + 1))  # the first stretch only looks
     with lora_factors(model, seed) as factors, ExitStack() as stack:
         for layer, kind, part, linear in output_matrices(model):
@@ -64,8 +65,8 @@ def _longer(order: np.ndarray, saliency: np.ndarray, groups: Groups, share: floa
     return every[np.cumsum(groups.parameters[every]) <= share * groups.parameters.sum()]
 
 
-def _blocks(groups: Groups) -> list[Block]:
-    return [(layer, kind) for layer, kind, _ in groups.blocks()]
+def _structures(groups: Groups) -> list[Structure]:
+    return [(layer, kind) for layer, kind, _ in groups.structures()]
 
 
 def _taken_gradient(gate: nn.Parameter) -> np.ndarray:

@@ -4,17 +4,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.models.groups import block_parts, weight_of
+from saap.models.groups import layer_parts, weight_of
 
 
 @torch.no_grad()
 def magnitude(model: nn.Module) -> np.ndarray:
     """Mean |w| over all weights of the group: a mean, so that heads and channels share a scale.
 
-    The l1 norm of LLM-Pruner's comparisons, divided by the size of the group; same share of every block.
+    The l1 norm of LLM-Pruner's comparisons, divided by the size of the group; same share of every layer.
     """
     scores = []
-    for kinds in block_parts(model):
+    for kinds in layer_parts(model):
         for kind in kinds:
             total, size = np.zeros(1), 0
             for part, linear in kinds[kind]:

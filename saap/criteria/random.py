@@ -7,5 +7,5 @@ from saap.models.groups import discover
 
 
 def random(model: nn.Module, seed: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) from the seed; the same share of every block."""
+    """Uniform numbers in [0, 1) from the seed; the same share of every layer."""
     return np.random.default_rng(seed).random(len(discover(model)))

@@ -47,10 +47,10 @@ def wanda_sp(
     groups = discover(model)
     limits = {"search": "uniform_down", "kinds": kinds, "protect": tuple(protect), "align": align}
     counted = select(np.zeros(len(groups)), groups, ratio, **limits)  # type: ignore[arg-type]
-    left = {(layer, kind): int(counted[index].sum()) for layer, kind, index in groups.blocks()}
+    left = {(layer, kind): int(counted[index].sum()) for layer, kind, index in groups.structures()}
     stream = Stream(model.eval(), tokens, BATCH)
     scores = []
-    for layer in tqdm(range(len(stream.blocks)), desc="wanda_sp", unit="block"):
+    for layer in tqdm(range(len(stream.layers)), desc="wanda_sp", unit="layer"):
         passes = stream.through(layer)
         masks = {}
         for kind in passes[0].x:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from saap.models.families import Experts, family_of
-from saap.models.groups import block_parts
+from saap.models.groups import layer_parts
 from saap.models.modeling import GroupwiseLinear
 
 
@@ -48,13 +48,13 @@ def size_of(model: nn.Module) -> Size:
             macs += module.weight.numel()
     width = sum(
         linear.in_features
-        for block in block_parts(model)
-        for part, linear in block.get("attention", [])
+        for module in layer_parts(model)
+        for part, linear in module.get("attention", [])
         if part.axis == 1
     )
     idle = 0
     family = family_of(model.config)
-    for layer in family.blocks(model) if isinstance(family, Experts) else []:
+    for layer in family.layers(model) if isinstance(family, Experts) else []:
         experts: Any = layer.get_submodule("mlp.experts")
         router: Any = layer.get_submodule(family.router)  # type: ignore[attr-defined]
         one = sum(parameter[0].numel() for parameter in experts.parameters())

@@ -9,7 +9,7 @@ from typing import Any
 from saap.models.checkpoint import load_config
 
 HOW_TO_LOAD = """\
-With transformers 5.20 or newer and nothing else; the blocks have widths of their own, so their classes come along as a
+With transformers 5.20 or newer and nothing else; the layers have widths of their own, so their classes come along as a
 file:
 
 ```python
@@ -20,7 +20,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
 
 With the package (`import saap` first) the same without `trust_remote_code`. For llama.cpp: `saap export gguf`; for a
-stock class of equal blocks (vLLM and others): `saap export uniform`.
+stock class of equal layers (vLLM and others): `saap export uniform`.
 """
 CITE = """\
 ```bibtex
@@ -141,16 +141,16 @@ def _widths(config: Any) -> list[dict[str, Any]]:
         else:
             row = {"query heads": own.num_attention_heads, "KV heads": own.num_key_value_heads}
         channels = getattr(own, "intermediate_size", None) or 4 * own.hidden_size
-        rows.append({"block": layer, **row, "MLP channels": channels})
+        rows.append({"layer": layer, **row, "MLP channels": channels})
     return rows
 
 
 def _dense(config: Any) -> str:
-    fields = config.to_dict()  # the config itself refuses to tell what differs from block to block
+    fields = config.to_dict()  # the config itself refuses to tell what differs from layer to layer
     heads = fields.get("num_attention_heads") or fields.get("n_head")
     channels = fields.get("intermediate_size") or 4 * fields["hidden_size"]
     shared = fields.get("num_key_value_heads")
-    return f"{heads} heads" + (f" over {shared} KV heads" if shared else "") + f", {channels} channels a block"
+    return f"{heads} heads" + (f" over {shared} KV heads" if shared else "") + f", {channels} channels a layer"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

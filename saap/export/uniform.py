@@ -1,4 +1,4 @@
-"""One width for all blocks: a stock config and class that transformers, vLLM and others load with nothing extra."""
+"""One width for all layers: a stock config and class that transformers, vLLM and others load with nothing extra."""
 
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def export_uniform(folder: str | Path, target: str | Path, *, round_to: int = 1) -> dict[str, Any]:
-    """Write the checkpoint in `folder` as a stock one with equal blocks; returns its class and widths.
+    """Write the checkpoint in `folder` as a stock one with equal layers; returns its class and widths.
 
-    Narrower blocks are filled up with zero heads and channels to the widest, which changes no output. A plan made with
-    prune.search 'uniform' and nothing protected has equal blocks: there nothing is filled.
+    Narrower layers are filled up with zero heads and channels to the widest, which changes no output. A plan made with
+    prune.search 'uniform' and nothing protected has equal layers: there nothing is filled.
     round_to: a tensor-parallel size. Query heads and MLP channels become multiples of it, KV heads multiples or
     divisors. int4 layers become floats of the same values: stock classes have no place for our codes.
 
@@ -49,7 +49,7 @@ def export_uniform(folder: str | Path, target: str | Path, *, round_to: int = 1)
 
 @torch.no_grad()
 def uniform(model: Any, round_to: int = 1) -> Any:
-    """A float model of a stock class, its blocks equal, that computes what the given Llama-like one does."""
+    """A float model of a stock class, its layers equal, that computes what the given Llama-like one does."""
     state = model.state_dict()
     config = _stock_config(
         model.config, {name.split(".")[-2] for name in state if name.endswith("_proj.bias")}, round_to
@@ -102,8 +102,8 @@ def _places(own: Any, even: Any) -> dict[str, torch.Tensor]:
 
 
 def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
-    """The stock config for blocks like the widest of `old`; `biased` names the layers that have a bias."""
-    kind, blocks = old.model_type.removeprefix("saap_"), list(old.per_layer_config)
+    """The stock config for layers like the widest of `old`; `biased` names the layers that have a bias."""
+    kind, layers = old.model_type.removeprefix("saap_"), list(old.per_layer_config)
     if kind not in STOCK:
         raise SaapError(f"{kind} has no stock form of other widths; uniform export knows {', '.join(STOCK)}")
     extra = biased - ({"q_proj", "k_proj", "v_proj"} if kind == "qwen2" else set())
@@ -127,7 +127,7 @@ def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
         "head_dim": getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads,
         "num_attention_heads": shared * repeat,
         "num_key_value_heads": shared,
-        "intermediate_size": -(-max(own.intermediate_size for own in blocks) // round_to) * round_to,
+        "intermediate_size": -(-max(own.intermediate_size for own in layers) // round_to) * round_to,
     }
     if kind == "mistral":
         fields["sliding_window"] = getattr(old, "sliding_window", None)
@@ -140,12 +140,12 @@ def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
 
 def _heads(old: Any, round_to: int, divides: bool) -> tuple[int, int]:
     """(KV heads, query heads under each) of the smallest layer that has room for those of all."""
-    blocks, free = (
+    layers, free = (
         list(old.per_layer_config),
         getattr(old, "heads", "kv") == "query",
     )  # else all have as many under each
-    shared = max(own.num_key_value_heads for own in blocks)
-    repeat = max(own.num_attention_heads // own.num_key_value_heads for own in blocks)
+    shared = max(own.num_key_value_heads for own in layers)
+    repeat = max(own.num_attention_heads // own.num_key_value_heads for own in layers)
     more = old.hidden_size + round_to
     fitting = (
         (n * times, n, times)

@@ -71,7 +71,7 @@ def to_groupwise(
     if not family.int4:
         raise SaapError(f"group-wise int4 is not available for model family '{model.config.model_type}'")
     widths = {}
-    for layer, config in enumerate(family.block_configs(model)):
+    for layer, config in enumerate(family.layer_configs(model)):
         everything = {kind: list(range(count)) for kind, count in family.units(config).items()}
         widths[layer] = family.widths(config, everything)
     with torch.device("meta"):
@@ -81,10 +81,10 @@ def to_groupwise(
     form: dict[str, Any] = {"bits": bits, **({"group_size": group_size} if groups is None else {"groups": groups})}
     use_groupwise(small.model.layers, **form)
     small.config.groupwise = form
-    for block, source in zip(small.model.layers, family.blocks(model), strict=True):
+    for layer, source in zip(small.model.layers, family.layers(model), strict=True):
         for name, module in source.named_modules():
             if isinstance(module, nn.Linear):
-                target: Any = block.get_submodule(name).to_empty(device=module.weight.device)
+                target: Any = layer.get_submodule(name).to_empty(device=module.weight.device)
                 codes, scale, zero = quantize(module.weight, target.group_size, bits)
                 target.codes, target.scale, target.zero = pack(codes, bits), scale, zero
                 if consume:
@@ -92,10 +92,10 @@ def to_groupwise(
                 if module.bias is not None:
                     target.bias = nn.Parameter(module.bias.clone(), requires_grad=False)
             elif not list(module.children()):
-                block.set_submodule(name, copy.deepcopy(module))
+                layer.set_submodule(name, copy.deepcopy(module))
             else:  # what a layer of linear attention holds beside its matrices
                 for own, parameter in module.named_parameters(recurse=False):
-                    block.get_submodule(name).register_parameter(own, copy.deepcopy(parameter))
+                    layer.get_submodule(name).register_parameter(own, copy.deepcopy(parameter))
     return complete(small, model)
 
 

@@ -35,8 +35,8 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
 def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu", offload: bool = False) -> nn.Module:
     """The model in a local folder, in eval mode. dtype is one of `DTYPES`; int4 codes and scales stay as they are.
 
-    offload leaves the weights of the blocks in their files, from where accelerate fetches them to the device when a
-    block runs: for `discover`, `score` and `weight_norms` of a model larger than the device.
+    offload leaves the weights of the layers in their files, from where accelerate fetches them to the device when a
+    layer runs: for `discover`, `score` and `weight_norms` of a model larger than the device.
 
     Raises SaapError for a missing folder, a damaged or truncated file, tensors that do not fit config.json, or a
     family we cannot prune. Never runs code from the folder, never unpickles, never looks outside it; takes no memory

@@ -53,7 +53,7 @@ class Groups(_Rules):
     def costs(self) -> np.ndarray:
         """int64 (N,): parameters, and for an expert those of its channels too."""
         costs = self.parameters.copy()
-        for layer, kind, index in self.blocks():
+        for layer, kind, index in self.structures():
             if kind == "mlp" and self.stretches(layer, kind) > 1:
                 experts = (self.layer == layer) & (self.kind == "expert")
                 costs[experts] += self.parameters[index].reshape(self.stretches(layer, kind), -1).sum(1)
@@ -70,22 +70,22 @@ class Groups(_Rules):
         }
         return np.unique(labels[scope], return_inverse=True)[1]
 
-    def blocks(self) -> Iterator[tuple[int, str, np.ndarray]]:
+    def structures(self) -> Iterator[tuple[int, str, np.ndarray]]:
         """(layer, kind, indices of its groups) for every layer and kind, in order."""
         edges = np.flatnonzero((np.diff(self.layer) != 0) | (self.kind[1:] != self.kind[:-1])) + 1
         for index in np.split(np.arange(len(self)), edges):
             yield int(self.layer[index[0]]), str(self.kind[index[0]]), index
 
 
-def block_parts(model: nn.Module) -> list[dict[str, list[tuple[Part, nn.Linear]]]]:
-    """For each block: kind → [(part, its linear layer)]. Raises SaapError for an unknown family."""
+def layer_parts(model: nn.Module) -> list[dict[str, list[tuple[Part, nn.Linear]]]]:
+    """For each layer: kind → [(part, its linear layer)]. Raises SaapError for an unknown family."""
     family = family_of(model.config)
     return [
         {
-            kind: [(part, block.get_submodule(part.matrix)) for part in parts]  # type: ignore[misc]
+            kind: [(part, layer.get_submodule(part.matrix)) for part in parts]  # type: ignore[misc]
             for kind, parts in family.parts(config).items()
         }
-        for block, config in zip(family.blocks(model), family.block_configs(model), strict=True)
+        for layer, config in zip(family.layers(model), family.layer_configs(model), strict=True)
     ]
 
 
@@ -99,7 +99,7 @@ def group_matrices(model: nn.Module) -> Iterator[tuple[int, str, Part, nn.Linear
             f"experts of a {model.config.model_type} are ranked by criterion saap_plus (with cuts = []) or reap, and "  # type: ignore[union-attr]
             "not refitted: set prune.compensation to 'none'"
         )
-    for layer, kinds in enumerate(block_parts(model)):
+    for layer, kinds in enumerate(layer_parts(model)):
         for kind, members in kinds.items():
             for part, linear in members:
                 yield layer, kind, part, linear
@@ -111,11 +111,11 @@ def discover(model: nn.Module) -> Groups:
     layers, kinds, units, parameters = [], [], [], []
     even: dict[tuple[int, str], int] = {}
     fewest: dict[int, int] = {}
-    configs = family.block_configs(model)
-    for layer, (config, parts) in enumerate(zip(configs, block_parts(model), strict=True)):
+    configs = family.layer_configs(model)
+    for layer, (config, parts) in enumerate(zip(configs, layer_parts(model), strict=True)):
         sizes: dict[str, int] = {}
         if isinstance(family, Experts):
-            sizes = family.sizes(family.blocks(model)[layer])
+            sizes = family.sizes(family.layers(model)[layer])
             fewest[layer] = config.num_experts_per_tok
         for kind, count in family.units(config).items():
             size = sizes.get(kind, 0)
@@ -161,7 +161,7 @@ def weight_of(linear: nn.Linear, device: torch.device | None = None) -> torch.Te
 def weight_norms(model: nn.Module) -> np.ndarray:
     """float64 (N,): ‖W‖², the sum of squares of all weights (biases apart) of each coupled group."""
     norms = []
-    for parts in block_parts(model):
+    for parts in layer_parts(model):
         for kind in parts:
             total: torch.Tensor | None = None
             for part, linear in parts[kind]:

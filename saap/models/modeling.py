@@ -1,4 +1,4 @@
-"""Llama-like models whose blocks have their own widths, in float or in group-wise int4.
+"""Llama-like models whose layers have their own widths, in float or in group-wise int4.
 
 Needs only torch and transformers, so that a checkpoint can carry this file to people who do not have the package.
 """

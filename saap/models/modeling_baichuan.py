@@ -1,4 +1,4 @@
-"""Baichuan-13B, dense or with its own heads and MLP widths in each block: Llama's blocks with ALiBi for positions.
+"""Baichuan-13B, dense or with its own heads and MLP widths in each layer: Llama's layers with ALiBi for positions.
 
 Needs only torch and transformers, so that a checkpoint can carry this file to people who do not have the package.
 """

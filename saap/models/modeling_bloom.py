@@ -1,4 +1,4 @@
-"""A BLOOM whose blocks have their own heads and MLP widths.
+"""A BLOOM whose layers have their own heads and MLP widths.
 
 Needs only torch and transformers, so that a checkpoint can carry this file to people who do not have the package.
 """
@@ -28,7 +28,7 @@ class SaapBloomConfig(UnevenConfig, BloomConfig):
 
 
 class SaapBloomBlock(BloomBlock):
-    """A BLOOM block with the heads `config.kept_heads`, each at the slope of its original number.
+    """A BLOOM layer with the heads `config.kept_heads`, each at the slope of its original number.
 
     `slow_but_exact`, which adds the output matrices up in `pretraining_tp` equal slices, has no meaning here: off.
     """
@@ -48,7 +48,7 @@ class SaapBloomBlock(BloomBlock):
         mlp.dense_4h_to_h = nn.Linear(channels, hidden)
 
     def forward(self, hidden_states: torch.Tensor, alibi: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """alibi is (batch · original heads, 1, keys), as BloomModel makes it once for all blocks."""
+        """alibi is (batch · original heads, 1, keys), as BloomModel makes it once for all layers."""
         alibi = alibi.unflatten(0, (-1, self.original_heads))[:, self.kept_heads].flatten(0, 1)
         return super().forward(hidden_states, alibi, *args, **kwargs)
 

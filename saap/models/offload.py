@@ -1,4 +1,4 @@
-"""Models larger than their device: the weights of a block stay in the checkpoint's files until the block runs."""
+"""Models larger than their device: the weights of a layer stay in the checkpoint's files until the layer runs."""
 
 import copy
 from typing import Any
@@ -9,16 +9,16 @@ from saap.models.families import family_of
 
 
 def device_map(config: Any, device: str) -> dict[str, str]:
-    """accelerate's device_map for a model of that config: blocks on disk, everything else on `device`."""
+    """accelerate's device_map for a model of that config: layers on disk, everything else on `device`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    blocks = family_of(config).blocks(model)
-    (path,) = (name for name, module in model.named_modules() if module is blocks)
+    layers = family_of(config).layers(model)
+    (path,) = (name for name, module in model.named_modules() if module is layers)
     others = {
         name: device
         for name, _ in model.named_modules()
         if name and not f"{path}.".startswith(f"{name}.") and not name.startswith(f"{path}.")
     }
-    return others | {f"{path}.{number}": "disk" for number in range(len(blocks))}
+    return others | {f"{path}.{number}": "disk" for number in range(len(layers))}

@@ -42,7 +42,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
         if name.endswith("_implementation") and "/" in str(value):
             raise SaapError(f"{folder}/config.json asks for code from elsewhere ({name} {value}): remove that")
         if name in ("num_hidden_layers", "n_layer") and isinstance(value, int) and value > MOST_BLOCKS:
-            raise SaapError(f"{folder}/config.json asks for {value} blocks, more than any model has ({MOST_BLOCKS})")
+            raise SaapError(f"{folder}/config.json asks for {value} layers, more than any model has ({MOST_BLOCKS})")
     return fields
 
 
@@ -137,10 +137,10 @@ def check_sizes(config: Any, folder: Path) -> Any:
 
     shapes = tensor_shapes(weight_files(folder))
     held = sum(prod(shape) for shape in shapes.values())
-    blocks = config.num_hidden_layers
-    if blocks > len(shapes):
+    layers = config.num_hidden_layers
+    if layers > len(shapes):
         raise SaapError(
-            f"the {len(shapes)} tensors in {folder} do not fit its config.json: it asks for {blocks} blocks"
+            f"the {len(shapes)} tensors in {folder} do not fit its config.json: it asks for {layers} layers"
         )
     try:
         with torch.device("meta"), no_init_weights():

@@ -5,18 +5,20 @@ import torch
 from torch import nn
 
 from saap.models.groups import discover
-from saap.scoring.statistics import Block, Moments, output_matrices
+from saap.scoring.statistics import Moments, Structure, output_matrices
 
 
 @torch.no_grad()
-def add_mean_bias(small: nn.Module, model: nn.Module, keep: np.ndarray, activations: dict[Block, Moments]) -> nn.Module:
+def add_mean_bias(
+    small: nn.Module, model: nn.Module, keep: np.ndarray, activations: dict[Structure, Moments]
+) -> nn.Module:
     """Give the pruned model the mean output of what it lost: b += W[:, removed] · x̄[removed] at every output matrix.
 
     small: `prune(model, keep)`, changed in place and returned; activations: of `model`. So on inputs that never move,
     the pruned model equals the dense one. Families without biases there get them, and `config.output_bias` says so.
     """
     groups = discover(model)
-    removed = {(layer, kind): np.flatnonzero(~keep[index]) for layer, kind, index in groups.blocks()}
+    removed = {(layer, kind): np.flatnonzero(~keep[index]) for layer, kind, index in groups.structures()}
     pairs = zip(output_matrices(model), output_matrices(small), strict=True)
     for (layer, kind, part, dense), (*_, linear) in pairs:
         columns = (removed[layer, kind][:, None] * part.width + np.arange(part.width)).ravel()

@@ -19,9 +19,9 @@ def select_experts(worth: np.ndarray, groups: Groups, ratio: float, protected: n
     """
     keep, cost = np.ones(len(groups), bool), groups.parameters
     channels = {layer: index.reshape(groups.stretches(layer, kind), -1)
-                for layer, kind, index in groups.blocks() if kind == "mlp"}  # fmt: skip
+                for layer, kind, index in groups.structures() if kind == "mlp"}  # fmt: skip
     steps: list[tuple[float, int, str, np.ndarray]] = []  # worth, layer, kind, groups that go together
-    for layer, kind, index in groups.blocks():
+    for layer, kind, index in groups.structures():
         if protected[index[0]]:
             continue
         rows = index.reshape(groups.stretches(layer, kind), -1)

@@ -1,4 +1,4 @@
-"""The columns that stay take over what was removed: output matrices refitted in closed form, block after block.
+"""The columns that stay take over what was removed: output matrices refitted in closed form, layer after layer.
 
 Minimising ‖WX − W'X'‖² over the weights that stay is the optimal brain surgeon's update (Hassibi & Stork 1993) in the
 form of SparseGPT (arXiv 2301.00774) and ZipLM (2302.04089), for whole columns. Ours is what is fitted to, and how the
@@ -38,7 +38,7 @@ def refit(
 
         Σ_t ‖h_t − h'_t − Δ x_t‖² / ‖h_t‖²  +  λ‖Δ‖²,      λ = ridge · mean diagonal of Σ_t x_t x_tᵀ / ‖h_t‖².
 
-    So a matrix makes up for its own lost columns and for what the blocks before it left wrong. The weights 1/‖h_t‖² are
+    So a matrix makes up for its own lost columns and for what the layers before it left wrong. The weights 1/‖h_t‖² are
     those of the next normalisation, which sees only directions; without them the few tokens with massive activations
     (the first of a sequence) decide nearly everything. Shapes, and so checkpoints, stay as they are; biases too.
     Where the layer multiplies what it adds to the stream (Granite), Δ x_t is multiplied so too. Where it normalises it
@@ -59,12 +59,12 @@ def refit(
     if is_offloaded(model):
         raise SaapError("the refit needs a model whose weights are all on its device")
     if getattr(model.config, "apply_residual_connection_post_layernorm", False):
-        raise SaapError("no refit for a BLOOM whose residual stream is normalised: blocks do not add to their input")
+        raise SaapError("no refit for a BLOOM whose residual stream is normalised: layers do not add to their input")
     family = family_of(model.config)
-    lost = {(layer, kind) for layer, kind, index in discover(model).blocks() if not keep[index].all()}
+    lost = {(layer, kind) for layer, kind, index in discover(model).structures() if not keep[index].all()}
     dense, lean = Stream(model, tokens, batch_size), Stream(small, tokens, batch_size)
     with FastLinears():
-        for layer, config in enumerate(tqdm(family.block_configs(model), desc="refit", unit="block")):
+        for layer, config in enumerate(tqdm(family.layer_configs(model), desc="refit", unit="layer")):
             wanted, found, factor = dense.through(layer), lean.through(layer), family.residual(config)
             if (layer, "attention") in lost:
                 between = _between_halves(dense, lean, wanted, found, factor)

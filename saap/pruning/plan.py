@@ -32,17 +32,17 @@ def select(
         score: float (N,), e.g. the ASI of each group.
         ratio: share, in (0, 1), to remove of the parameters of all prunable structures, protected ones counted.
         search: 'global': all unprotected groups ordered together, removed until the parameter budget is met;
-            'uniform': the same share of every unprotected block, heads rounded to the nearest whole one;
+            'uniform': the same share of every unprotected layer, heads rounded to the nearest whole one;
             'uniform_down': the same with heads rounded down, as LLM-Pruner, Wanda-sp and LoRAPrune do in their code.
-            In both the channels of a block make up for what whole heads take too much or too little.
+            In both the channels of a layer make up for what whole heads take too much or too little.
         direction: which end of the score is removed. 'highest' is the literal text of the paper.
         kinds: how heads and channels share the budget: 'pooled': as their scores have it; 'equal': the same share of
-            the unprotected parameters of each (of each block already in a uniform search); 'mlp': channels only.
-        protect: blocks left whole; negative numbers count from the end.
-        align: a block's MLP keeps a multiple of this many channels (or all of them), the best-scored ones; the
-            budget is met within half a step a block.
+            the unprotected parameters of each (of each layer already in a uniform search); 'mlp': channels only.
+        protect: layers left whole; negative numbers count from the end.
+        align: a layer's MLP keeps a multiple of this many channels (or all of them), the best-scored ones; the
+            budget is met within half a step a layer.
 
-    Every block keeps at least one attention group and one step of channels.
+    Every layer keeps at least one attention group and one step of channels.
     Raises SaapError for a bad argument, a score that is not finite, or a ratio out of reach.
     """
     if search not in SEARCHES or direction not in DIRECTIONS or kinds not in KINDS_SHARE:
@@ -56,7 +56,7 @@ def select(
     layers = int(groups.layer.max()) + 1
     for layer in protect:
         if not -layers <= layer < layers:
-            raise SaapError(f"protect names block {layer}, but the model has {layers} blocks")
+            raise SaapError(f"protect names layer {layer}, but the model has {layers} layers")
     protected = np.isin(groups.layer, [layer % layers for layer in protect])
     if kinds == "mlp":
         protected |= groups.kind == "attention"
@@ -71,7 +71,7 @@ def select(
         share = free / int(groups.parameters.sum())
         raise SaapError(
             f"ratio {ratio} cannot be reached: what may be pruned holds {share:.3f} of the prunable parameters; lower "
-            "the ratio, protect fewer blocks" + (", or let heads go too (kinds)" if kinds == "mlp" else "")
+            "the ratio, protect fewer layers" + (", or let heads go too (kinds)" if kinds == "mlp" else "")
         )
     counts = _SHARES.get(search) or (_each_kind if kinds == "equal" else _global)
     return _keep_best(worth, groups, _whole_bundles(counts(worth, groups, budget, protected, align), groups))
@@ -83,7 +83,7 @@ Round = Callable[[float], int]
 
 def _keep_best(worth: np.ndarray, groups: Groups, counts: Counts) -> np.ndarray:
     keep = np.zeros(len(groups), bool)
-    for layer, kind, index in groups.blocks():
+    for layer, kind, index in groups.structures():
         for own in np.split(index, stretches := groups.stretches(layer, kind)):
             best = own[np.argsort(-worth[own], kind="stable")]
             keep[best[: counts[layer, kind] // stretches]] = True
@@ -96,7 +96,7 @@ def _bundled(worth: np.ndarray, groups: Groups) -> np.ndarray:
     So the order within a stretch stays, and groups that must go together are next to each other in every order.
     """
     worth = worth.astype(np.float64)
-    for layer, kind, index in groups.blocks():
+    for layer, kind, index in groups.structures():
         stretches = groups.stretches(layer, kind)
         if stretches > 1:
             own = worth[index].reshape(stretches, -1)
@@ -109,9 +109,9 @@ def _bundled(worth: np.ndarray, groups: Groups) -> np.ndarray:
 def _whole_bundles(counts: Counts, groups: Groups) -> Counts:
     """The same for each stretch: counts rounded to whole bundles, one at least."""
     whole = {}
-    for block, count in counts.items():
-        size = groups.stretches(*block)
-        whole[block] = count if size == 1 else max(1, round(count / size)) * size
+    for structure, count in counts.items():
+        size = groups.stretches(*structure)
+        whole[structure] = count if size == 1 else max(1, round(count / size)) * size
     return whole
 
 
@@ -121,7 +121,7 @@ def _least(kind: str, size: int, align: int) -> int:
 
 def _global(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int) -> Counts:
     candidate = ~protected
-    for _, kind, index in groups.blocks():
+    for _, kind, index in groups.structures():
         best = index[np.argsort(-worth[index], kind="stable")]
         candidate[best[: _least(kind, len(index), align)]] = False
     order = np.flatnonzero(candidate)
@@ -130,7 +130,7 @@ def _global(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndar
     if removed[-1] < budget:
         raise SaapError(
             f"ratio {budget / groups.parameters.sum():.3f} cannot be reached: with one attention group and {align} "
-            f"channels left in every unprotected block at most {removed[-1] / groups.parameters.sum():.3f} can go"
+            f"channels left in every unprotected layer at most {removed[-1] / groups.parameters.sum():.3f} can go"
         )
     keep = np.ones(len(groups), bool)
     keep[order[: int(np.abs(removed - budget).argmin())]] = False
@@ -138,17 +138,17 @@ def _global(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndar
     counts: Counts = {}
     partial: list[tuple[int, str]] = []
     sizes: dict[tuple[int, str], int] = {}
-    for layer, kind, index in groups.blocks():
+    for layer, kind, index in groups.structures():
         counts[layer, kind] = int(keep[index].sum())
         sizes[layer, kind] = len(index)
         if kind == "mlp" and counts[layer, kind] < len(index):
             partial.append((layer, kind))
-    # largest remainder: round as many blocks up as keeps the total of kept channels nearest to what the cut left
-    up = round(sum(counts[block] % align for block in partial) / align)
-    by_remainder = sorted(partial, key=lambda block: -(counts[block] % align))
-    for rank, block in enumerate(by_remainder):
-        steps = counts[block] // align + (1 if rank < up else 0)
-        counts[block] = min(max(steps, 1) * align, sizes[block])
+    # largest remainder: round as many layers up as keeps the total of kept channels nearest to what the cut left
+    up = round(sum(counts[structure] % align for structure in partial) / align)
+    by_remainder = sorted(partial, key=lambda structure: -(counts[structure] % align))
+    for rank, structure in enumerate(by_remainder):
+        steps = counts[structure] // align + (1 if rank < up else 0)
+        counts[structure] = min(max(steps, 1) * align, sizes[structure])
     return counts
 
 
@@ -160,7 +160,7 @@ def _each_kind(worth: np.ndarray, groups: Groups, budget: float, protected: np.n
     attention = _whole_bundles(attention, groups)
     spent = cost[heads & ~_keep_best(worth, groups, attention)].sum()
     mlp = _global(worth, groups, budget - spent, protected | heads, align)
-    return {block: (attention if block[1] == "attention" else mlp)[block] for block in mlp}
+    return {structure: (attention if structure[1] == "attention" else mlp)[structure] for structure in mlp}
 
 
 def _uniform(
@@ -168,8 +168,8 @@ def _uniform(
 ) -> Counts:
     share = budget / int(groups.parameters[~protected].sum())
     counts: Counts = {}
-    spare = 0.0  # parameters the heads of a block, being whole, removed too few (+) or too many (−) of
-    for layer, kind, index in groups.blocks():
+    spare = 0.0  # parameters the heads of a layer, being whole, removed too few (+) or too many (−) of
+    for layer, kind, index in groups.structures():
         size, cost = len(index), int(groups.parameters[index[0]])
         if protected[index[0]]:
             counts[layer, kind] = size
@@ -182,7 +182,7 @@ def _uniform(
             if wanted < min(align, size) - align / 2:
                 raise SaapError(
                     f"ratio {budget / groups.parameters.sum():.3f} cannot be reached: layer {layer} would keep fewer "
-                    f"than {min(align, size)} channels; lower the ratio or align, or protect fewer blocks"
+                    f"than {min(align, size)} channels; lower the ratio or align, or protect fewer layers"
                 )
             counts[layer, kind] = min(max(round(wanted / align), 1) * align, size)
     return counts

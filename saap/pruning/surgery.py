@@ -11,16 +11,16 @@ from torch import nn
 from saap.errors import SaapError
 from saap.models.checkpoint import complete
 from saap.models.families import Experts, Part, family_of
-from saap.models.groups import Groups, block_parts, discover
+from saap.models.groups import Groups, discover, layer_parts
 
 
 def widths(model: nn.Module, groups: Groups, keep: np.ndarray) -> dict[int, dict[str, Any]]:
-    """layer → the configuration fields of the pruned block, e.g. num_attention_heads, intermediate_size."""
+    """layer → the configuration fields of the pruned layer, e.g. num_attention_heads, intermediate_size."""
     family = family_of(model.config)
     kept: dict[int, dict[str, list[int]]] = {}
-    for layer, kind, index in groups.blocks():
+    for layer, kind, index in groups.structures():
         kept.setdefault(layer, {})[kind] = np.flatnonzero(keep[index]).tolist()
-    return {layer: family.widths(config, kept[layer]) for layer, config in enumerate(family.block_configs(model))}
+    return {layer: family.widths(config, kept[layer]) for layer, config in enumerate(family.layer_configs(model))}
 
 
 @torch.no_grad()
@@ -28,13 +28,13 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
     """A smaller model that holds only the groups with keep = True. The given model stays as it is.
 
     keep is bool (N,), columns in the order of `discover(model)`. Weights keep their dtype and device.
-    Raises SaapError when keep does not fit the model or empties a block.
+    Raises SaapError when keep does not fit the model or empties a layer.
     """
     groups = _checked(model, keep)
-    rows = {(layer, kind): np.flatnonzero(keep[index]) for layer, kind, index in groups.blocks()}
+    rows = {(layer, kind): np.flatnonzero(keep[index]) for layer, kind, index in groups.structures()}
     state = dict(model.state_dict())
     names = {id(module): name for name, module in model.named_modules()}
-    for layer, kinds in enumerate(block_parts(model)):
+    for layer, kinds in enumerate(layer_parts(model)):
         for kind, members in kinds.items():
             for part, linear in members:
                 kept = torch.from_numpy(rows[layer, kind]).to(linear.weight.device)
@@ -44,15 +44,15 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
                 if part.axis == 0 and linear.bias is not None:
                     state[f"{name}.bias"] = linear.bias[index]
     family = family_of(model.config)
-    for layer, (block, config) in enumerate(zip(family.blocks(model), family.block_configs(model), strict=True)):
+    for layer, (module, config) in enumerate(zip(family.layers(model), family.layer_configs(model), strict=True)):
         for kind, parts in family.vectors(config).items():
             for part in parts:
-                vector = block.get_parameter(part.matrix)
+                vector = module.get_parameter(part.matrix)
                 kept = torch.from_numpy(rows[layer, kind]).to(vector.device)
-                state[f"{names[id(block)]}.{part.matrix}"] = vector[part.staying(kept, len(vector))]
+                state[f"{names[id(layer)]}.{part.matrix}"] = vector[part.staying(kept, len(vector))]
     if isinstance(family, Experts):
-        for layer, block in enumerate(family.blocks(model)):
-            state |= {f"{names[id(block)]}.{n}": t for n, t in family.cut(block, *_experts(rows, layer)).items()}
+        for layer, module in enumerate(family.layers(model)):
+            state |= {f"{names[id(layer)]}.{n}": t for n, t in family.cut(module, *_experts(rows, layer)).items()}
     for layer, kind, part, norm in _joint_norms(model):
         kept = torch.from_numpy(rows[layer, kind]).to(norm.weight.device)
         state[f"{names[id(norm)]}.weight"] = norm.weight[part.staying(kept, len(norm.weight))]
@@ -75,17 +75,17 @@ def mask(model: nn.Module, keep: np.ndarray) -> nn.Module:
     if isinstance(family_of(model.config), Experts):
         raise SaapError("experts cannot be masked: the router would still send tokens to them")
     masked = copy.deepcopy(model)
-    removed = {(layer, kind): np.flatnonzero(~keep[index]) for layer, kind, index in groups.blocks()}
-    for layer, kinds in enumerate(block_parts(masked)):
+    removed = {(layer, kind): np.flatnonzero(~keep[index]) for layer, kind, index in groups.structures()}
+    for layer, kinds in enumerate(layer_parts(masked)):
         for kind, members in kinds.items():
             for part, linear in members:
                 if part.axis == 1:
                     columns = linear.weight.view(linear.weight.shape[0], -1, part.width)
                     columns[:, removed[layer, kind]] = 0
-    blocks = family_of(model.config).blocks(masked)
+    layers = family_of(model.config).layers(masked)
     for layer, kind, part, norm in _joint_norms(masked):
         gone = torch.from_numpy(removed[layer, kind]).to(norm.weight.device)
-        projection: Any = blocks[layer].get_submodule(part.matrix.replace("_norm", "_proj"))
+        projection: Any = layers[layer].get_submodule(part.matrix.replace("_norm", "_proj"))
         for tensor in (projection.weight, projection.bias):
             if tensor is not None:
                 tensor.view(-1, part.width, *tensor.shape[1:])[gone] = 0
@@ -106,17 +106,17 @@ def _experts(rows: dict[tuple[int, str], np.ndarray], layer: int) -> tuple[torch
 def _joint_norms(model: nn.Module) -> Iterator[tuple[int, str, Part, Any]]:
     """(layer, kind, part, norm) of the norms that run over all groups of a kind together."""
     family = family_of(model.config)
-    for layer, (block, config) in enumerate(zip(family.blocks(model), family.block_configs(model), strict=True)):
+    for layer, (module, config) in enumerate(zip(family.layers(model), family.layer_configs(model), strict=True)):
         for kind, parts in family.joint_norms(config).items():
             for part in parts:
-                yield layer, kind, part, block.get_submodule(part.matrix)
+                yield layer, kind, part, module.get_submodule(part.matrix)
 
 
 def _checked(model: nn.Module, keep: np.ndarray) -> Groups:
     groups = discover(model)
     if keep.shape != (len(groups),) or keep.dtype != bool:
         raise SaapError(f"keep must be bool ({len(groups)},), got {keep.dtype} {keep.shape}")
-    for layer, kind, index in groups.blocks():
+    for layer, kind, index in groups.structures():
         if not keep[index].any():
             raise SaapError(f"the plan leaves layer {layer} without {kind}")
         each = keep[index].reshape(groups.stretches(layer, kind), -1).sum(1)

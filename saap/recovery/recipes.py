@@ -15,7 +15,7 @@ from saap.models.families import family_of
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Low-rank adapters on the linear layers of the blocks; everything else is frozen.
+    """Low-rank adapters on the linear layers of the decoder layers; everything else is frozen.
 
     rank, alpha: adapters are scaled by alpha / rank. targets: the last names of the layers that get one ("q_proj", …);
     all if empty.
@@ -34,10 +34,10 @@ class Recipe:
         raise NotImplementedError
 
     def layers(self, model: Any) -> Iterator[tuple[str, nn.Linear]]:
-        """(path, layer) of every linear layer of the blocks. Raises SaapError when a target is none of them."""
+        """(path, layer) of every linear layer of the decoder layers. Raises SaapError when a target is none of them."""
         family = family_of(model.config)
-        blocks = {id(m) for block in family.blocks(model) for m in block.modules() if isinstance(m, nn.Linear)}
-        found = [(name, module) for name, module in model.named_modules() if id(module) in blocks]
+        layers = {id(m) for layer in family.layers(model) for m in layer.modules() if isinstance(m, nn.Linear)}
+        found = [(name, module) for name, module in model.named_modules() if id(module) in layers]
         names = sorted({name.rpartition(".")[2] for name, _ in found})
         unknown = sorted(set(self.targets) - set(names))
         if unknown:

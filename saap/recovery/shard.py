@@ -1,4 +1,4 @@
-"""Training by several processes that share out the frozen weights (FSDP): each holds its part of every block."""
+"""Training by several processes that share out the frozen weights (FSDP): each holds its part of every layer."""
 
 import copy
 import os
@@ -34,10 +34,10 @@ def skeleton(model: Any) -> Any:
 
 
 def shard(model: Any, device: torch.device) -> None:
-    """Leave this process its part of the frozen weights of the blocks, on its device, in place.
+    """Leave this process its part of the frozen weights of the layers, on its device, in place.
 
-    torch's fully_shard puts a block together when it runs, forward and backward. What learns, and what is outside the
-    blocks, stays whole on every process. The model may come from the CPU, and need not fit the device; every process
+    torch's fully_shard puts a layer together when it runs, forward and backward. What learns, and what is outside the
+    layers, stays whole on every process. The model may come from the CPU, and need not fit the device; every process
     calls this with the same one. Raises SaapError for NF4 weights.
     """
     if any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
@@ -49,8 +49,8 @@ def shard(model: Any, device: torch.device) -> None:
                 tensor: Any = module._buffers.pop(name)
                 setattr(module, name, nn.Parameter(tensor, requires_grad=False))
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for block in family_of(model.config).blocks(model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=learning)
+    for layer in family_of(model.config).layers(model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=learning)
     model.to(device)
 
 

@@ -20,8 +20,8 @@ def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
     """Backward pass of scale·Σ_d L_d, L_d the mean next-token cross-entropy of row d of batch, int64 (D, T).
 
     For hooks to look at: no parameter gets a gradient. The logits are made in pieces and never kept. Where weights are
-    not on their device (accelerate's offload), the forward pass keeps only the inputs of blocks, on the CPU, and the
-    backward pass repeats each block.
+    not on their device (accelerate's offload), the forward pass keeps only the inputs of layers, on the CPU, and the
+    backward pass repeats each layer.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     ids = batch.to(input_device(model))
@@ -113,19 +113,19 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recomputed(model: nn.Module) -> Iterator[None]:
-    """While open, a forward pass keeps only the inputs of blocks, on the CPU; its backward pass repeats each block."""
-    blocks = family_of(model.config).blocks(model)
-    own = [block.__dict__.get("forward") for block in blocks]  # accelerate's, around the class's
-    for block in blocks:
-        block.forward = partial(_checkpointed, block.forward)
+    """While open, a forward pass keeps only the inputs of layers, on the CPU; its backward pass repeats each layer."""
+    layers = family_of(model.config).layers(model)
+    own = [layer.__dict__.get("forward") for layer in layers]  # accelerate's, around the class's
+    for layer in layers:
+        layer.forward = partial(_checkpointed, layer.forward)
     try:
         with torch.autograd.graph.save_on_cpu():
             yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
             if forward is not None:
-                block.forward = forward
+                layer.forward = forward
 
 
 def _checkpointed(forward: Callable, hidden: torch.Tensor, *args: object, **kwargs: object) -> object:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.models.families import Experts, family_of
-from saap.models.groups import block_parts
+from saap.models.groups import layer_parts
 from saap.scoring.backward import backward, input_device, watch_gradients
 
 See = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -53,7 +53,7 @@ def expert_fisher(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4
     """
     model.eval()
     family, layers = _family(model)
-    parts = [next((part, linear) for part, linear in own["attention"] if part.axis == 1) for own in block_parts(model)]
+    parts = [next((part, linear) for part, linear in own["attention"] if part.axis == 1) for own in layer_parts(model)]
     heads = [torch.zeros(linear.in_features // part.width, dtype=torch.float64) for part, linear in parts]
     whole = [torch.zeros(_experts(layer).num_experts, dtype=torch.float64) for layer in layers]
     inside = [torch.zeros(len(own), family.width(_experts(layer)), dtype=torch.float64)
@@ -97,7 +97,7 @@ def _family(model: nn.Module) -> tuple[Experts, nn.ModuleList]:
     family = family_of(model.config)
     if not isinstance(family, Experts):
         raise SaapError(f"a {model.config.model_type} has no experts")  # type: ignore[union-attr]
-    return family, family.blocks(model)
+    return family, family.layers(model)
 
 
 def _experts(layer: nn.Module):  # type: ignore[no-untyped-def]

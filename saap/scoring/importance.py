@@ -18,8 +18,8 @@ from saap.scoring.backward import backward, input_device, is_offloaded, watch_gr
 from saap.scoring.salience import TILE, channel_sums
 
 # Tokens in one pass where no batch size is asked for: enough for full matrix products, since what a pass keeps for its
-# backward grows with them (40 kB a token and block of a model 576 wide, 170 kB of one 4,096 wide in 16 bits). Weights
-# that are fetched block by block are worth more tokens, of which only the inputs of blocks are kept.
+# backward grows with them (40 kB a token and layer of a model 576 wide, 170 kB of one 4,096 wide in 16 bits). Weights
+# that are fetched layer by layer are worth more tokens, of which only the inputs of layers are kept.
 TOKENS_AT_ONCE = {"cpu": 128, "cuda": 384, "offloaded": 8192}
 
 # The loss of a float16 model is scaled, by powers of two so that undoing it is exact: its gradients of 1e-8 would be
@@ -42,8 +42,8 @@ def score(
 
     Args:
         model: a causal language model of a known family, in eval mode or not (it is put there); on one device, or
-            spread by accelerate over devices, CPU and disk. Weights that are not on their device are fetched block by
-            block, and then a pass keeps only the inputs of blocks, on the CPU.
+            spread by accelerate over devices, CPU and disk. Weights that are not on their device are fetched layer by
+            layer, and then a pass keeps only the inputs of layers, on the CPU.
         tokens: int64 (D, T), T ≥ 2.
         hessian: 'none' or 'fisher': whether the coarse score has the second-order term too.
         vector_unit: 'row': |Σ s| per row (or column) of each matrix, then summed over the group (eq. 1);
@@ -104,16 +104,16 @@ class _Channels:
     def __init__(self, model: nn.Module) -> None:
         self.device = input_device(model)
         self.matrices: list[tuple[int, str, int, nn.Linear, slice]] = []
-        blocks: dict[tuple[int, str], list[torch.Tensor]] = {}
+        structures: dict[tuple[int, str], list[torch.Tensor]] = {}
         self.count = 0
         for layer, kind, part, linear in group_matrices(model):
             channels = torch.arange(self.count, self.count + linear.weight.shape[part.axis])
             self.count += len(channels)
             self.matrices.append((layer, part.matrix, part.axis, linear, slice(self.count - len(channels), self.count)))
-            blocks.setdefault((layer, kind), []).append(part.by_unit(channels))
+            structures.setdefault((layer, kind), []).append(part.by_unit(channels))
         groups: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.total = 0
-        for parts in blocks.values():
+        for parts in structures.values():
             channels = torch.cat(parts, 1)
             numbers = torch.arange(self.total, self.total + len(channels))
             self.total += len(channels)

@@ -18,7 +18,7 @@ from saap.models.families import Part
 from saap.models.groups import group_matrices
 from saap.scoring.backward import input_device, is_offloaded, see_gradients
 
-Block = tuple[int, str]  # (layer, kind)
+Structure = tuple[int, str]  # (layer, kind)
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,24 @@ def output_matrices(model: nn.Module) -> Iterator[tuple[int, str, Part, nn.Linea
     return (matrix for matrix in group_matrices(model) if matrix[2].axis == 1)
 
 
-def input_moments(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> dict[Block, Moments]:
+def input_moments(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> dict[Structure, Moments]:
     """(layer, kind) → moments of the inputs of its output matrix, in one forward pass over tokens int64 (D, T).
 
     Accumulated in float64 by the pairwise update of means and squared deviations, so that large means cost no digits.
     Raises SaapError when an activation is not finite.
     """
-    sums: dict[Block, tuple[int, torch.Tensor, torch.Tensor]] = {}
+    sums: dict[Structure, tuple[int, torch.Tensor, torch.Tensor]] = {}
 
-    def see(block: Block, x: torch.Tensor) -> None:
+    def see(structure: Structure, x: torch.Tensor) -> None:
         x = x.double()
         count, mean = len(x), x.mean(0)
         squares = (x - mean).square_().sum(0)
-        if block in sums:
-            count0, mean0, squares0 = sums[block]
+        if structure in sums:
+            count0, mean0, squares0 = sums[structure]
             step, count = mean - mean0, count0 + count
             squares = squares0 + squares + step.square() * (count0 * len(x) / count)
             mean = mean0 + step * (len(x) / count)
-        sums[block] = count, mean, squares
+        sums[structure] = count, mean, squares
 
     _forward(model, tokens, batch_size, see, "activations")
     found = {}
@@ -94,7 +94,7 @@ def input_moments(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4
 def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> TaylorSums:
     """LLM-Pruner's importances over tokens int64 (D, T), from one backward pass a sample.
 
-    Holds two float32 numbers for every weight of the blocks (LLM-Pruner's own needs), and no gradient of the rest.
+    Holds two float32 numbers for every weight of the layers (LLM-Pruner's own needs), and no gradient of the rest.
     Raises SaapError when a score is not finite, and for a model whose weights are partly away from its device.
     """
     if is_offloaded(model):
@@ -110,8 +110,8 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
             second[index].addcmul_(gradient, gradient)
 
     see_gradients(model, tokens, [linear for *_, linear in members], see, batch_size=batch_size, name="gradients")
-    found: dict[str, dict[Block, torch.Tensor]] = {field.name: {} for field in fields(TaylorSums)}
-    narrowest: dict[Block, int] = {}  # rows a unit of k_proj and v_proj
+    found: dict[str, dict[Structure, torch.Tensor]] = {field.name: {} for field in fields(TaylorSums)}
+    narrowest: dict[Structure, int] = {}  # rows a unit of k_proj and v_proj
     for layer, kind, part, _ in members:
         if part.axis == 0:
             narrowest[layer, kind] = min(part.width, narrowest.get((layer, kind), part.width))
@@ -140,15 +140,15 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
 
 @torch.no_grad()
 def _forward(
-    model: nn.Module, tokens: torch.Tensor, batch_size: int, see: Callable[[Block, torch.Tensor], None], name: str
+    model: nn.Module, tokens: torch.Tensor, batch_size: int, see: Callable[[Structure, torch.Tensor], None], name: str
 ) -> None:
-    """Run the blocks on the tokens; see gets the input of every output matrix as (tokens of the batch, in)."""
+    """Run the layers on the tokens; see gets the input of every output matrix as (tokens of the batch, in)."""
     device = input_device(model)
     with ExitStack() as stack:
         for layer, kind, _, linear in output_matrices(model):
-            block = (layer, kind)
+            structure = (layer, kind)
             handle = linear.register_forward_pre_hook(
-                lambda _, inputs, block=block: see(block, inputs[0].flatten(0, -2))
+                lambda _, inputs, structure=structure: see(structure, inputs[0].flatten(0, -2))
             )
             stack.callback(handle.remove)
         with tqdm(total=len(tokens), desc=name, unit="sample") as bar:

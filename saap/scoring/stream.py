@@ -1,4 +1,4 @@
-"""A model's residual stream, block by block: what each block gets and gives on the calibration text."""
+"""A model's residual stream, layer by layer: what each layer gets and gives on the calibration text."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,7 +15,7 @@ from saap.scoring.statistics import output_matrices
 
 
 class Pass:
-    """One batch through one block: x and y, kind → input and output of its output matrix; out, what the block gives."""
+    """One batch through one layer: x and y, kind → input and output of its output matrix; out, what the layer gives."""
 
     out: torch.Tensor
 
@@ -31,23 +31,23 @@ class Pass:
 
 
 class Stream:
-    """The residual stream of a model in front of a block, for each batch of tokens."""
+    """The residual stream of a model in front of a layer, for each batch of tokens."""
 
     states: list[torch.Tensor]
 
     def __init__(self, model: nn.Module, tokens: torch.Tensor, batch_size: int) -> None:
-        self.blocks = family_of(model.config).blocks(model)
+        self.layers = family_of(model.config).layers(model)
         self.matrices = {(layer, kind): linear for layer, kind, _, linear in output_matrices(model)}
         self.widths = {(layer, kind): part.width for layer, kind, part, _ in output_matrices(model)}  # columns a unit
         self.states, self.arguments = [], []
         device = input_device(model)
         for batch in tokens.split(batch_size):
-            states, arguments = _enter(model, self.blocks, batch.to(device))
+            states, arguments = _enter(model, self.layers, batch.to(device))
             self.states.append(states)
             self.arguments.append(arguments)
 
     def through(self, layer: int, without: Mapping[str, torch.Tensor] | None = None) -> list[Pass]:
-        """The block on every batch. The states in front of it stay.
+        """The layer on every batch. The states in front of it stay.
 
         without: kind → int64 (removed,), units of the layer that write nothing, as if they were pruned.
         """
@@ -61,7 +61,7 @@ class Stream:
                     stack.callback(self.matrices[layer, kind].register_forward_pre_hook(silence).remove)
                 for kind in (kind for kind in KINDS if (layer, kind) in self.matrices):
                     stack.callback(self.matrices[layer, kind].register_forward_hook(seen.watch(kind)).remove)
-                out = self.blocks[layer](states, *args, **kwargs)
+                out = self.layers[layer](states, *args, **kwargs)
             seen.out = out[0] if isinstance(out, tuple) else out
             passes.append(seen)
         return passes
@@ -78,25 +78,25 @@ def _silence(units: torch.Tensor, width: int) -> Callable[[nn.Module, tuple], to
     return hook
 
 
-def _enter(model: nn.Module, blocks: nn.ModuleList, batch: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
-    """The first block's input, and the other arguments (masks, positions) the model gives each block.
+def _enter(model: nn.Module, layers: nn.ModuleList, batch: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    """The first layer's input, and the other arguments (masks, positions) the model gives each layer.
 
-    The blocks do not run: for this one call they hand their input on.
+    The layers do not run: for this one call they hand their input on.
     """
     seen: list[tuple[torch.Tensor, tuple, dict]] = []
 
     def hand_on(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.append((states, args, kwargs))
-        return (states, None) if isinstance(blocks[0], BloomBlock) else states
+        return (states, None) if isinstance(layers[0], BloomBlock) else states
 
-    own = [block.__dict__.get("forward") for block in blocks]  # accelerate's, around the class's
-    for block in blocks:
-        block.forward = hand_on
+    own = [layer.__dict__.get("forward") for layer in layers]  # accelerate's, around the class's
+    for layer in layers:
+        layer.forward = hand_on
     try:
         model.base_model(batch, use_cache=False)  # type: ignore[operator]
     finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
             if forward is not None:
-                block.forward = forward
+                layer.forward = forward
     return seen[0][0], [(args, kwargs) for _, args, kwargs in seen]

@@ -76,5 +76,5 @@ def _widths(groups: Any, keep: Any) -> list[dict[str, Any]]:
             "parameters": int(groups.parameters[index].sum()),
             "kept_parameters": int(groups.parameters[index][keep[index]].sum()),
         }
-        for layer, kind, index in groups.blocks()
+        for layer, kind, index in groups.structures()
     ]

@@ -14,7 +14,7 @@ from tasks.model_source import EMBEDDED, model_source
 from tests.flows.bad_input import assert_refused, refused, settings
 
 RUNS = [
-    (["prune.protect=[6]"], ["protect", "block 6", "6 blocks"]),
+    (["prune.protect=[6]"], ["protect", "layer 6", "6 layers"]),
     (["prune.protect=[-7]"], ["protect", "-7"]),
     (["prune.ratio=0.99"], ["0.99", "cannot be reached"]),
     (["prune.ratio=0.9", "prune.protect=[0,1,2,3]"], ["0.9", "cannot be reached"]),
@@ -61,7 +61,7 @@ def test_a_run_that_the_model_cannot_make_is_refused(config, overrides, words):
 @pytest.mark.parametrize("override", ["prune.protect=[30]", "prune.protect=[-31]", "prune.ratio=0.97"])
 def test_the_embedded_model_is_checked_too(config, override):
     line = refused("plan", config, *settings(["model.path=smollm2-135m", override]))
-    assert "30 blocks" in line or "cannot be reached" in line
+    assert "30 layers" in line or "cannot be reached" in line
 
 
 @pytest.mark.slow

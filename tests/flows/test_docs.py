@@ -21,7 +21,7 @@ PLACES = {" …": "", "/path/to/data": "mini", "data=hub": "data=mini", " RUN": 
 
 
 def shell_lines():
-    """(page:line, command) of every line of a block that is a shell's."""
+    """(page:line, command) of every line of a layer that is a shell's."""
     for page in PAGES:
         inside, language = False, ""
         for number, line in enumerate(page.read_text().splitlines(), 1):

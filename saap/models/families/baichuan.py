@@ -1,4 +1,4 @@
-"""Baichuan-13B after `saap.models.convert_baichuan` has split its W_pack: Llama's blocks, ALiBi positions."""
+"""Baichuan-13B after `saap.models.convert_baichuan` has split its W_pack: Llama's layers, ALiBi positions."""
 
 from typing import Any
 

@@ -44,7 +44,7 @@ class Part:
 class Family(ABC):
     """One architecture: where its layers are, what is coupled in them, and how a smaller one is built.
 
-    `config` is always the configuration of *one layer* (its own widths), as `block_configs` gives it.
+    `config` is always the configuration of *one layer* (its own widths), as `layer_configs` gives it.
     """
 
     model_types: tuple[str, ...]
@@ -53,7 +53,7 @@ class Family(ABC):
     post_norm = False  # whether a norm stands between an output matrix and the residual stream
 
     @abstractmethod
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
+    def layers(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers, in order."""
 
     @abstractmethod
@@ -92,5 +92,5 @@ class Family(ABC):
         """(scale, cap): the logits of the model are scale·head(x), and with a cap c then c·tanh(logits / c)."""
         return 1.0, None
 
-    def block_configs(self, model: nn.Module) -> list[Any]:
+    def layer_configs(self, model: nn.Module) -> list[Any]:
         return list(model.config.per_layer_config)  # type: ignore[union-attr, arg-type]

@@ -14,7 +14,7 @@ class Bloom(Family):
     model_types = ("bloom", "saap_bloom")
     rotary = False
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
+    def layers(self, model: nn.Module) -> nn.ModuleList:
         return model.transformer.h  # type: ignore[union-attr, return-value]
 
     def parts(self, config: Any) -> dict[str, list[Part]]:
@@ -42,6 +42,6 @@ class Bloom(Family):
 
 
 def original_heads(config: Any) -> list[int]:
-    """The original numbers of the heads of a block: they decide the ALiBi slopes."""
+    """The original numbers of the heads of a layer: they decide the ALiBi slopes."""
     kept = getattr(config, "kept_heads", None)
     return list(range(config.num_attention_heads)) if kept is None else kept

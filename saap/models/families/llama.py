@@ -35,7 +35,7 @@ class Llama(Family):
         uneven = model_class.config_class.model_type
         self.model_types = (uneven.removeprefix("saap_"), uneven)
 
-    def blocks(self, model: nn.Module) -> nn.ModuleList:
+    def layers(self, model: nn.Module) -> nn.ModuleList:
         return model.model.layers  # type: ignore[union-attr, return-value]
 
     def parts(self, config: Any) -> dict[str, list[Part]]:

@@ -67,29 +67,29 @@ def test_a_ranking_has_a_finite_number_a_group_and_leaves_the_model_alone(name, 
 
 @pytest.mark.parametrize("name", sorted(set(CRITERIA) - {"random", "reap"}))
 def test_channels_and_heads_made_useless_are_found(name, tiny_llama, tokens):
-    """A third of the channels and one KV head of each free block get weights a thousand times smaller."""
+    """A third of the channels and one KV head of each free layer get weights a thousand times smaller."""
     model = tiny_llama(n_kv=4)
     planted = np.zeros(len(discover(model)), bool)
     with torch.no_grad():
-        for layer, kind, index in discover(model).blocks():
-            block = model.model.layers[layer]
+        for layer, kind, index in discover(model).structures():
+            module = model.model.layers[layer]
             if layer not in (2, 3, 4):
                 continue
             if kind == "mlp":
                 useless = np.arange(layer, 96, 3)
-                for linear in (block.mlp.gate_proj, block.mlp.up_proj):
+                for linear in (module.mlp.gate_proj, module.mlp.up_proj):
                     linear.weight[useless] *= 1e-3
-                block.mlp.down_proj.weight[:, useless] *= 1e-3
+                module.mlp.down_proj.weight[:, useless] *= 1e-3
             else:
                 useless = np.array([layer - 1])
                 rows = slice(16 * (layer - 1), 16 * layer)
-                for linear in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+                for linear in (module.self_attn.q_proj, module.self_attn.k_proj, module.self_attn.v_proj):
                     linear.weight[rows] *= 1e-3
-                block.self_attn.o_proj.weight[:, rows] *= 1e-3
+                module.self_attn.o_proj.weight[:, rows] *= 1e-3
             planted[index[useless]] = True
     groups = discover(model)
     score = ranking(name, model, tokens)
-    for _, _, index in groups.blocks():
+    for _, _, index in groups.structures():
         if planted[index].any() and name != "saap_gates":  # whose gates, trained all at once, only say who goes
             assert score[index][planted[index]].max() < score[index][~planted[index]].min()
     ratio = groups.parameters[planted].sum() / groups.parameters.sum()
@@ -99,15 +99,15 @@ def test_channels_and_heads_made_useless_are_found(name, tiny_llama, tokens):
 
 def columns(model):
     """(layer, kind, weight of the output matrix in float64, columns a group) by name, heads before channels."""
-    for layer, block in enumerate(model.model.layers):
-        yield layer, "attention", block.self_attn.o_proj.weight.detach().double().numpy(), 64 // 2
-        yield layer, "mlp", block.mlp.down_proj.weight.detach().double().numpy(), 1
+    for layer, module in enumerate(model.model.layers):
+        yield layer, "attention", module.self_attn.o_proj.weight.detach().double().numpy(), 64 // 2
+        yield layer, "mlp", module.mlp.down_proj.weight.detach().double().numpy(), 1
 
 
 def collect(model, tokens):
     seen = {}
-    for layer, block in enumerate(model.model.layers):
-        for kind, linear in (("attention", block.self_attn.o_proj), ("mlp", block.mlp.down_proj)):
+    for layer, module in enumerate(model.model.layers):
+        for kind, linear in (("attention", module.self_attn.o_proj), ("mlp", module.mlp.down_proj)):
             linear.register_forward_pre_hook(
                 lambda _, args, key=(layer, kind): seen.update({key: args[0].flatten(0, 1).double().numpy()})
             )
@@ -173,12 +173,12 @@ def test_hywia_gives_each_group_its_own_mix(tiny_llama, tokens):
     rng = np.random.default_rng(0)
     vector = rng.uniform(0.5, 2, (3, len(groups))).astype(np.float32)
     same = CRITERIA["hywia"](model, (vector, 7 * vector))
-    for _, _, index in groups.blocks():
+    for _, _, index in groups.structures():
         mean = vector[:, index].mean(0, dtype=float)
         np.testing.assert_allclose(same[index], mean / mean.mean(), rtol=1e-5)
     element = rng.uniform(0.5, 2, vector.shape).astype(np.float32)
     mixed = CRITERIA["hywia"](model, (vector, element))
-    for _, _, index in groups.blocks():
+    for _, _, index in groups.structures():
         c, f = (v[:, index].mean(0, dtype=float) / v[:, index].mean(0, dtype=float).mean() for v in (vector, element))
         assert (mixed[index] >= (c + f) / 2 - 1e-9).all()
         assert (mixed[index] <= np.maximum(c, f) + 1e-9).all()
@@ -194,21 +194,21 @@ def test_gisp_ranks_what_is_left_after_each_step_and_leaves_what_went_first_in_t
     for keep in (np.ones(len(groups), bool), None):
         if keep is None:
             first = np.abs(gradients[0])
-            for _, _, index in groups.blocks():
+            for _, _, index in groups.structures():
                 first[index] /= first[index].mean()
             keep = select(first, groups, 0.01, protect=(0, -1), align=1)
             assert set(np.flatnonzero(~keep)) == set(gone[: (~keep).sum()])
-        gates = [torch.ones(len(index), requires_grad=True) for *_, index in groups.blocks()]
+        gates = [torch.ones(len(index), requires_grad=True) for *_, index in groups.structures()]
         masked, handles = saap.mask(model, keep), []
-        for gate, (layer, kind, _) in zip(gates, groups.blocks(), strict=True):
-            block = masked.model.layers[layer]
-            linear, width = (block.self_attn.o_proj, 16) if kind == "attention" else (block.mlp.down_proj, 1)
+        for gate, (layer, kind, _) in zip(gates, groups.structures(), strict=True):
+            module = masked.model.layers[layer]
+            linear, width = (module.self_attn.o_proj, 16) if kind == "attention" else (module.mlp.down_proj, 1)
             handles.append(linear.register_forward_pre_hook(
                 lambda _, args, gate=gate, width=width: (args[0] * gate.repeat_interleave(width),)))  # fmt: skip
         masked(tokens, labels=tokens).loss.backward()
         gradients.append(torch.cat([gate.grad for gate in gates]).double().numpy())
     again = np.abs(gradients[1])
-    for _, _, index in groups.blocks():
+    for _, _, index in groups.structures():
         again[index[keep[index]]] /= again[index[keep[index]]].mean()
     rest = np.flatnonzero(keep)
     assert np.array_equal(rest[np.argsort(again[rest])], np.argsort(score)[(~keep).sum() :])

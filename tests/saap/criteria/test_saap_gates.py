@@ -29,9 +29,9 @@ def test_the_gradient_of_every_gate_is_that_of_the_divergence_from_the_dense_mod
     oracle, leaves = tiny_llama(n_kv=4).double(), []
     with torch.no_grad():
         wanted = oracle(tokens).logits.log_softmax(-1).flatten(0, 1)
-    for layer, kind, index in groups.blocks():
-        block = oracle.model.layers[layer]
-        linear, width = (block.self_attn.o_proj, 16) if kind == "attention" else (block.mlp.down_proj, 1)
+    for layer, kind, index in groups.structures():
+        module = oracle.model.layers[layer]
+        linear, width = (module.self_attn.o_proj, 16) if kind == "attention" else (module.mlp.down_proj, 1)
         leaves.append(torch.tensor((~shut[index]).astype(float), requires_grad=True))
         linear.register_forward_pre_hook(
             lambda _, args, gate=leaves[-1], width=width: (args[0] * gate.repeat_interleave(width),)

@@ -49,8 +49,8 @@ def test_macs_are_the_linear_layers_the_head_and_attention_over_the_context(tiny
     model = tiny_llama(**SHAPES[shape])
     widths = pruned(model) if "pruned" in form else model
     linear, per_position = 512 * 64, 0
-    for block in widths.model.layers:
-        a, m = block.self_attn, block.mlp
+    for module in widths.model.layers:
+        a, m = module.self_attn, module.mlp
         for layer in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj):
             linear += layer.in_features * layer.out_features
         per_position += 2 * a.q_proj.out_features  # one product for the scores, one for the values

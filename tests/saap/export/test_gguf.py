@@ -36,10 +36,10 @@ def pruned(case):
 
 
 def with_output_biases(model):
-    """As compensated pruning leaves it: a bias on o_proj and down_proj of every block."""
+    """As compensated pruning leaves it: a bias on o_proj and down_proj of every layer."""
     model.config.output_bias = True
-    for block in model.model.layers:
-        for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.bias = torch.nn.Parameter(torch.randn(linear.out_features) / 2)
     return model
 
@@ -106,15 +106,15 @@ def test_int4_codes_scales_and_zeros_arrive_bit_for_bit(case, group_size, tiny_t
     done, file = exported(model, tiny_tokenizer, tmp_path, floats="f32")
     assert (done.tensors["Q4_1"], done.unpacked) == (28, ())
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    widths = [block.mlp.down_proj.in_features for block in model.model.layers]
+    widths = [module.mlp.down_proj.in_features for module in model.model.layers]
     assert any(width % 32 for width in widths)
-    for layer, block in enumerate(model.model.layers):
+    for layer, module in enumerate(model.model.layers):
         for path, name in (
             ("mlp.down_proj", "ffn_down"),
             ("mlp.up_proj", "ffn_up"),
             ("self_attn.o_proj", "attn_output"),
         ):
-            linear, tensor = block.get_submodule(path), stored[f"blk.{layer}.{name}.weight"]
+            linear, tensor = module.get_submodule(path), stored[f"blk.{layer}.{name}.weight"]
             weight = gguf.dequantize(tensor.data, tensor.tensor_type)
             assert np.array_equal(weight[: linear.out_features, : linear.in_features], linear.weight().numpy())
             assert not weight[linear.out_features :].any()
@@ -261,7 +261,7 @@ def test_what_llama_cpp_cannot_run_is_refused_and_leaves_nothing(tiny_tokenizer,
     refused(broken, tiny_tokenizer, tmp_path / "f", "not finite", floats="f32")
     refused(pruned("llama"), tiny_tokenizer, tmp_path / "g", "f16", floats="q8_0")
     torch.nn.Module.register_buffer(broken.model, "extra", torch.zeros(3))
-    refused(broken, tiny_tokenizer, tmp_path / "h", "no place for model.extra", floats="f32")
+    refused(broken, tiny_tokenizer, tmp_path / "h", "model.extra", floats="f32")
     with pytest.raises(SaapError, match="no folder"):
         export_gguf(tmp_path / "g", tmp_path / "nowhere" / "model.gguf")
 
@@ -313,10 +313,10 @@ def test_a_real_pruned_and_recovered_model_in_llama_cpp(smollm2, mini, tmp_path)
             assert np.exp(np.mean(losses)) == pytest.approx(np.exp(np.mean(expected[: len(losses)])), rel=closeness)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "q4_1" / "model.gguf").tensors}
     packed = 0
-    for layer, block in enumerate(int4.model.layers):
-        rotated = {"q_proj": block.self_attn.config.num_attention_heads}
-        rotated |= {"k_proj": block.self_attn.config.num_key_value_heads}
-        for path, linear in block.named_modules():
+    for layer, module in enumerate(int4.model.layers):
+        rotated = {"q_proj": module.self_attn.config.num_attention_heads}
+        rotated |= {"k_proj": module.self_attn.config.num_key_value_heads}
+        for path, linear in module.named_modules():
             if isinstance(linear, GroupwiseLinear):
                 tensor, name = stored[f"blk.{layer}.{NAMES[path]}.weight"], path.split(".")[1]
                 weight = gguf.dequantize(tensor.data, tensor.tensor_type)

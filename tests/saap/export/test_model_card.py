@@ -46,7 +46,7 @@ def test_a_card_says_where_the_model_comes_from_and_what_is_left_of_it(bloom, tm
         "| calibration | hub |",
         "| piqa | acc | 0.625 | 0.04 | 100 | a\\|b | x |",
         "| 12.346 |",
-        "Dense: 4 heads, 256 channels a block.",
+        "Dense: 4 heads, 256 channels a layer.",
         'from_pretrained("me/mine", trust_remote_code=True)',
         "That of the base model: apache-2.0.",
         "Artifact `prune/ab12` of run `r7`",

@@ -49,7 +49,7 @@ def test_heads_that_do_not_divide_the_hidden_size_are_accepted(round_to, tiny_to
     done, even = stock(small, tiny_tokenizer, tmp_path, round_to=round_to)
     assert done["num_attention_heads"] == {1: 5, 2: 6, 3: 6, 8: 8}[round_to]
     torch.testing.assert_close(logits(even), logits(small), rtol=1e-4, atol=1e-5)
-    if round_to == 1:  # equal blocks already: nothing is filled up
+    if round_to == 1:  # equal layers already: nothing is filled up
         assert sum(p.numel() for p in even.parameters()) == sum(p.numel() for p in small.parameters())
 
 

@@ -189,14 +189,14 @@ def llama_like(request):
     return build(request.param)
 
 
-def blocks(model):
+def layers(model):
     return model.transformer.h if "bloom" in model.config.model_type else model.model.layers
 
 
-def coupled(model, block):
+def coupled(model, layer):
     """kind → one list per unit of (linear, axis, slice): written down from the papers' and transformers' layouts."""
     if "bloom" in model.config.model_type:
-        a, m = block.self_attention, block.mlp
+        a, m = layer.self_attention, layer.mlp
         d = model.config.hidden_size // model.config.n_head
         fused = [slice(3 * d * h, 3 * d * (h + 1)) for h in range(a.dense.in_features // d)]
         columns = [slice(d * h, d * (h + 1)) for h in range(len(fused))]
@@ -205,11 +205,11 @@ def coupled(model, block):
             "attention": [[(a.query_key_value, 0, f), (a.dense, 1, c)] for f, c in zip(fused, columns, strict=True)],
             "mlp": [[(m.dense_h_to_4h, 0, j), (m.dense_4h_to_h, 1, j)] for j in channels],
         }
-    if hasattr(block, "block_type"):  # a hybrid: attention of either kind is left whole
-        m = block.mlp
+    if hasattr(layer, "block_type"):  # a hybrid: attention of either kind is left whole
+        m = layer.mlp
         rows = [slice(j, j + 1) for j in range(m.down_proj.in_features)]
         return {"mlp": [[(m.gate_proj, 0, j), (m.up_proj, 0, j), (m.down_proj, 1, j)] for j in rows]}
-    a, m = block.self_attn, block.mlp
+    a, m = layer.self_attn, layer.mlp
     d = a.head_dim
     n_rep, queries = a.num_key_value_groups, a.o_proj.in_features // d
     fused = hasattr(a, "qkv_proj")
@@ -239,8 +239,8 @@ def coupled(model, block):
 
 
 def each_group(model):
-    for layer, block in enumerate(blocks(model)):
-        for kind, units in coupled(model, block).items():
+    for layer, module in enumerate(layers(model)):
+        for kind, units in coupled(model, module).items():
             for unit, parts in enumerate(units):
                 yield layer, kind, unit, parts
 
@@ -250,11 +250,11 @@ def take(tensor, axis, piece):
 
 
 def random_keep(model, seed=0):
-    """A different number of kept units, ≥ 1, in every block and kind; some lower units go while higher ones stay."""
+    """A different number of kept units, ≥ 1, in every layer and kind; some lower units go while higher ones stay."""
     rng = np.random.default_rng(seed)
     groups = discover(model)
     keep = np.zeros(len(groups), bool)
-    for layer, kind, index in groups.blocks():
+    for layer, kind, index in groups.structures():
         stretches = index.reshape(groups.stretches(layer, kind), -1)
         count = rng.integers(1, stretches.shape[1] + 1)
         for own in stretches:
@@ -286,10 +286,10 @@ def silenced(model, keep):
     for (*_, parts), kept in zip(list(each_group(model)), keep, strict=True):
         for linear, _, piece in [] if kept else parts:
             gone.setdefault(id(linear), []).append(piece)
-    for block in blocks(model) if "olmo" in model.config.model_type else []:
+    for layer in layers(model) if "olmo" in model.config.model_type else []:
         for norm, linear in (
-            (block.self_attn.q_norm, block.self_attn.q_proj),
-            (block.self_attn.k_norm, block.self_attn.k_proj),
+            (layer.self_attn.q_norm, layer.self_attn.q_proj),
+            (layer.self_attn.k_norm, layer.self_attn.k_proj),
         ):
             norm.forward = over_some(norm.forward, norm, gone.get(id(linear), []))
     for (_, _, _, parts), kept in zip(list(each_group(model)), keep, strict=True):
@@ -429,7 +429,7 @@ def test_the_attention_implementation_can_be_changed_after_loading(llama_like, t
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     for implementation in ("eager", "sdpa") if again._supports_sdpa else ("eager",):
         again.set_attn_implementation(implementation)
-        attention = [b.self_attn for b in blocks(again) if hasattr(b, "self_attn")]
+        attention = [b.self_attn for b in layers(again) if hasattr(b, "self_attn")]
         assert {layer.config._attn_implementation for layer in attention} == {implementation}
         torch.testing.assert_close(logits(again), logits(small), rtol=1e-5, atol=1e-5)
 
@@ -449,8 +449,8 @@ def test_a_left_padded_batch_equals_its_rows_alone(model):
 def expected_sizes(model):
     """Parameters, and the multiply-accumulates of one token over 100 positions."""
     macs = SMALL["vocab_size"] * model.config.hidden_size
-    for block in blocks(model):
-        macs += sum(m.in_features * m.out_features for m in block.modules() if isinstance(m, nn.Linear))
+    for layer in layers(model):
+        macs += sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
     for _, kind, _, parts in each_group(model):
         if kind == "attention":
             macs += 2 * 100 * sum(take(m.weight, 1, piece).shape[1] for m, axis, piece in parts if axis == 1)
@@ -477,16 +477,16 @@ def test_an_int4_model_has_the_sizes_of_the_float_one(llama_like):
 def test_int4_models_compute_with_their_codes_and_load_bit_for_bit(case, shape, group_size, tmp_path):
     llama_like = build(case)
     model = llama_like if shape == "dense" else prune(llama_like, random_keep(llama_like))
-    linears = sum(isinstance(m, nn.Linear) for block in blocks(model) for m in block.modules())
+    linears = sum(isinstance(m, nn.Linear) for layer in layers(model) for m in layer.modules())
     small = to_groupwise(model, group_size)
     oracle = copy.deepcopy(model)
     with torch.no_grad():
-        for linear in (m for block in blocks(oracle) for m in block.modules() if isinstance(m, nn.Linear)):
+        for linear in (m for layer in layers(oracle) for m in layer.modules() if isinstance(m, nn.Linear)):
             codes, scale, zero = quantize(linear.weight, group_size)
             group = torch.arange(codes.shape[1]) // group_size
             linear.weight.copy_(codes.float() * scale.float()[:, group] + zero.float()[:, group])
     torch.testing.assert_close(logits(small), logits(oracle), rtol=1e-5, atol=1e-5)
-    assert not any(type(m) is nn.Linear for block in blocks(small) for m in block.modules())
+    assert not any(type(m) is nn.Linear for layer in layers(small) for m in layer.modules())
     save(small, tmp_path)
     for again in (load(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
         assert sum(isinstance(m, GroupwiseLinear) for m in again.modules()) == linears
@@ -521,11 +521,11 @@ def test_alibi_heads_keep_the_number_that_gives_their_slope(alibi, tmp_path):
     assert again.config.num_attention_heads == alibi.config.num_attention_heads
     torch.testing.assert_close(logits(again), logits(silenced(alibi, final)), rtol=1e-5, atol=1e-5)
     moved = copy.deepcopy(again)
-    for block in blocks(moved):
+    for module in layers(moved):
         if alibi.config.model_type == "bloom":
-            block.kept_heads = list(range(len(block.kept_heads)))
+            module.kept_heads = list(range(len(module.kept_heads)))
         else:
-            block.self_attn.slopes = alibi.model.layers[0].self_attn.slopes[: len(block.self_attn.slopes)]
+            module.self_attn.slopes = alibi.model.layers[0].self_attn.slopes[: len(module.self_attn.slopes)]
     assert (logits(moved) - logits(again)).abs().max() > 0.01
 
 

@@ -16,7 +16,7 @@ def case(tiny_llama):
     tokens = torch.randint(0, 512, (4, 16), generator=torch.Generator().manual_seed(3))
     groups = discover(model)
     keep = np.random.default_rng(4).random(len(groups)) > 0.4
-    for _, _, index in groups.blocks():
+    for _, _, index in groups.structures():
         keep[index[0]] = True
     return model, keep, tokens, input_moments(model, tokens)
 
@@ -25,12 +25,12 @@ def test_the_bias_is_the_mean_of_what_was_removed(case):
     model, keep, _, moments = case
     small = add_mean_bias(prune(model, keep), model, keep, moments)
     groups = discover(model)
-    for layer, kind, index in groups.blocks():
-        block, lean = model.model.layers[layer], small.model.layers[layer]
+    for layer, kind, index in groups.structures():
+        module, lean = model.model.layers[layer], small.model.layers[layer]
         dense, linear = (
-            (block.self_attn.o_proj, lean.self_attn.o_proj)
+            (module.self_attn.o_proj, lean.self_attn.o_proj)
             if kind == "attention"
-            else (block.mlp.down_proj, lean.mlp.down_proj)
+            else (module.mlp.down_proj, lean.mlp.down_proj)
         )
         gone = np.repeat(~keep[index], 32 if kind == "attention" else 1)
         wanted = (moments[layer, kind].mean * gone) @ dense.weight.detach().double().numpy().T
@@ -42,9 +42,9 @@ def test_the_small_model_equals_the_dense_one_whose_removed_inputs_are_their_mea
     small = add_mean_bias(prune(model, keep), model, keep, moments)
     groups = discover(model)
     handles = []
-    for layer, kind, index in groups.blocks():
-        block = model.model.layers[layer]
-        linear = block.self_attn.o_proj if kind == "attention" else block.mlp.down_proj
+    for layer, kind, index in groups.structures():
+        module = model.model.layers[layer]
+        linear = module.self_attn.o_proj if kind == "attention" else module.mlp.down_proj
         gone = torch.from_numpy(np.repeat(~keep[index], 32 if kind == "attention" else 1))
         mean = torch.from_numpy(moments[layer, kind].mean).float()
         handles.append(
@@ -71,9 +71,9 @@ def test_biases_survive_the_checkpoint_int4_and_another_pruning(case, tmp_path):
         assert torch.equal(loaded(tokens).logits, wanted)
         torch.testing.assert_close(again(tokens).logits, wanted)
         assert torch.equal(saap.load(tmp_path / "int4")(tokens).logits, int4(tokens).logits)
-    for block, other in zip(small.model.layers, int4.model.layers, strict=True):
-        assert torch.equal(block.mlp.down_proj.bias, other.mlp.down_proj.bias)
-        assert torch.equal(block.self_attn.o_proj.bias, other.self_attn.o_proj.bias)
+    for layer, other in zip(small.model.layers, int4.model.layers, strict=True):
+        assert torch.equal(layer.mlp.down_proj.bias, other.mlp.down_proj.bias)
+        assert torch.equal(layer.self_attn.o_proj.bias, other.self_attn.o_proj.bias)
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -82,7 +82,7 @@ def test_every_family_carries_the_biases_through_its_checkpoint(family, tmp_path
     moments = input_moments(model, IDS)
     groups = discover(model)
     keep = np.ones(len(groups), bool)
-    for layer, kind, index in groups.blocks():
+    for layer, kind, index in groups.structures():
         rows = index.reshape(groups.stretches(layer, kind), -1)
         keep[index[3::7] if kind == "mlp" else rows[:, 1].ravel()] = False
     small = add_mean_bias(prune(model, keep), model, keep, moments)

@@ -27,7 +27,7 @@ def without(model, *gone):
 def random_keep(model, share=0.6, seed=0):
     groups = discover(model)
     keep = np.random.default_rng(seed).random(len(groups)) < share
-    for _, _, index in groups.blocks():
+    for _, _, index in groups.structures():
         keep[index[0]] = True
     return keep
 
@@ -55,15 +55,15 @@ def bloom():
 def test_the_weights_are_those_of_numpys_weighted_ridge_regression(tiny_llama, tokens, kind):
     model = tiny_llama()
     keep = without(model, (2, kind, 1), *([(2, kind, 5)] if kind == "mlp" else []))
-    block = model.model.layers[2]
-    linear = block.self_attn.o_proj if kind == "attention" else block.mlp.down_proj
+    layer = model.model.layers[2]
+    linear = layer.self_attn.o_proj if kind == "attention" else layer.mlp.down_proj
     seen = {}
-    norm = block.post_attention_layernorm
+    norm = layer.post_attention_layernorm
     handles = [
         linear.register_forward_pre_hook(lambda _, args: seen.update(x=args[0])),
-        # the stream behind o_proj enters the second norm, that behind down_proj leaves the block
+        # the stream behind o_proj enters the second norm, that behind down_proj leaves the layer
         norm.register_forward_pre_hook(lambda _, args: seen.update(attention=args[0])),
-        block.register_forward_hook(lambda _, args, out: seen.update(mlp=out)),
+        layer.register_forward_hook(lambda _, args, out: seen.update(mlp=out)),
     ]
     with torch.no_grad():
         model(tokens)
@@ -93,8 +93,8 @@ def test_what_the_channels_that_stay_can_say_is_not_lost(tiny_llama, tokens):
     model = tiny_llama()
     gone = []
     with torch.no_grad():
-        for layer, block in enumerate(model.model.layers):
-            for matrix in (block.mlp.gate_proj, block.mlp.up_proj):  # channel 7 does what channel 3 does
+        for layer, module in enumerate(model.model.layers):
+            for matrix in (module.mlp.gate_proj, module.mlp.up_proj):  # channel 7 does what channel 3 does
                 matrix.weight[7] = matrix.weight[3]
             gone.append((layer, "mlp", 7))
     keep = without(model, *gone)
@@ -103,7 +103,7 @@ def test_what_the_channels_that_stay_can_say_is_not_lost(tiny_llama, tokens):
 
 
 def test_a_block_makes_up_for_the_blocks_before_it(tiny_llama, tokens):
-    """Only what the last block's own columns say is left to it when the drift of the stream is not seen."""
+    """Only what the last layer's own columns say is left to it when the drift of the stream is not seen."""
     model = tiny_llama()
     keep = without(model, *((1, "mlp", unit) for unit in range(64)), (5, "mlp", 0))
     small = refit(prune(model, keep), model, keep, tokens, ridge=0.01)
@@ -144,7 +144,7 @@ def test_a_model_that_lost_nothing_is_left_as_it_is(tiny_llama, tokens):
     small = refit(prune(model, keep), model, keep, tokens)
     assert all(torch.equal(a, b) for a, b in zip(small.state_dict().values(), model.state_dict().values(), strict=True))
     assert not any(m._forward_hooks for m in (*small.modules(), *model.modules()))
-    assert all("forward" not in vars(block) for block in (*small.model.layers, *model.model.layers))
+    assert all("forward" not in vars(layer) for layer in (*small.model.layers, *model.model.layers))
 
 
 def test_bfloat16_is_refitted_too(tiny_llama, tokens):

@@ -16,21 +16,21 @@ def make_groups(layers, heads, channels):
     return Groups(layer, kind, unit, np.where(kind == "attention", COST["attention"], COST["mlp"]))
 
 
-def blocks(groups):
+def layers(groups):
     for layer in range(groups.layer.max() + 1):
         for kind in COST:
             yield layer, kind, np.flatnonzero((groups.layer == layer) & (groups.kind == kind))
 
 
 def random_case(seed):
-    """Groups, scores, align, protected blocks, and a ratio that heads and whole steps can meet."""
+    """Groups, scores, align, protected layers, and a ratio that heads and whole steps can meet."""
     rng = np.random.default_rng(seed)
     groups = make_groups(int(rng.integers(5, 10)), int(rng.integers(1, 9)), int(rng.integers(64, 200)))
     score = rng.normal(size=len(groups)) * rng.choice([1.0, 1e-6, 1e6])
     align = int(rng.choice([1, 4, 8, 32]))
     protect = ((0, 1, 2, -1), (0,), (-1, 1), ())[seed % 4]
     least = sum((1 if kind == "attention" else align) * COST[kind] * (layer not in whole(groups, protect))
-                for layer, kind, _ in blocks(groups))  # fmt: skip
+                for layer, kind, _ in layers(groups))  # fmt: skip
     reach = (free(groups, protect) - least) / groups.parameters.sum()
     return groups, score, align, protect, float(rng.uniform(0.02, 0.9)) * reach
 
@@ -41,7 +41,7 @@ def whole(groups, protect):
 
 
 def free(groups, protect):
-    return sum(int(groups.parameters[i].sum()) for layer, _, i in blocks(groups) if layer not in whole(groups, protect))
+    return sum(int(groups.parameters[i].sum()) for layer, _, i in layers(groups) if layer not in whole(groups, protect))
 
 
 SEEDS = range(24)
@@ -53,7 +53,7 @@ def test_every_plan_keeps_protected_blocks_whole_the_best_of_each_block_and_whol
     groups, score, align, protect, ratio = random_case(seed)
     keep = select(score, groups, ratio, search=search, protect=protect, align=align)
     assert keep.dtype == bool
-    for layer, kind, index in blocks(groups):
+    for layer, kind, index in layers(groups):
         kept, gone = score[index][keep[index]], score[index][~keep[index]]
         if layer in whole(groups, protect):
             assert not len(gone)
@@ -92,16 +92,16 @@ def test_rounding_to_whole_steps_meets_the_budget_when_every_block_has_the_same_
 def test_global_search_in_single_channels_equals_removing_one_after_another(seed):
     groups, score, _, protect, ratio = random_case(seed)
     keep, budget = np.ones(len(groups), bool), ratio * groups.parameters.sum()
-    left = {(layer, kind): len(index) for layer, kind, index in blocks(groups)}
+    left = {(layer, kind): len(index) for layer, kind, index in layers(groups)}
     removed = 0
     for i in sorted(range(len(groups)), key=lambda i: score[i]):
-        block = (int(groups.layer[i]), str(groups.kind[i]))
-        if block[0] in whole(groups, protect) or left[block] == 1:
+        module = (int(groups.layer[i]), str(groups.kind[i]))
+        if module[0] in whole(groups, protect) or left[module] == 1:
             continue
         if abs(removed + groups.parameters[i] - budget) >= abs(removed - budget):
             break
         removed += groups.parameters[i]
-        left[block] -= 1
+        left[module] -= 1
         keep[i] = False
     assert (select(score, groups, ratio, protect=protect, align=1) == keep).all()
 
@@ -122,13 +122,13 @@ def test_an_equal_share_takes_of_each_kind_what_its_size_says_whatever_the_score
     score = np.random.default_rng(seed).normal(size=len(groups)) * np.where(groups.kind == "attention", 1e-3, 1e3)
     keep = select(score, groups, 0.3, kinds="equal", protect=(0, -1), align=align)
     heads = groups.kind == "attention"
-    share = 0.3 * 7 / 5  # of the five free blocks
+    share = 0.3 * 7 / 5  # of the five free layers
     removed, wanted = (groups.parameters[heads & ~keep].sum(), share * groups.parameters[heads].sum() * 5 / 7)
     assert abs(removed - wanted) <= COST["attention"] / 2
     assert abs(groups.parameters[~keep].sum() - 0.3 * groups.parameters.sum()) <= (5 * align + 1) / 2 * COST["mlp"]
     order = np.argsort(score[heads & free_groups(groups)])
     gone = ~keep[heads & free_groups(groups)][order]
-    assert gone.sum() == np.flatnonzero(gone).max() + 1  # across blocks: the lowest heads of all
+    assert gone.sum() == np.flatnonzero(gone).max() + 1  # across layers: the lowest heads of all
 
 
 def free_groups(groups):
@@ -156,11 +156,11 @@ def kept_of(groups, keep, layer, kind):
 @pytest.mark.parametrize(
     ("layers", "heads", "channels", "costs", "ratio", "wanted"),
     [
-        # SmolLM2-135M. 0.2 of 30 blocks is 816,679 parameters in each of 26: no whole head of 3 at 23 %, 472.6 channels
+        # SmolLM2-135M. 0.2 of 30 layers is 816,679 parameters in each of 26: no whole head of 3 at 23 %, 472.6 channels
         (30, 3, 1536, (294912, 1728), 0.2, (3, 1063)),
         # 0.5 is 2,041,698: 57.7 % of 3 heads is one, and the other 1,746,786 are 1010.9 channels
         (30, 3, 1536, (294912, 1728), 0.5, (2, 525)),
-        # LLaMA-7B, 25 % of blocks 4–29 (LLM-Pruner's script)
+        # LLaMA-7B, 25 % of layers 4–29 (LLM-Pruner's script)
         (32, 32, 11008, (4 * 128 * 4096, 3 * 4096), 0.25 * 26 / 32, (24, 8256)),
     ],
 )
@@ -177,7 +177,7 @@ def test_heads_are_rounded_down_as_worked_out_by_hand(layers, heads, channels, c
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_heads_rounded_down_are_those_of_one_share_of_heads_and_channels(seed):
-    """Wanda-sp and LoRAPrune remove int(s·heads) and int(s·channels) of a block; so do we for what that removes."""
+    """Wanda-sp and LoRAPrune remove int(s·heads) and int(s·channels) of a layer; so do we for what that removes."""
     rng = np.random.default_rng(seed)
     groups, s = make_groups(6, heads := int(rng.integers(1, 33)), 256), float(rng.uniform(0.05, 0.9))
     gone = min(int(s * heads), heads - 1), int(s * 256)
@@ -195,13 +195,13 @@ def test_highest_removes_the_other_end_of_the_score(seed, search):
     settings = {"search": search, "protect": protect, "align": align}
     keep = select(score, groups, ratio, direction="highest", **settings)
     assert (keep == select(-score, groups, ratio, **settings)).all()
-    for _, _, index in blocks(groups):
+    for _, _, index in layers(groups):
         if not keep[index].all():
             assert score[index][keep[index]].max() < score[index][~keep[index]].min()
 
 
 @pytest.mark.parametrize("search", ["global", "uniform"])
-@pytest.mark.parametrize("short", [0.99, 1.0, 1.05], ids=["minima left", "all free blocks", "beyond"])
+@pytest.mark.parametrize("short", [0.99, 1.0, 1.05], ids=["minima left", "all free layers", "beyond"])
 def test_a_ratio_out_of_reach_is_refused(search, short):
     groups = make_groups(6, 2, 96)
     score = np.random.default_rng(0).normal(size=len(groups))
@@ -224,7 +224,7 @@ def test_a_ratio_out_of_reach_is_refused(search, short):
         (0.1, {"search": "local"}),
         (0.1, {"direction": "lower"}),
         (0.1, {"kinds": "heads"}),
-        (0.3, {"kinds": "mlp"}),  # two of six blocks are free
+        (0.3, {"kinds": "mlp"}),  # two of six layers are free
     ],
 )
 def test_bad_arguments_are_refused(ratio, settings):

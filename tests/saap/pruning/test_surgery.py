@@ -27,9 +27,9 @@ def test_widths_and_parameter_counts_are_those_of_the_plan(tiny_llama, n_kv, con
     groups = discover(model)
     keep = random_keep(model)
     small = prune(model, keep)
-    for layer, block in enumerate(small.model.layers):
+    for layer, module in enumerate(small.model.layers):
         heads, channels = (len(kept_units(groups, keep, layer, kind)) for kind in ("attention", "mlp"))
-        attention, mlp = block.self_attn, block.mlp
+        attention, mlp = module.self_attn, module.mlp
         # with one KV head a group is a query head, and k and v stay
         queries, shared = (heads, 1) if n_kv == 1 else (heads * 4 // n_kv, heads)
         wide = queries * D

@@ -25,7 +25,7 @@ def job(tiny_folder, mini, tmp_path):
 @pytest.mark.parametrize("way", ["--multi_gpu", "--use_fsdp"])
 def test_two_processes_take_the_same_steps_as_one(job, tmp_path, way):
     (tmp_path / "two").mkdir()
-    training = job.training | {"gradient_checkpointing": way == "--use_fsdp"}  # which comes back to a block it left
+    training = job.training | {"gradient_checkpointing": way == "--use_fsdp"}  # which comes back to a layer it left
     other = replace(job, work=str(tmp_path / "w2"), output=str(tmp_path / "two"), training=training)
     together = run_launched(other, f"{way} {TWO}")
     alone = run(job)

@@ -26,7 +26,7 @@ def process(rank, folder, prepared, tokens, answer):
     shard(prepared, torch.device("cpu"))
     with torch.no_grad():
         difference = float((prepared(tokens).logits - whole(tokens).logits).abs().max())
-    held = bytes_of(prepared)  # after a pass too: the blocks are taken apart again
+    held = bytes_of(prepared)  # after a pass too: the layers are taken apart again
     gather(prepared, empty)
     if rank == 0:
         same = all(torch.equal(tensor, state[name]) for name, tensor in empty.state_dict().items())

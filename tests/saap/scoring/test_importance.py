@@ -21,8 +21,8 @@ def plain_scores(model, tokens, hessian="none", vector_unit="row"):
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
         vector, element = [], []
-        for block in model.model.layers:
-            a, m = block.self_attn, block.mlp
+        for layer in model.model.layers:
+            a, m = layer.self_attn, layer.mlp
             attention = [(a.q_proj, 0, wide), (a.k_proj, 0, d), (a.v_proj, 0, d), (a.o_proj, 1, wide)]
             heads = n_kv
             if n_kv == 1:  # a group is a query head, k and v stay
@@ -189,7 +189,7 @@ def test_the_sample_whose_score_is_not_finite_is_named(tiny_llama):
         (TOKENS[:, :1], {}),
         (TOKENS[0], {}),
         (TOKENS, {"hessian": "exact"}),
-        (TOKENS, {"vector_unit": "block"}),
+        (TOKENS, {"vector_unit": "layer"}),
     ],
 )
 def test_tokens_that_predict_nothing_and_unknown_switches_are_refused(tiny_llama, tokens, switches):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from saap import SaapError, discover, input_moments, taylor_sums
-from saap.models.groups import KINDS, block_parts
+from saap.models.groups import KINDS, layer_parts
 
 
 @pytest.fixture(scope="module")
@@ -15,10 +15,10 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def inputs(tiny_llama, tokens):
-    """(layer, kind) → the inputs of o_proj and down_proj in float64, by running each block's layers by name."""
+    """(layer, kind) → the inputs of o_proj and down_proj in float64, by running each layer's layers by name."""
     model, seen = tiny_llama().double(), {}
-    for layer, block in enumerate(model.model.layers):
-        for kind, linear in (("attention", block.self_attn.o_proj), ("mlp", block.mlp.down_proj)):
+    for layer, module in enumerate(model.model.layers):
+        for kind, linear in (("attention", module.self_attn.o_proj), ("mlp", module.mlp.down_proj)):
             linear.register_forward_pre_hook(
                 lambda _, args, key=(layer, kind): seen.update({key: args[0].flatten(0, 1).numpy()})
             )
@@ -70,7 +70,7 @@ def test_taylor_sums_are_those_of_autograd(tiny_llama, tokens):
             first[name] += p.grad / len(tokens)
             second[name] += p.grad**2 / len(tokens)
     wanted = {"vectorize": [], "param_first": [], "param_mix": []}
-    for layer, block in enumerate(oracle.model.layers):
+    for layer, module in enumerate(oracle.model.layers):
         at = f"model.layers.{layer}."
         heads = [("self_attn.q_proj", 0, 32), ("self_attn.k_proj", 0, 16), ("self_attn.v_proj", 0, 16)]
         heads.append(("self_attn.o_proj", 1, 32))
@@ -79,7 +79,7 @@ def test_taylor_sums_are_those_of_autograd(tiny_llama, tokens):
             for unit in range(count):
                 group = dict.fromkeys(wanted, 0.0)
                 for name, axis, width in slices:
-                    w = block.get_submodule(name).weight
+                    w = module.get_submodule(name).weight
                     rows = [t.movedim(axis, 0)[unit * width : (unit + 1) * width]
                             for t in (w.detach(), *(s[f"{at}{name}.weight"] for s in (first, second)))]  # fmt: skip
                     wg, wwh = rows[0] * rows[1], rows[0] ** 2 * rows[2]
@@ -98,10 +98,10 @@ def test_the_sums_as_coded_fold_query_heads_as_llm_pruner_does(tiny_llama, token
     sums, oracle = taylor_sums(tiny_llama(**shape), tokens), tiny_llama(**shape).double()
     oracle(tokens, labels=tokens).loss.backward()
     groups = discover(oracle)
-    for layer, block in enumerate(oracle.model.layers):
+    for layer, module in enumerate(oracle.model.layers):
         of = {
             name: (p.weight * p.weight.grad).detach().abs()
-            for name, p in ((n, getattr(block.self_attn, n)) for n in ("q_proj", "k_proj", "v_proj", "o_proj"))
+            for name, p in ((n, getattr(module.self_attn, n)) for n in ("q_proj", "k_proj", "v_proj", "o_proj"))
         }
         query = [float(of["q_proj"][i : i + 16].sum() + of["o_proj"][:, i : i + 16].sum()) for i in range(0, 96, 16)]
         shared = [float(of["k_proj"][i : i + 16].sum() + of["v_proj"][i : i + 16].sum()) for i in (0, 16)]
@@ -124,10 +124,10 @@ def test_the_statistics_refuse_what_is_not_finite(tiny_llama, tokens):
 
 
 def test_groups_come_in_the_order_of_discover(tiny_llama):
-    """What every criterion relies on: blocks in order, attention before mlp, output matrices one a kind."""
+    """What every criterion relies on: layers in order, attention before mlp, output matrices one a kind."""
     from saap.scoring.statistics import output_matrices
 
     model = tiny_llama(n_kv=4)
-    blocks = [(layer, kind) for layer, kind, _ in discover(model).blocks()]
-    assert [(layer, kind) for layer, kind, *_ in output_matrices(model)] == blocks
-    assert len(blocks) == len(block_parts(model)) * len(KINDS)
+    layers = [(layer, kind) for layer, kind, _ in discover(model).structures()]
+    assert [(layer, kind) for layer, kind, *_ in output_matrices(model)] == layers
+    assert len(layers) == len(layer_parts(model)) * len(KINDS)
