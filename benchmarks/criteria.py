@@ -4,7 +4,7 @@
     python benchmarks/criteria.py --data FOLDER --texts test --align 1 --criteria llm_pruner wanda_sp flap shortgpt
     python benchmarks/criteria.py --data FOLDER --criteria saap_plus:cuts=[] llm_pruner:kinds=mlp:align=32+least_squares
 
-A row is a criterion, or one of the peers in `peers.py`. After a colon come its options and those of the plan (`cuts`,
+A row is a criterion, or one of `pruning_peers.py`. After a colon come its options and those of the plan (`cuts`,
 `variant`, `query_heads`, `search`, `kinds`, `align`), after a plus the compensation; left out, they are those of its
 authors. Texts are either held out, windows of the last quarter of the novels, the others being for calibration, and
 of Alpaca's instructions and answers: choices are made by the geometric mean of their perplexities. Or they are the
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from common import embedded, most_held, where
-from peers import PEERS, mean_loss
+from pruning_peers import PEERS, mean_loss
 
 import saap
 from saap.models.groups import layer_parts

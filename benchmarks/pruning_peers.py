@@ -1,0 +1,107 @@
+"""Rivals that are no criterion here: whole layers go, or the package torch-pruning (`pip install`) cuts.
+
+Each is a function of (model, tokens int64 (D, T), ratio of the prunable parameters) that returns a pruned copy.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import saap
+from saap.pruning.plan import PROTECTED
+
+
+@torch.no_grad()
+def shortgpt(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
+    """ShortGPT (arXiv 2403.03853): layers of lowest influence 1 − E_t cos(h_t in, h_t out) go, none protected."""
+    layers = saap.family_of(model.config).layers(model)
+    influence = np.zeros(len(layers))
+
+    def hook(layer: int) -> Callable[..., None]:
+        def see(module: nn.Module, inputs: tuple, output: Any) -> None:
+            out = output[0] if isinstance(output, tuple) else output
+            influence[layer] += (1 - F.cosine_similarity(inputs[0].float(), out.float(), dim=-1)).sum().item()
+
+        return see
+
+    handles = [module.register_forward_hook(hook(layer)) for layer, module in enumerate(layers)]
+    for batch in tokens.to(model.device).split(8):
+        model.base_model(batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return without_layers(model, np.argsort(influence, kind="stable")[: round(ratio * len(layers))])
+
+
+def shortened_llama(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
+    """Shortened LLaMA (arXiv 2402.02834), PPL: layers whose absence raises the perplexity least go, all at once."""
+    layers = len(saap.family_of(model.config).layers(model))
+    losses = [mean_loss(without_layers(model, [layer]), tokens) for layer in range(layers)]
+    return without_layers(model, np.argsort(losses, kind="stable")[: round(ratio * layers)])
+
+
+def without_layers(model: Any, gone: Any) -> Any:
+    """A copy without these layers. Weights that stay are shared with the model."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    small = copy.deepcopy(model, shared)
+    layers = saap.family_of(small.config).layers(small)
+    for layer in sorted(map(int, gone), reverse=True):
+        del layers[layer]
+    small.config.num_hidden_layers = len(layers)
+    if getattr(small.config, "layer_types", None):
+        small.config.layer_types = [t for i, t in enumerate(small.config.layer_types) if i not in set(map(int, gone))]
+    return small
+
+
+@torch.no_grad()
+def mean_loss(model: Any, tokens: torch.Tensor) -> float:
+    """Mean next-token cross-entropy, nats a token."""
+    total = 0.0
+    for batch in tokens.to(model.device).split(8):
+        logits = model(batch, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item() * len(batch)
+    return total / len(tokens)
+
+
+def torch_pruning(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
+    """Torch-Pruning (VainF): its group Taylor importance over all channels in one global order; heads stay.
+
+    The layers that `saap.select` protects are left whole here too.
+    """
+    try:
+        import torch_pruning as tp
+    except ImportError as error:
+        raise SystemExit("the peer torch_pruning needs its package: pip install torch-pruning") from error
+    small = copy.deepcopy(model).float()
+    layers = saap.family_of(small.config).layers(small)
+    free = [layer for i, layer in enumerate(layers) if i not in {p % len(layers) for p in PROTECTED}]
+    gates = {layer.mlp.gate_proj for layer in free}
+    groups = saap.discover(model)
+    channels = sum(int(gate.out_features) for gate in gates)
+    cost = int(groups.parameters[groups.kind == "mlp"][0])
+    for batch in tokens.split(4):
+        small(batch, labels=batch, use_cache=False).loss.mul(len(batch) / len(tokens)).backward()
+    pruner = tp.pruner.BasePruner(
+        small,
+        tokens[:1],
+        importance=tp.importance.GroupTaylorImportance(),
+        global_pruning=True,
+        pruning_ratio=ratio * int(groups.parameters.sum()) / (cost * channels),
+        ignored_layers=[
+            module
+            for module in small.modules()
+            if isinstance(module, nn.Linear | nn.Embedding)
+            and module not in gates | {layer.mlp.up_proj for layer in free}
+        ],
+        forward_fn=lambda net, ids: net(ids, use_cache=False).logits,
+    )
+    pruner.step()
+    small.zero_grad(set_to_none=True)
+    return small.to(model.dtype)
+
+
+PEERS = {"shortgpt": shortgpt, "shortened_llama": shortened_llama, "torch_pruning": torch_pruning}
