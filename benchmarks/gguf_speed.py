@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 import saap
 from saap.export.gguf import export_gguf
 from saap.export.llama_cpp import LlamaCpp
-from saap.export.speed import llama_cpp_speed
+from saap.export.llama_cpp_speed import llama_cpp_speed
 from tasks.data import DATA, mini_folder
 
 PROMPT, WINDOW = 128, 256

@@ -115,11 +115,11 @@ def compare(
 def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
     """Show what is cached, what would run, and why. Changes nothing."""
     from flows.job import prepare
-    from flows.plan import plan_rows
+    from flows.preview import preview_rows
     from tasks.config import load_config
 
     settings = load_config(config, _overrides(set_, store))
-    rows = plan_rows(prepare(settings, look_only=True).steps)
+    rows = preview_rows(prepare(settings, look_only=True).steps)
     print_table(["stage", "", "why", "key"], rows)
     cached = sum(row[1] == "cached" for row in rows)
     console.print(f"{cached} of {len(rows)} steps are cached in {Path(settings.store).resolve()}", highlight=False)

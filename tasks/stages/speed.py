@@ -40,7 +40,7 @@ def speed(step: Step, folder: Path, *, dense: Weights, pruned: Weights, recovere
         saap.use_int4_kernels(model)
     rows = saap.compare_speed(models, sizes, **config)
     if in_llama_cpp:
-        from saap.export.speed import llama_cpp_speed
+        from saap.export.llama_cpp_speed import llama_cpp_speed
 
         models.clear()
         rows += llama_cpp_speed(places, sizes, **config)

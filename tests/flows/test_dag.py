@@ -7,7 +7,7 @@ import pytest
 
 from flows.combinations import combinations
 from flows.dag import build
-from flows.plan import plan_rows
+from flows.preview import preview_rows
 from tasks.config import ConfigError, RunConfig, check_config, load_config
 from tasks.criteria import NEEDS
 from tasks.data import mini_folder
@@ -109,7 +109,7 @@ def test_a_benchmark_without_data_is_skipped_with_the_remedy_and_evaluated_once_
     gone = {label for label, step in steps.items() if step.missing}
     assert gone == {f"evaluate {variant} arc_easy" for variant in ("dense", "pruned", "recovered")}
     assert f"{data} has no arc_easy/test.parquet" in steps["evaluate dense arc_easy"].missing
-    assert {row[0] for row in plan_rows(list(steps.values())) if row[1] == "skip"} == gone
+    assert {row[0] for row in preview_rows(list(steps.values())) if row[1] == "skip"} == gone
     assert {label for label, step in steps.items() if step.key != whole[label]} == gone
     (tmp_path / "arc.jsonl").rename(data / "arc_easy" / "test.jsonl")
     assert keys(settings, f"data={data}") == whole

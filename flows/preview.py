@@ -8,7 +8,7 @@ from storage.artifacts import MANIFEST, ArtifactStore
 from tasks.step import Step
 
 
-def plan_rows(steps: list[Step]) -> list[tuple[str, str, str, str]]:
+def preview_rows(steps: list[Step]) -> list[tuple[str, str, str, str]]:
     """(step, 'cached', 'run' or 'skip', why, key) for every step of a run."""
     store = ArtifactStore(steps[0].store)
     rows, missing = [], {}
