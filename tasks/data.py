@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from storage.keys import Fingerprints, digest
+from tasks.config import ACCURACIES
 from tasks.hub import HubError, Split, commit_of, file_of, split_of, with_rows
 from tasks.rows import FORMS, check_text_column, checked_rows, write_parquet
 from tasks.toml import ConfigError
@@ -21,48 +22,44 @@ class DataSet:
     """One role of data: its place in a data folder (without suffix), what we read of it, and where the hub has it."""
 
     place: str
-    columns: tuple[str, ...]
     hub: str
     hub_config: str | None = None
     hub_split: str = "test"
     hub_revision: str | None = None  # data sets that are loading scripts need the hub's own Parquet conversion
+    columns: tuple[str, ...] = ()  # of data that is read as text
 
 
 class MissingData(ConfigError):
     """A role whose data is not there or cannot be had. A benchmark without its data is skipped, not an error."""
 
 
-_ARC = ("question", "choices", "answerKey")
 _PARQUET = "refs/convert/parquet"
 DATA: dict[str, DataSet] = {
     "calibration": DataSet(
-        "bookcorpus_like/passages", ("text",), "bookcorpus/bookcorpus", "plain_text", "train", _PARQUET
+        "bookcorpus_like/passages", "bookcorpus/bookcorpus", "plain_text", "train", _PARQUET, columns=("text",)
     ),
-    "recovery": DataSet("alpaca/train", ("instruction", "input", "output"), "tatsu-lab/alpaca", None, "train"),
-    "arc_easy": DataSet("arc_easy/test", _ARC, "allenai/ai2_arc", "ARC-Easy"),
-    "arc_challenge": DataSet("arc_challenge/test", _ARC, "allenai/ai2_arc", "ARC-Challenge"),
-    "boolq": DataSet("boolq/validation", ("question", "passage", "label"), "aps/super_glue", "boolq", "validation"),
-    "hellaswag": DataSet(
-        "hellaswag/validation",
-        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-        "Rowan/hellaswag",
-        None,
-        "validation",
-    ),
-    "piqa": DataSet("piqa/validation", ("goal", "sol1", "sol2", "label"), "baber/piqa", None, "validation"),
-    "winogrande": DataSet(
-        "winogrande/validation",
-        ("sentence", "option1", "option2", "answer"),
-        "allenai/winogrande",
-        "winogrande_xl",
-        "validation",
-    ),
-    "openbookqa": DataSet("openbookqa/test", ("question_stem", "choices", "answerKey"), "allenai/openbookqa", "main"),
-    "wikitext2": DataSet("wikitext2_raw/test", ("text",), "Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "recovery": DataSet("alpaca/train", "tatsu-lab/alpaca", None, "train", columns=("instruction", "input", "output")),
+    "arc_easy": DataSet("arc_easy/test", "allenai/ai2_arc", "ARC-Easy"),
+    "arc_challenge": DataSet("arc_challenge/test", "allenai/ai2_arc", "ARC-Challenge"),
+    "boolq": DataSet("boolq/validation", "aps/super_glue", "boolq", "validation"),
+    "hellaswag": DataSet("hellaswag/validation", "Rowan/hellaswag", None, "validation"),
+    "piqa": DataSet("piqa/validation", "baber/piqa", None, "validation"),
+    "winogrande": DataSet("winogrande/validation", "allenai/winogrande", "winogrande_xl", "validation"),
+    "openbookqa": DataSet("openbookqa/test", "allenai/openbookqa", "main"),
+    "wikitext2": DataSet("wikitext2_raw/test", "Salesforce/wikitext", "wikitext-2-raw-v1", columns=("text",)),
     "ptb": DataSet(
-        "ptb/validation", ("sentence",), "ptb-text-only/ptb_text_only", "penn_treebank", "validation", _PARQUET
+        "ptb/validation", "ptb-text-only/ptb_text_only", "penn_treebank", "validation", _PARQUET, columns=("sentence",)
     ),
 }
+
+
+def columns_of(role: str) -> tuple[str, ...]:
+    """What is read of a role's data. The library knows the columns of its accuracy benchmarks."""
+    if role in ACCURACIES:
+        from saap import ACCURACY
+
+        return ACCURACY[role].columns
+    return DATA[role].columns
 
 
 def mini_folder() -> Path:
@@ -119,7 +116,7 @@ def data_name(data: str) -> str:
 
 def check_file(file: Path, role: str) -> int:
     """How many rows a data file has. Raises ConfigError when one is not as the role needs it: before anything runs."""
-    columns = DATA[role].columns
+    columns = columns_of(role)
     if file.suffix == ".parquet" and role not in FORMS and len(columns) == 1:
         return check_text_column(file, role, columns[0])
     return sum(1 for _ in checked_rows(file, role, columns))
@@ -130,7 +127,7 @@ def read_data(data: str, role: str) -> list[dict[str, Any]]:
 
     Raises MissingData when the hub's cannot be downloaded.
     """
-    columns = DATA[role].columns
+    columns = columns_of(role)
     rows = (row for file in _files(data, role) for row in checked_rows(file, role, columns))
     return [{column: row[column] for column in columns} for row in rows]
 
@@ -138,7 +135,7 @@ def read_data(data: str, role: str) -> list[dict[str, Any]]:
 @contextmanager
 def benchmark_file(data: str, role: str) -> Iterator[Path]:
     """A Parquet file with all rows of a benchmark in the official form, as long as the context lasts."""
-    columns = DATA[role].columns
+    columns = columns_of(role)
     rows = [row for file in _files(data, role) for row in checked_rows(file, role, columns)]
     with TemporaryDirectory() as folder:
         yield write_parquet(rows, columns, Path(folder) / f"{role}.parquet")

@@ -47,7 +47,7 @@ def log_probs(
         best, place = logits.max(-1, keepdim=True)
         likeliest = torch.where(best > highest, place + start, likeliest)
         before, highest = highest, torch.maximum(highest, best)
-        odds = logits.sub_(highest).exp_()
-        total.mul_((before - highest).exp_()).add_(odds.sum(-1, keepdim=True))
+        weights = logits.sub_(highest).exp_()
+        total.mul_((before - highest).exp_()).add_(weights.sum(-1, keepdim=True))
     normaliser = (highest + total.log()).squeeze(1)
     return own - normaliser[rows], likeliest.squeeze(1)[rows] == tokens

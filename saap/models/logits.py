@@ -49,17 +49,17 @@ def cross_entropy(
     step = max(1, LOGITS[hidden.device.type] // len(targets))
     for start in range(0, len(weight), step):
         part = weight[start : start + step].to(dtype)
-        odds = product(hidden, part, None if bias is None else scale * bias[start : start + step].to(dtype)).float()
+        logits = product(hidden, part, None if bias is None else scale * bias[start : start + step].to(dtype)).float()
         if cap:
-            odds = torch.tanh(odds / cap).mul_(cap)
-            slope = 1 - (odds / cap).square()
-        before, highest = highest, torch.maximum(highest, odds.amax(-1, keepdim=True))
-        odds.sub_(highest).exp_()
+            logits = torch.tanh(logits / cap).mul_(cap)
+            slope = 1 - (logits / cap).square()
+        before, highest = highest, torch.maximum(highest, logits.amax(-1, keepdim=True))
+        logits.sub_(highest).exp_()
         here = ((targets >= start) & (targets < start + step)).nonzero().squeeze(1)
-        odds[here, targets[here] - start] = 0
+        logits[here, targets[here] - start] = 0
         shrink = (before - highest).exp_()
-        rest.mul_(shrink).add_(odds.sum(-1, keepdim=True))
-        total.mul_(shrink).add_(product((odds.mul_(slope) if cap else odds).to(dtype), part.T))
+        rest.mul_(shrink).add_(logits.sum(-1, keepdim=True))
+        total.mul_(shrink).add_(product((logits.mul_(slope) if cap else logits).to(dtype), part.T))
     whole = rest + (own - highest).exp_()
     gradient = total.addcmul_(rest * own_slope, wanted, value=-1).mul_(factor * scale / whole)
     return (highest - own + whole.log()).squeeze(-1), gradient

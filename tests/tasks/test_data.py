@@ -7,9 +7,17 @@ import pyarrow.parquet as pq
 import pytest
 
 import saap.texts
-from saap import ACCURACY
 from storage.keys import Fingerprints
-from tasks.data import DATA, SHUFFLED_AT_ONCE, benchmark_file, calibration_texts, check_file, data_file, find_data
+from tasks.data import (
+    DATA,
+    SHUFFLED_AT_ONCE,
+    benchmark_file,
+    calibration_texts,
+    check_file,
+    columns_of,
+    data_file,
+    find_data,
+)
 from tasks.data import read_data as read
 from tasks.toml import ConfigError
 
@@ -49,16 +57,11 @@ def put(tmp_path):
     return put
 
 
-@pytest.mark.parametrize("benchmark", sorted(ACCURACY))
-def test_the_columns_checked_first_are_those_the_library_needs(benchmark):
-    assert DATA[benchmark].columns == ACCURACY[benchmark].columns
-
-
 @pytest.mark.parametrize("role", sorted(DATA))
 def test_the_mini_pack_has_every_role_as_it_should_be(role, mini):
     rows = mini(DATA[role].place)
     assert check_file(data_file("mini", role), role) == len(rows)
-    assert read("mini", role) == [{column: row[column] for column in DATA[role].columns} for row in rows]
+    assert read("mini", role) == [{column: row[column] for column in columns_of(role)} for row in rows]
 
 
 def test_the_limit_that_changes_a_key_is_the_librarys():
@@ -163,7 +166,7 @@ def test_a_row_that_cannot_be_used_is_named_before_anything_runs(tmp_path, put, 
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("role", ["calibration", "ptb"])
 def test_a_null_in_parquet_is_found_whether_or_not_the_file_counts_them(tmp_path, put, role, statistics):
-    (column,) = DATA[role].columns
+    (column,) = columns_of(role)
     file = put(role, [ROWS[role]], ".parquet")
     table = pa.table({"other": [1] * 50, column: ["a"] * 41 + [None] + ["b"] * 8})
     pq.write_table(table, file, row_group_size=10, write_statistics=statistics)
