@@ -1,5 +1,6 @@
 """The main job as a Prefect flow: every step a task, found in the store or made now."""
 
+import time
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,6 @@ from flows.job import Job, prepare, title_of
 from flows.pages.write import report_file, write_report
 from flows.report import result_rows, skipped_rows
 from storage.artifacts import ArtifactStore
-from storage.errors import StorageError
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
 from tasks.config import load_config
@@ -19,6 +19,8 @@ from tasks.data import MissingData
 from tasks.running import task_of
 from tasks.stage import stage_named
 from tasks.step import Step
+
+PAGE_SECONDS = 20.0  # between two pages of a run that goes on: one takes a second to draw
 
 
 def _deployed_title() -> str:
@@ -65,7 +67,7 @@ def run_job(job: Job) -> str:
         warehouse.load(job.run_id)
         for position, step in enumerate(job.steps):
             if _run_step(store, record, position, step):
-                _tell(warehouse, job.run_id)
+                _tell(warehouse, job.run_id, going_on=True)
     except BaseException as error:
         record.finish("failed", str(error) or type(error).__name__)
         _tell(warehouse, job.run_id)
@@ -76,13 +78,19 @@ def run_job(job: Job) -> str:
     return job.run_id
 
 
-def _tell(warehouse: Warehouse, run_id: str) -> None:
-    """Bring the warehouse and the run's page up to date. A page that cannot be written does not end a run."""
+def _tell(warehouse: Warehouse, run_id: str, *, going_on: bool = False) -> None:
+    """Bring the warehouse and the run's page up to date; of a run that goes on the page is written now and then.
+
+    A page that cannot be made does not end a run.
+    """
     warehouse.load(run_id)
+    page = report_file(warehouse.root, run_id)
+    if going_on and page.is_file() and time.time() - page.stat().st_mtime < PAGE_SECONDS:
+        return
     try:
         write_report(warehouse.root, run_id)
-    except StorageError as error:
-        get_run_logger().warning("no page of this run: %s", error)
+    except Exception as error:
+        get_run_logger().warning("no page of this run: %s: %s", type(error).__name__, error)
 
 
 def _run_step(store: ArtifactStore, record: RunRecord, position: int, step: Step) -> bool:
