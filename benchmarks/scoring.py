@@ -200,8 +200,8 @@ def main() -> None:
         f"relative error of a sample, largest and median: vector {errors[0]:.1e} and {middle_errors[0]:.1e}, "
         f"element {errors[1]:.1e} and {middle_errors[1]:.1e}\n"
     )
-    for what, (samples, layers, time_taken) in growth.items():
-        print(f"{what:<26} {time_taken:6.2f} s   {1000 * time_taken / samples / layers:6.2f} ms a sample and layer")
+    for what, (samples, depth, time_taken) in growth.items():
+        print(f"{what:<26} {time_taken:6.2f} s   {1000 * time_taken / samples / depth:6.2f} ms a sample and layer")
     figures = {
         "time_ratio": float(np.median(time_ratios)),
         "time_ratio_same_products": float(np.median(same_products)),
