@@ -15,7 +15,7 @@ from saap import SaapError, dequantize, discover, load_tokenizer, prune, save, s
 from saap.export.gguf import export_gguf
 from saap.export.llama_cpp import LlamaCpp
 from saap.models.modeling import GroupwiseLinear
-from tests.saap.models.test_families import GATED, SMALL, build, random_keep
+from tests.saap.models.families import GATED, SMALL, build, random_keep
 
 IDS = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(5)).tolist()
 TOKENS = {"f32": 256, "f16": 2048, "q4_1": 512}  # of the real model's perplexity; llama.cpp's f32 and q4_1 are slow
