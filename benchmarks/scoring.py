@@ -31,8 +31,10 @@ from saap.models import products
 from saap.models.groups import KINDS, layer_parts
 from saap.scoring.importance import samples_at_once
 
+Scores = tuple[np.ndarray, np.ndarray]  # (vector, element)
 
-def straightforward(model: nn.Module, tokens: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+
+def straightforward(model: nn.Module, tokens: torch.Tensor) -> Scores:
     """(vector, element), float32 (D, N), as `saap.score` gives them."""
     parts = layer_parts(model)
     device = next(model.parameters()).device
@@ -121,7 +123,7 @@ def fewer_blocks(model: nn.Module) -> tuple[nn.Module, int]:
     return half, len(layers)
 
 
-def main() -> None:
+def the_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a local model folder (default: the embedded SmolLM2-135M)")
     parser.add_argument("--shape", choices=SHAPES, help="random bfloat16 weights of this shape instead of a model")
@@ -131,8 +133,80 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--length", type=int, default=128, help="tokens a sample")
     parser.add_argument("--rounds", type=int, default=3, help="times each side is timed, in turn")
-    arguments = parser.parse_args()
+    return parser.parse_args()
 
+
+def peaks_of(model: nn.Module, tokens: torch.Tensor, weights: int) -> dict[str, float]:
+    """The peak of each side above the weights, in multiples of them."""
+    forward(model, tokens[:1])  # so that what is made once is not counted
+    device = next(model.parameters()).device
+    return {
+        "ours": peak_above(lambda: saap.score(model, tokens[:4]), device) / weights,
+        "straightforward": peak_above(lambda: straightforward(model, tokens[:2]), device) / weights,
+    }
+
+
+def timed(model: nn.Module, tokens: torch.Tensor, rounds: int) -> tuple[dict[str, list[float]], dict[str, Scores]]:
+    """The seconds of each side, in turn, and the scores of the two ways."""
+
+    def with_pytorchs_products() -> None:
+        there, products.THERE = products.THERE, False
+        saap.score(model, tokens)
+        products.THERE = there
+
+    found: dict[str, Scores] = {}
+    sides: dict[str, Callable[[], object]] = {
+        "straightforward": lambda: found.update(straightforward=straightforward(model, tokens)),
+        "ours": lambda: found.update(ours=saap.score(model, tokens)),
+        "forward": lambda: forward(model, tokens),
+    }
+    if products.by_onednn() and model.device.type == "cpu" and model.dtype == torch.float32:
+        sides["ours, PyTorch's products"] = with_pytorchs_products
+    taken = in_turn({side: partial(seconds, action) for side, action in sides.items()}, rounds, 0, "rounds")
+    return taken, found
+
+
+def ratios_of(taken: dict[str, list[float]]) -> dict[str, np.ndarray]:
+    """What was timed, round by round, as ratios."""
+    same_products = taken.get("ours, PyTorch's products", taken["ours"])
+    return {
+        "straightforward / ours": np.divide(taken["straightforward"], taken["ours"]),
+        "the same, PyTorch's products": np.divide(taken["straightforward"], same_products),
+        "ours / 3 forwards": np.divide(taken["ours"], taken["forward"]) / 3,
+    }
+
+
+def errors_of(found: dict[str, Scores]) -> tuple[list[float], list[float]]:
+    """Relative errors of a sample, of vector and element: the largest, and the median."""
+    by_sample = [
+        np.linalg.norm(mine - plain, axis=1) / np.linalg.norm(plain, axis=1)
+        for mine, plain in zip(found["ours"], found["straightforward"], strict=True)
+    ]
+    return [float(e.max()) for e in by_sample], [float(np.median(e)) for e in by_sample]
+
+
+def growth_of(model: nn.Module, tokens: torch.Tensor) -> list[tuple[int, int, float]]:
+    """(samples, layers, seconds): a quarter of the samples, twice as many, and these with half of the layers."""
+    layers, few = len(layer_parts(model)), max(1, len(tokens) // 4)
+    half, half_layers = fewer_blocks(model)
+    return [
+        (few, layers, seconds(lambda: saap.score(model, tokens[:few]))),
+        (2 * few, layers, seconds(lambda: saap.score(model, tokens[: 2 * few]))),
+        (2 * few, half_layers, seconds(lambda: saap.score(half, tokens[: 2 * few]))),
+    ]
+
+
+def print_table(taken: dict[str, list[float]], peaks: dict[str, float]) -> None:
+    """Seconds and peaks, a line a side."""
+    print(f"\n{'':<26}{'seconds':>10}{'spread':>9}{'peak above weights':>21}")
+    for side, times in taken.items():
+        middle = float(np.median(times))
+        peak = f"{peaks[side]:.2f} × weights" if side in peaks else ""
+        print(f"{side:<26}{middle:>10.2f}{(max(times) - min(times)) / middle:>9.0%}{peak:>21}")
+
+
+def main() -> None:
+    arguments = the_arguments()
     model = the_model(arguments)
     device = next(model.parameters()).device
     layers = len(layer_parts(model))
@@ -144,76 +218,32 @@ def main() -> None:
     if device.type == "cpu":
         print("no GPU was used" + ("; seconds of processor time" if _one_cpu_thread() else ""))
 
-    forward(model, tokens[:1])
-    peaks = {
-        "ours": peak_above(lambda: saap.score(model, tokens[:4]), device) / weights,
-        "straightforward": peak_above(lambda: straightforward(model, tokens[:2]), device) / weights,
-    }
+    peaks = peaks_of(model, tokens, weights)
+    taken, found = timed(model, tokens, arguments.rounds)
+    ratios, (errors, middle_errors) = ratios_of(taken), errors_of(found)
+    growth = growth_of(model, tokens)
 
-    def with_pytorchs_products() -> None:
-        there, products.THERE = products.THERE, False
-        saap.score(model, tokens)
-        products.THERE = there
-
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    sides: dict[str, Callable[[], object]] = {
-        "straightforward": lambda: found.update(straightforward=straightforward(model, tokens)),
-        "ours": lambda: found.update(ours=saap.score(model, tokens)),
-        "forward": lambda: forward(model, tokens),
-    }
-    if products.by_onednn() and device.type == "cpu" and model.dtype == torch.float32:
-        sides["ours, PyTorch's products"] = with_pytorchs_products
-    taken = in_turn({side: partial(seconds, action) for side, action in sides.items()}, arguments.rounds, 0, "rounds")
-    by_sample = [
-        np.linalg.norm(mine - plain, axis=1) / np.linalg.norm(plain, axis=1)
-        for mine, plain in zip(found["ours"], found["straightforward"], strict=True)
-    ]
-    errors, middle_errors = [float(e.max()) for e in by_sample], [float(np.median(e)) for e in by_sample]
-    time_ratios = np.divide(taken["straightforward"], taken["ours"])
-    floor_ratios = np.divide(taken["ours"], taken["forward"]) / 3
-    same_products = np.divide(taken["straightforward"], taken.get("ours, PyTorch's products", taken["ours"]))
-
-    half, half_blocks = fewer_blocks(model)
-    few = max(1, arguments.samples // 4)
-    growth = {
-        f"{few} samples, {layers} layers": (few, layers, seconds(lambda: saap.score(model, tokens[:few]))),
-        f"{2 * few} samples, {layers} layers": (2 * few, layers, seconds(lambda: saap.score(model, tokens[: 2 * few]))),
-        f"{2 * few} samples, {half_blocks} layers": (
-            2 * few,
-            half_blocks,
-            seconds(lambda: saap.score(half, tokens[: 2 * few])),
-        ),
-    }
-
-    print(f"\n{'':<26}{'seconds':>10}{'spread':>9}{'peak above weights':>21}")
-    for side, times in taken.items():
-        middle = float(np.median(times))
-        peak = f"{peaks[side]:.2f} × weights" if side in peaks else ""
-        print(f"{side:<26}{middle:>10.2f}{(max(times) - min(times)) / middle:>9.0%}{peak:>21}")
-    for what, ratios in (
-        ("straightforward / ours", time_ratios),
-        ("the same, PyTorch's products", same_products),
-        ("ours / 3 forwards", floor_ratios),
-    ):
-        print(f"{what:<30} {np.median(ratios):.2f} (paired; {min(ratios):.2f} to {max(ratios):.2f})")
+    print_table(taken, peaks)
+    for what, values in ratios.items():
+        print(f"{what:<30} {np.median(values):.2f} (paired; {min(values):.2f} to {max(values):.2f})")
     print(
         f"relative error of a sample, largest and median: vector {errors[0]:.1e} and {middle_errors[0]:.1e}, "
         f"element {errors[1]:.1e} and {middle_errors[1]:.1e}\n"
     )
-    for what, (samples, layers, time_taken) in growth.items():
-        print(f"{what:<26} {time_taken:6.2f} s   {1000 * time_taken / samples / layers:6.2f} ms a sample and layer")
+    for n, k, t in growth:
+        print(f"{f'{n} samples, {k} layers':<26} {t:6.2f} s   {1000 * t / n / k:6.2f} ms a sample and layer")
     figures = {
-        "time_ratio": float(np.median(time_ratios)),
-        "time_ratio_same_products": float(np.median(same_products)),
-        "floor_ratio": float(np.median(floor_ratios)),
+        "time_ratio": float(np.median(ratios["straightforward / ours"])),
+        "time_ratio_same_products": float(np.median(ratios["the same, PyTorch's products"])),
+        "floor_ratio": float(np.median(ratios["ours / 3 forwards"])),
         "peak_above_weights_ratio": peaks["ours"],
         "straightforward_peak_ratio": peaks["straightforward"],
         "max_relative_error": max(errors),
         "median_relative_error": max(middle_errors),
         "products": "oneDNN" if products.by_onednn() else "PyTorch's",
         "seconds": float(np.median(taken["ours"])),
-        "seconds_by_samples": {str(n): t for n, k, t in growth.values() if k == layers},
-        "seconds_by_blocks": {str(k): t for n, k, t in growth.values() if n == 2 * few},
+        "seconds_by_samples": {str(n): t for n, k, t in growth if k == layers},
+        "seconds_by_blocks": {str(k): t for n, k, t in growth if n == growth[-1][0]},
     }
     rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
     print(json.dumps({**rounded, "device": where(device), "weight_bytes": weights}))

@@ -132,23 +132,6 @@ def kept(kind: str) -> dict[str, Any]:
 
 def importance(kind: str, samples: bool, layers: int) -> dict[str, Any]:
     """Layers down, the groups of a layer across in the order they go, coloured by their place in all of the kind."""
-    tooltip = tips(
-        ("layer", "layer"),
-        ("unit", "group"),
-        ("groups", "groups in this cell"),
-        ("removed", "of them removed"),
-        ("rank_score", "what it is ranked by", ".4~g"),
-        ("percentile", "place among all, %", ".1f"),
-    )
-    if samples:
-        tooltip += tips(
-            ("element_mean", "fine importance, mean of the samples", ".3~g"),
-            ("element_sd", "… standard deviation", ".3~g"),
-            ("element_min", "… lowest", ".3~g"),
-            ("element_max", "… highest", ".3~g"),
-            ("vector_mean", "coarse importance, mean", ".3~g"),
-            ("vector_sd", "… standard deviation", ".3~g"),
-        )
     step = max(4, min(12, 360 // layers))
     y = {
         "field": "layer",
@@ -156,7 +139,23 @@ def importance(kind: str, samples: bool, layers: int) -> dict[str, Any]:
         "title": None,
         "axis": {"labelOverlap": True, "ticks": False, "grid": False},
     }
-    share = {"format": "%", "tickCount": 5, "grid": False}
+    return {
+        "transform": [{"filter": f"datum.kind === '{kind}'"}],
+        "height": step * layers,
+        "encoding": {"y": y},
+        "layer": [_cells(samples), _cuts(step)],
+    }
+
+
+def _cells(samples: bool) -> dict[str, Any]:
+    """A rectangle a cell, as wide as its share of the layer's groups."""
+    x = {
+        "field": "from",
+        "type": "quantitative",
+        "title": "share of the layer's groups, the first to go at the left",
+        "scale": {"domain": [0, 1], "nice": False},
+        "axis": {"format": "%", "tickCount": 5, "grid": False},
+    }
     color = {
         "field": "percentile",
         "type": "quantitative",
@@ -165,41 +164,43 @@ def importance(kind: str, samples: bool, layers: int) -> dict[str, Any]:
         "legend": {"orient": "top", "direction": "horizontal", "gradientLength": 160},
     }
     return {
-        "transform": [{"filter": f"datum.kind === '{kind}'"}],
-        "height": step * layers,
-        "encoding": {"y": y},
-        "layer": [
-            {
-                "mark": {"type": "rect", "aria": False, "strokeWidth": 0},
-                "encoding": {
-                    "x": {
-                        "field": "from",
-                        "type": "quantitative",
-                        "title": "share of the layer's groups, the first to go at the left",
-                        "scale": {"domain": [0, 1], "nice": False},
-                        "axis": share,
-                    },
-                    "x2": {"field": "to"},
-                    "color": color,
-                    "tooltip": tooltip,
-                },
-            },
-            {
-                "transform": [{"filter": "datum.cell === 0 && datum.cut > 0"}],
-                "mark": {
-                    "type": "tick",
-                    "orient": "vertical",
-                    "color": "var(--cut)",
-                    "thickness": 3,
-                    "height": step,
-                    "opacity": 1,
-                },
-                "encoding": {
-                    "x": {"field": "cut", "type": "quantitative"},
-                    "tooltip": tips(("layer", "layer"), ("cut", "removed", ".1%")),
-                },
-            },
-        ],
+        "mark": {"type": "rect", "aria": False, "strokeWidth": 0},
+        "encoding": {"x": x, "x2": {"field": "to"}, "color": color, "tooltip": _cell_tips(samples)},
+    }
+
+
+def _cell_tips(samples: bool) -> list[dict[str, Any]]:
+    """What a cell says of its groups; with samples, their importance over the calibration samples too."""
+    lines = tips(
+        ("layer", "layer"),
+        ("unit", "group"),
+        ("groups", "groups in this cell"),
+        ("removed", "of them removed"),
+        ("rank_score", "what it is ranked by", ".4~g"),
+        ("percentile", "place among all, %", ".1f"),
+    )
+    if samples:
+        lines += tips(
+            ("element_mean", "fine importance, mean of the samples", ".3~g"),
+            ("element_sd", "… standard deviation", ".3~g"),
+            ("element_min", "… lowest", ".3~g"),
+            ("element_max", "… highest", ".3~g"),
+            ("vector_mean", "coarse importance, mean", ".3~g"),
+            ("vector_sd", "… standard deviation", ".3~g"),
+        )
+    return lines
+
+
+def _cuts(height: int) -> dict[str, Any]:
+    """A line a layer between what was removed and what is left."""
+    mark = {"type": "tick", "orient": "vertical", "color": "var(--cut)", "thickness": 3, "height": height, "opacity": 1}
+    return {
+        "transform": [{"filter": "datum.cell === 0 && datum.cut > 0"}],
+        "mark": mark,
+        "encoding": {
+            "x": {"field": "cut", "type": "quantitative"},
+            "tooltip": tips(("layer", "layer"), ("cut", "removed", ".1%")),
+        },
     }
 
 

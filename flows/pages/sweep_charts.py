@@ -31,75 +31,97 @@ def trade(quality: str, cost: str, labels: list[str], ghosts: bool) -> dict[str,
         "legend": None,
         "scale": {"domain": labels, "range": [f"var(--line-{place % 16})" for place in range(len(labels))]},
     }
+    mean = {**y, "field": quality}
+    layers = [
+        _lines(mean, color),
+        _spreads(quality, y, color),
+        _points(quality, mean, color),
+        _rings(quality, cost, mean),
+    ]
+    if ghosts:
+        layers.insert(0, _published(quality, cost, y))
+    return {
+        "transform": [{"filter": f"isValid(datum.{quality}) && isValid(datum.{cost})"}],
+        "height": 230,
+        "encoding": {"x": x},
+        "layer": layers,
+    }
+
+
+def _lines(mean: dict[str, Any], color: dict[str, Any]) -> dict[str, Any]:
+    """A line a setting from ratio to ratio."""
+    return {
+        "transform": [{"filter": "datum.variant !== 'dense'"}],
+        "mark": {"type": "line", "strokeWidth": 1.2, "opacity": 0.55, "aria": False},
+        "encoding": {
+            "y": mean,
+            "color": color,
+            "order": {"field": "ratio", "type": "quantitative"},
+            "detail": [{"field": name} for name in ("model", "data", "variant")],
+        },
+    }
+
+
+def _spreads(quality: str, y: dict[str, Any], color: dict[str, Any]) -> dict[str, Any]:
+    """An upright line through a point, as long as its spread over the seeds."""
+    return {
+        "transform": [{"filter": f"isValid(datum.{quality}_low)"}],
+        "mark": {"type": "rule", "strokeWidth": 1.4, "aria": False},
+        "encoding": {"y": {**y, "field": f"{quality}_low"}, "y2": {"field": f"{quality}_high"}, "color": color},
+    }
+
+
+def _points(quality: str, mean: dict[str, Any], color: dict[str, Any]) -> dict[str, Any]:
+    """A point a setting and variant, whose shape says which variant."""
     shape = {
         "field": "variant",
         "type": "nominal",
         "legend": None,
         "scale": {"domain": ["dense", "pruned", "recovered"], "range": ["square", "circle", "triangle-up"]},
     }
-    mean = {**y, "field": quality}
-    layers: list[dict[str, Any]] = [
-        {
-            "transform": [{"filter": "datum.variant !== 'dense'"}],
-            "mark": {"type": "line", "strokeWidth": 1.2, "opacity": 0.55, "aria": False},
-            "encoding": {
-                "y": mean,
-                "color": color,
-                "order": {"field": "ratio", "type": "quantitative"},
-                "detail": [{"field": name} for name in ("model", "data", "variant")],
-            },
-        },
-        {
-            "transform": [{"filter": f"isValid(datum.{quality}_low)"}],
-            "mark": {"type": "rule", "strokeWidth": 1.4, "aria": False},
-            "encoding": {"y": {**y, "field": f"{quality}_low"}, "y2": {"field": f"{quality}_high"}, "color": color},
-        },
-        {
-            "mark": {"type": "point", "filled": True, "size": 50, "opacity": 1},
-            "encoding": {"y": mean, "color": color, "shape": shape, "tooltip": _tips(quality)},
-        },
-        {
-            "transform": _front(quality, cost),
-            "mark": {
-                "type": "point",
-                "shape": "circle",
-                "size": 190,
-                "stroke": "var(--ink)",
-                "strokeWidth": 1.3,
-                "fill": None,
-                "description": "on the Pareto front",
-            },
-            "encoding": {"y": mean, "tooltip": _tips(quality)},
-        },
-    ]
-    if ghosts:
-        about = tips(
-            ("published_method", "the paper's"),
-            ("model", "model"),
-            ("ratio", "ratio"),
-            ("published", "as printed", ".4~g"),
-        )
-        layers.insert(
-            0,
-            {
-                "data": {"name": "ghosts"},
-                "transform": [{"filter": f"datum.benchmark === '{quality}' && isValid(datum.{cost})"}],
-                "mark": {
-                    "type": "point",
-                    "shape": "diamond",
-                    "size": 60,
-                    "stroke": "var(--dense)",
-                    "fill": None,
-                    "strokeDash": [2, 2],
-                },
-                "encoding": {"y": {**y, "field": "published"}, "tooltip": about},
-            },
-        )
     return {
-        "transform": [{"filter": f"isValid(datum.{quality}) && isValid(datum.{cost})"}],
-        "height": 230,
-        "encoding": {"x": x},
-        "layer": layers,
+        "mark": {"type": "point", "filled": True, "size": 50, "opacity": 1},
+        "encoding": {"y": mean, "color": color, "shape": shape, "tooltip": _tips(quality)},
+    }
+
+
+def _rings(quality: str, cost: str, mean: dict[str, Any]) -> dict[str, Any]:
+    """A ring around each point of the Pareto front."""
+    return {
+        "transform": _front(quality, cost),
+        "mark": {
+            "type": "point",
+            "shape": "circle",
+            "size": 190,
+            "stroke": "var(--ink)",
+            "strokeWidth": 1.3,
+            "fill": None,
+            "description": "on the Pareto front",
+        },
+        "encoding": {"y": mean, "tooltip": _tips(quality)},
+    }
+
+
+def _published(quality: str, cost: str, y: dict[str, Any]) -> dict[str, Any]:
+    """The paper's own figures, as dashed diamonds."""
+    about = tips(
+        ("published_method", "the paper's"),
+        ("model", "model"),
+        ("ratio", "ratio"),
+        ("published", "as printed", ".4~g"),
+    )
+    return {
+        "data": {"name": "ghosts"},
+        "transform": [{"filter": f"datum.benchmark === '{quality}' && isValid(datum.{cost})"}],
+        "mark": {
+            "type": "point",
+            "shape": "diamond",
+            "size": 60,
+            "stroke": "var(--dense)",
+            "fill": None,
+            "strokeDash": [2, 2],
+        },
+        "encoding": {"y": {**y, "field": "published"}, "tooltip": about},
     }
 
 

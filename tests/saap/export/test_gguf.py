@@ -1,21 +1,20 @@
 """GGUF files run by llama.cpp itself, against the same checkpoint in torch."""
 
 import copy
-import json
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from saap import SaapError, dequantize, discover, load_tokenizer, prune, save, select, to_groupwise, weight_norms
+from saap import SaapError, dequantize, discover, prune, select, to_groupwise, weight_norms
 from saap.export.gguf import export_gguf
 from saap.export.llama_cpp import LlamaCpp
 from saap.models.modeling import GroupwiseLinear
-from tests.saap.models.test_families import GATED, SMALL, build, random_keep
+from tests.saap.export.gguf_files import exported, pruned, refused, with_output_biases
+from tests.saap.models.families import GATED, SMALL, build, random_keep
 
 IDS = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(5)).tolist()
 TOKENS = {"f32": 256, "f16": 2048, "q4_1": 512}  # of the real model's perplexity; llama.cpp's f32 and q4_1 are slow
@@ -28,20 +27,6 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-TEXT = "It's 1984!  And 42 ships — “gone”.\n\n   The keeper’s lamp\tburned… 3,141 times; naïve 中文 🚢 done "
-
-
-def pruned(case):
-    return prune(build(case), random_keep(build(case)))
-
-
-def with_output_biases(model):
-    """As compensated pruning leaves it: a bias on o_proj and down_proj of every layer."""
-    model.config.output_bias = True
-    for layer in model.model.layers:
-        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            linear.bias = torch.nn.Parameter(torch.randn(linear.out_features) / 2)
-    return model
 
 
 def rescaled(rope):
@@ -73,11 +58,6 @@ def greedy_of(model, ids, count):
     settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
     model.generation_config.eos_token_id = None
     return model.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist()
-
-
-def exported(model, tokenizer, folder, **settings):
-    save(model, folder, tokenizer)
-    return export_gguf(folder, folder / "model.gguf", **settings), folder / "model.gguf"
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -152,101 +132,6 @@ def test_codes_that_q4_1_cannot_hold_become_floats_of_the_same_values(form, tiny
         np.testing.assert_allclose(other.logits(IDS), logits_of(model), atol=(0.1 if kept else 2e-5) * scale)
 
 
-def settings_of(file):
-    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
-
-
-def test_tokens_specials_and_template_of_a_byte_level_tokenizer(tiny_folder, tmp_path):
-    tokenizer = load_tokenizer(tiny_folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    _, file = exported(build("llama"), tokenizer, tmp_path)
-    found = settings_of(file)
-    assert found["tokenizer.chat_template"] == tokenizer.chat_template
-    assert (found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.add_eos_token"]) == (True, False)
-    assert [found[f"tokenizer.ggml.{name}_token_id"] for name in ("unknown", "bos", "eos")] == [0, 1, 2]
-    with LlamaCpp(file) as other:
-        assert other.tokenize(TEXT) == tokenizer(TEXT)["input_ids"]
-        assert other.tokenize("<s>a</s>") == tokenizer("<s>a</s>")["input_ids"]
-
-
-def llama_regex(digits):
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-    return words + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def cut_by(pattern):
-    from tokenizers import Regex
-
-    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
-@pytest.mark.parametrize(
-    ("name", "cut", "whole_words"),
-    [
-        ("smollm", pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]), False),
-        ("qwen2", cut_by(llama_regex(r"\p{N}")), False),
-        ("llama-bpe", cut_by(llama_regex(r"\p{N}{1,3}")), True),
-    ],
-)
-def test_text_is_cut_as_the_tokenizer_cuts_it(name, cut, whole_words, tiny_folder, mini, tmp_path):
-    tokenizer = load_tokenizer(tiny_folder)
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts["pre_tokenizer"] = json.loads(cut.__getstate__())
-    parts["model"]["ignore_merges"] = whole_words
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)), eos_token="</s>")
-    _, file = exported(build("llama"), tokenizer, tmp_path)
-    assert settings_of(file)["tokenizer.ggml.pre"] == name
-    with LlamaCpp(file) as other:
-        for text in (TEXT, *(row["text"] for row in mini("wikitext2_raw/test")[:20])):
-            assert other.tokenize(text) == tokenizer(text)["input_ids"]
-
-
-@pytest.fixture(params=["normaliser", "metaspace"])
-def sentencepiece_like(mini, request):
-    """A BPE with bytes as fallback, its merges ordered by the piece they make, as LLaMA's conversion orders them."""
-    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
-    bpe.train_from_iterator([row["text"] for row in mini("bookcorpus_like/passages")], trainer)
-    parts = json.loads(bpe.to_str())
-    vocabulary = parts["model"]["vocab"]
-    cuts = (
-        (word[:i], word[i:], index) for word, index in vocabulary.items() if index > 258 for i in range(1, len(word))
-    )
-    merges = sorted((index, vocabulary[a], a, b) for a, b, index in cuts if a in vocabulary and b in vocabulary)
-    parts["model"]["merges"] = [[a, b] for _, _, a, b in merges]
-    if request.param == "metaspace":  # the same, as newer files of LLaMA say it
-        parts["normalizer"] = None
-        parts["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] < 3]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(parts)), unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def test_text_is_cut_as_a_sentencepiece_like_tokenizer_cuts_it(sentencepiece_like, mini, tmp_path):
-    _, file = exported(build("llama"), sentencepiece_like, tmp_path)
-    with LlamaCpp(file) as other:
-        for text in (TEXT, *(row["text"] for row in mini("wikitext2_raw/test")[:40])):
-            # before a text that begins with a space, SentencePiece and llama.cpp put another, Metaspace does not
-            text = text.lstrip()
-            assert other.tokenize(text) == sentencepiece_like(text)["input_ids"]
-
-
-def refused(model, tokenizer, folder, message, **settings):
-    save(model, folder, tokenizer)
-    with pytest.raises(SaapError, match=message):
-        export_gguf(folder, folder / "model.gguf", **settings)
-    assert not list(folder.glob("*.gguf*"))
-    assert not list(folder.glob(".*.partial"))
-
-
 def test_what_llama_cpp_cannot_run_is_refused_and_leaves_nothing(tiny_tokenizer, tmp_path):
     refused(pruned("qwen3"), tiny_tokenizer, tmp_path / "a", "qwen3")
     for case in ("gemma3, one KV head, capped", "smollm3", "granite", "phi3", "glm4", "olmo2", "cohere2"):
@@ -264,16 +149,6 @@ def test_what_llama_cpp_cannot_run_is_refused_and_leaves_nothing(tiny_tokenizer,
     refused(broken, tiny_tokenizer, tmp_path / "h", "model.extra", floats="f32")
     with pytest.raises(SaapError, match="no folder"):
         export_gguf(tmp_path / "g", tmp_path / "nowhere" / "model.gguf")
-
-
-def test_a_tokenizer_that_llama_cpp_would_cut_differently_is_refused(tiny_folder, tmp_path):
-    tokenizer = load_tokenizer(tiny_folder)
-    for number, cut in enumerate((cut_by(r"\w+|\W+"), pre_tokenizers.ByteLevel(add_prefix_space=True))):
-        other = copy.deepcopy(tokenizer)
-        other.backend_tokenizer.pre_tokenizer = cut
-        refused(build("llama"), other, tmp_path / str(number), "cut text")
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
-    refused(build("llama"), PreTrainedTokenizerFast(tokenizer_object=words), tmp_path / "words", "WordLevel")
 
 
 def mean_loss(logits, ids):

@@ -3,7 +3,7 @@ import yaml
 
 from saap import prune, save, to_groupwise
 from saap.export.model_card import Origin, model_card
-from tests.saap.models.test_families import build, random_keep
+from tests.saap.models.families import build, random_keep
 
 METRIC = {
     "benchmark": "piqa",

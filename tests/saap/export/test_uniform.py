@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from saap import SaapError, dequantize, discover, load, prune, save, select, to_groupwise
 from saap.export.uniform import export_uniform
-from tests.saap.export.test_gguf import with_output_biases
-from tests.saap.models.test_families import GATED, GREEDY, IDS, LLAMA_LIKE, SMALL, build, logits, random_keep
+from tests.saap.export.gguf_files import with_output_biases
+from tests.saap.models.families import GATED, GREEDY, IDS, LLAMA_LIKE, SMALL, build, logits, random_keep
 
 
 def stock(model, tokenizer, folder, **settings):

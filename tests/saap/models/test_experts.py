@@ -32,7 +32,7 @@ from saap import (
     to_groupwise,
 )
 from saap.export.uniform import uniform
-from tests.saap.models.test_families import GATED, GREEDY, IDS, SMALL, assert_same_bits, logits
+from tests.saap.models.families import GATED, GREEDY, IDS, SMALL, assert_same_bits, logits
 
 E, WIDTH, LAYERS = 4, 12, 4
 CASES = {

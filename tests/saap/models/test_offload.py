@@ -11,7 +11,7 @@ from accelerate import cpu_offload, dispatch_model
 
 from saap import SaapError, load, prune, save, score, weight_norms
 from saap.scoring.backward import is_offloaded
-from tests.saap.models.test_families import CASES, IDS, build, publish_baichuan, random_keep
+from tests.saap.models.families import CASES, IDS, build, publish_baichuan, random_keep
 
 
 def assert_scores_as(model, whole):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saap import SaapError, discover, load, load_tokenizer, prune, save, to_groupwise
-from tests.saap.models.test_families import build
+from tests.saap.models.families import build
 
 EVIL = "raise SystemExit('code of a checkpoint was run')"
 

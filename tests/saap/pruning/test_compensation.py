@@ -7,7 +7,7 @@ import torch
 import saap
 from saap import add_mean_bias, discover, input_moments, mask, prune
 from saap.scoring.statistics import output_matrices
-from tests.saap.models.test_families import CASES, IDS, build
+from tests.saap.models.families import CASES, IDS, build
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from saap import SaapError, discover, prune, refit
-from tests.saap.models.test_families import build
-from tests.saap.models.test_families import random_keep as evenly_kept
+from tests.saap.models.families import build
+from tests.saap.models.families import random_keep as evenly_kept
 
 
 @pytest.fixture

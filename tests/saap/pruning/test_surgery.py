@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from saap import SaapError, discover, mask, prune, widths
-from tests.saap.models.test_families import random_keep
+from tests.saap.models.families import random_keep
 
 D = 16
 SHAPES = [

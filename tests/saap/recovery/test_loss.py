@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from saap.models import logits
 from saap.recovery import loss
 from saap.recovery.loss import Student
-from tests.saap.models.test_families import build
+from tests.saap.models.families import build
 
 GENERATOR = torch.Generator().manual_seed(5)
 IDS = torch.randint(0, 512, (3, 11), generator=GENERATOR)

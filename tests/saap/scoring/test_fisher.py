@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from saap import CRITERIA, SaapError, discover, mask_fisher, prune, refit, select
 from saap.scoring.statistics import output_matrices
-from tests.saap.models.test_families import build
+from tests.saap.models.families import build
 
 
 @pytest.fixture(scope="module")
