@@ -65,7 +65,9 @@ class StageLines(logging.Filter):
         self._seconds += took
         if benchmark:
             found = f"{self._count} benchmark{'s' if self._count > 1 else ''}, {benchmark} last"
-        self._write(f"[{self._done:>2}{f'/{self._steps}' if self._steps else ''}] {self._seconds:>5.0f} s  {group:<19} {found}")
+        self._write(
+            f"[{self._done:>2}{f'/{self._steps}' if self._steps else ''}] {self._seconds:>5.0f} s  {group:<19} {found}"
+        )
         if not benchmark:
             self._end_line()
 

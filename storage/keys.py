@@ -3,12 +3,12 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from storage.errors import StorageError
+from storage.files import write_whole
 
 
 def digest(value: Any) -> str:
@@ -55,9 +55,7 @@ class Fingerprints:
             return found
         with contextlib.suppress(OSError):  # a store we cannot write to only costs hashing again
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = memo.with_suffix(f".{os.getpid()}.tmp")
-            partial.write_text(found)
-            partial.replace(memo)
+            write_whole(memo, found)
         return found
 
     def files(self, paths: Mapping[str, Path]) -> str:

@@ -5,9 +5,7 @@ its process lives, so a killed one can be told from a running one.
 """
 
 import json
-import os
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from filelock import FileLock
 
 from storage.damage import move_aside
 from storage.errors import StorageError
+from storage.files import write_whole
 from storage.locks import is_held
 
 
@@ -68,13 +67,8 @@ _STAGE_DEFAULTS = {"skipped": None}
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with partial.open("w") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, json.dumps(value, indent=1))
     except FileNotFoundError as error:
         raise StorageError(f"the store was removed while the run was at work: there is no {path.parent}") from error
     except OSError as error:

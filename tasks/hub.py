@@ -2,13 +2,13 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from storage.files import write_whole
 from tasks.toml import ConfigError
 
 Found = TypeVar("Found")
@@ -204,6 +204,4 @@ def _noted(note: Path, what: str) -> dict[str, Any]:
 
 
 def _keep(note: Path, value: dict[str, Any]) -> None:
-    partial = note.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value))
-    partial.replace(note)
+    write_whole(note, json.dumps(value))

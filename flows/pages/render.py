@@ -5,7 +5,6 @@ prints, takes the page's colours and can be read aloud; its whole library is 0.9
 copy of it lies in the repository and none is fetched.
 """
 
-import uuid
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jinja2
 
 from flows.pages.section import Section
 from storage.errors import StorageError
+from storage.files import write_whole
 
 
 @lru_cache(maxsize=1)
@@ -43,10 +43,8 @@ def page(title: str, sections: list[Section], **about: Any) -> str:
 
 def write(file: Path, text: str) -> Path:
     """Put the page where it belongs, whole or not at all. Raises StorageError."""
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, text)
     except OSError as error:
         raise StorageError(f"cannot write {file}: {error.strerror}") from error
     return file

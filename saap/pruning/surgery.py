@@ -49,10 +49,10 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
             for part in parts:
                 vector = module.get_parameter(part.matrix)
                 kept = torch.from_numpy(rows[layer, kind]).to(vector.device)
-                state[f"{names[id(layer)]}.{part.matrix}"] = vector[part.staying(kept, len(vector))]
+                state[f"{names[id(module)]}.{part.matrix}"] = vector[part.staying(kept, len(vector))]
     if isinstance(family, Experts):
         for layer, module in enumerate(family.layers(model)):
-            state |= {f"{names[id(layer)]}.{n}": t for n, t in family.cut(module, *_experts(rows, layer)).items()}
+            state |= {f"{names[id(module)]}.{n}": t for n, t in family.cut(module, *_experts(rows, layer)).items()}
     for layer, kind, part, norm in _joint_norms(model):
         kept = torch.from_numpy(rows[layer, kind]).to(norm.weight.device)
         state[f"{names[id(norm)]}.weight"] = norm.weight[part.staying(kept, len(norm.weight))]
