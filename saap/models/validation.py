@@ -1,7 +1,7 @@
-"""What a stranger's checkpoint could do to its reader, refused before transformers opens it.
+"""Refuses, before transformers opens it, what a stranger's checkpoint could do to its reader.
 
-Code in the folder is never run and pickles are never read; here are the quieter ways: sizes that fill the memory, file
-names that leave the folder, and fields of config.json that make transformers fetch something else.
+Code in the folder is never run and pickles are never read. Checked here are the quieter ways: sizes that fill the
+memory, file names that leave the folder, and fields of config.json that make transformers fetch something else.
 """
 
 import copy
@@ -146,7 +146,7 @@ def check_sizes(config: Any, folder: Path) -> Any:
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
             model.tie_weights()
-    except Exception as error:  # whatever building raises, the file asked for it
+    except Exception as error:  # any error while building comes from what the file says
         raise SaapError(f"{folder}/config.json describes no model: {first_line(error)}") from error
     described = sum(p.numel() for p in model.parameters())  # tied ones once
     everything = {name for name, _ in model.named_parameters(remove_duplicate=False)}
