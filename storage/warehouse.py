@@ -130,7 +130,7 @@ class Warehouse:
                 leftover.unlink(missing_ok=True)
 
     def _change(self, fresh: Path, only: str | None = None) -> None:
-        """Fill `fresh` with the file of before, brought up to date; from the store alone when that is of no use."""
+        """Fill `fresh` with the earlier file, brought up to date; if that is of no use, from the store alone."""
         if _copied(self.file, fresh):
             try:
                 with duckdb.connect(str(fresh)) as connection:

@@ -81,7 +81,7 @@ def dtype_of(config: RunConfig) -> dict[str, Any]:
 
 
 def groups_of(config: RunConfig) -> dict[str, Any]:
-    """The same for stages with coupled groups in their result, plus what a group of attention is, if not the default."""
+    """The same for stages with coupled groups in their result, plus the group of attention, if not the default."""
     return dtype_of(config) | ({"heads": "query"} if config.prune.heads == "query" else {})
 
 

@@ -47,7 +47,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint: model.safetensors, else those its index names, whatever else lies beside them.
+    """The weight files of a checkpoint: model.safetensors, else those its index names. Other files are passed over.
 
     Raises SaapError when there are none or an index points elsewhere.
     """
@@ -88,9 +88,9 @@ def _regular(file: Path) -> Path:
 
 
 def own_head(folder: Path) -> bool:
-    """Whether the weights hold an lm_head that differs from the embeddings: no model with tied ones computes by it.
+    """Whether the weights hold an lm_head that differs from the embeddings; a model with tied ones would ignore it.
 
-    False also when the folder holds no weights that can be read: `check_sizes` says what is wrong with those.
+    False also when the folder has no weights that can be read; `check_sizes` then says what is wrong.
     """
     try:
         places = {name: file for file in weight_files(folder) for name in tensor_shapes([file])}

@@ -1,4 +1,4 @@
-"""The training loss, with logits made a part at a time: of the vocabulary, or, with a teacher, of the tokens."""
+"""The training loss, with logits made in parts: of the vocabulary, or, with a teacher, of the tokens."""
 
 from typing import Any
 
