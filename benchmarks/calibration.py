@@ -80,7 +80,7 @@ def measure(way: str, file: Path, seed: int) -> dict[str, Any]:
 
 
 def read_everything(file: Path) -> list[str]:
-    """As it was until the whole of BookCorpus was meant: each row a dict, then one with the column that is wanted."""
+    """The earlier way: each row a dict, then one dict with the wanted column only."""
     import pyarrow.parquet as pq
 
     rows = pq.read_table(file).to_pylist()

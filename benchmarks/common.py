@@ -1,4 +1,4 @@
-"""What the benchmarks share: models made on the spot, and memory as the system or the GPU's allocator has it."""
+"""What the benchmarks share: models made on the spot, and memory as reported by the system or the GPU's allocator."""
 
 import contextlib
 import io
@@ -76,7 +76,7 @@ def randomly_pruned(dense: nn.Module, ratio: float) -> nn.Module:
 
 def embedded(folder: Path) -> Path:
     """The embedded SmolLM2-135M as a checkpoint in `folder`, which is returned."""
-    from storage.keys import Fingerprints  # not at the top: a bare machine with a GPU lacks what these need
+    from storage.keys import Fingerprints  # imported here: a bare machine with a GPU lacks these packages
     from tasks.model_source import EMBEDDED_MODEL, model_source
 
     saap.convert_gguf(model_source(EMBEDDED_MODEL, None, Fingerprints(folder)).path, folder)

@@ -1,4 +1,4 @@
-"""Rivals that are no criterion here: whole layers go, or the package torch-pruning (`pip install`) cuts.
+"""Rivals outside our criteria: whole layers are removed, or the package torch-pruning (`pip install`) prunes.
 
 Each is a function of (model, tokens int64 (D, T), ratio of the prunable parameters) that returns a pruned copy.
 """

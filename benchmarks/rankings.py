@@ -3,8 +3,9 @@
     python benchmarks/rankings.py                            # the embedded SmolLM2-135M, 4 and 12 samples of 128 tokens
     python benchmarks/rankings.py --model /models/llama      # any local folder of a family we know
 
-Scores the model once for each setting, in a process of its own, as they are read when torch starts. Other processors
-are stood for by the instruction sets PyTorch and oneDNN may use. Prints a table and, as its last line, one JSON object.
+Scores the model once for each setting, each in a process of its own, because torch reads the settings when it starts.
+Instruction sets that PyTorch and oneDNN may use stand in for other processors. Prints a table and, as its last line,
+one JSON object.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What would end a run at a late stage, found before it starts. Imports torch, and only inside the functions."""
+"""Finds before a run what would end it at a late stage. Imports torch, but only inside the functions."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +26,7 @@ class Facts:
 
 
 def check_before_start(config: RunConfig, source: ModelSource) -> None:
-    """All that can be known of a run without computing anything. `source` is the model of the configuration.
+    """What can be known of a run without computing anything. `source` is the model of the configuration.
 
     Raises ConfigError or SaapError, in one line that says what to do: for a device that is not there, a model that
     cannot be read or is of a family that cannot do what is asked, a tokenizer that does not fit it, a plan that cannot

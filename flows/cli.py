@@ -47,7 +47,7 @@ def main() -> None:
         print(f"saap: {error}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code or 0)  # Prefect's threads would outlive the clean-up, and DuckDB complain of it
+    os._exit(code or 0)  # Prefect's threads would outlive the clean-up, and DuckDB would complain
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The runs of a sweep side by side: means and spreads over its calibration seeds, the paper's numbers beside them.
 
-A run is found by the keys of its steps: no run of other code, data or settings can slip in, and what is missing shows.
+A run is found by the keys of its steps. So runs of other code, data or settings are left out, and gaps show.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """axes: what the sweep varies, but for ratio and seed; rows in the order of the sweep, dense first."""
+    """axes: what the sweep varies, except ratio and seed. Rows are in the order of the sweep, dense first."""
 
     axes: list[str]
     rows: list[Row]
@@ -106,7 +106,7 @@ def _runs_of(connection: duckdb.DuckDBPyConnection, wanted: list[_Combination]) 
 def _rows(
     connection: duckdb.DuckDBPyConnection, wanted: list[_Combination], runs: dict[int, str], axes: list[str]
 ) -> list[Row]:
-    """A row a setting and variant, dense first; the dense model once, whatever is cut from it."""
+    """One row a setting and variant, dense first. The dense model appears once, whatever was pruned from it."""
     rows: dict[tuple[Any, ...], Row] = {}
     places: dict[tuple[tuple[str, ...], float], list[int]] = {}
     for number in sorted(runs):
@@ -149,7 +149,7 @@ def _means(connection: duckdb.DuckDBPyConnection, runs: list[str], axes: list[st
 def _published(
     connection: duckdb.DuckDBPyConnection, settings: str, variant: str, axes: list[str]
 ) -> tuple[dict[str, float], bool]:
-    """The paper's numbers for LLaMA-7B that answer to a setting, and whether they are marked as misprints."""
+    """The paper's numbers for LLaMA-7B that match a setting, and whether they are marked as misprints."""
     found = connection.execute(
         "select setting, benchmark, published, misprint from criteria_published "
         "where settings = ? and variant = ? and list_contains(?, setting)",

@@ -1,4 +1,4 @@
-"""A run on the screen: one line a stage, as Prefect's log records say that it is done, in place of those records."""
+"""A run on the screen: one line a stage, made from Prefect's log records and shown in their place."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ WIDTH = 100
 
 
 def show_progress(loudness: Loudness, steps: int | None = None) -> None:
-    """Put stage lines in the place of Prefect's console lines; its UI still gets them all. verbose: leave them.
+    """Show stage lines in the place of Prefect's console lines; its UI still gets all of those. verbose: keep them.
 
     steps: how many the run has, where that is known. Warnings and errors are always shown.
     """

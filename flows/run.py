@@ -47,7 +47,7 @@ def flow_of(job: Job) -> Flow[[str | None, list[str]], str]:
 
 
 def run_job(job: Job) -> str:
-    """Have the artifacts of all its steps in the store, record the run, and load the warehouse. Returns the run id."""
+    """Make sure the store has the artifacts of all steps, record the run, load the warehouse. Returns the run id."""
     store = ArtifactStore(job.settings.store)
     store.prepare()
     warehouse = Warehouse(store.root)
@@ -94,7 +94,7 @@ def _tell(warehouse: Warehouse, run_id: str, *, going_on: bool = False) -> None:
 
 
 def _run_step(store: ArtifactStore, record: RunRecord, position: int, step: Step) -> bool:
-    """Have the step's artifact in the store and record it, or why there is none. Returns whether it was made now."""
+    """Make sure the store has the step's artifact, and record it, or why not. Returns whether it was made now."""
     about = {"stage": step.stage, "variant": step.variant, "benchmark": step.benchmark, "key": step.key}
     missing = step.missing or _call_task(store, step)
     if missing is not None:
@@ -109,8 +109,8 @@ def _run_step(store: ArtifactStore, record: RunRecord, position: int, step: Step
 
 
 def _call_task(store: ArtifactStore, step: Step) -> str | None:
-    """Returns why, when a benchmark's data could not be had."""
-    # Prefect's cache knows that the stage was done, only the store knows that its artifact is still there
+    """Returns the reason when a benchmark's data is not available."""
+    # Prefect's cache remembers that the stage was done; only the store shows that its artifact is still there
     there = store.find(step.stage, step.key) is not None
     state: State = _task(step.stage).with_options(refresh_cache=not there)(step, return_state=True)
     try:

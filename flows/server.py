@@ -1,6 +1,6 @@
 """A Prefect server for one command, when the user has none running.
 
-Prefect's own ephemeral server outlives a killed parent and keeps its standard output open; this one dies with us.
+Prefect's own temporary server outlives a killed parent and keeps its standard output open; this one ends with us.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def quiet_settings(store: Path) -> None:
 
 
 def keep_loopback_off_proxies() -> None:
-    """Add this machine to NO_PROXY, for Prefect's clients and all child processes: no proxy can reach it for us."""
+    """Add this machine to NO_PROXY for Prefect's clients and all child processes, because no proxy can reach it."""
     users = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""  # the first is the one that counts
     if users.strip() != "*":
         names = [name.strip() for name in users.split(",") if name.strip()]
@@ -78,7 +78,7 @@ def prefect_api(store: Path, meanwhile: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def _ask_health(url: str) -> None:
-    """Raises StorageError when nobody answers. What the answer is, Prefect may judge."""
+    """Raises StorageError when nobody answers. Prefect judges the answer itself."""
     try:
         with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{url}/health", timeout=10):
             pass

@@ -1,4 +1,4 @@
-"""Prefect logs every failure with its traceback; for an error the user can put right the one line is enough."""
+"""Prefect logs every failure with its traceback. For an error the user can correct, the one line is enough."""
 
 import logging
 

@@ -24,7 +24,7 @@ _TRAINING = "select step, loss, held_out_loss, learning_rate from training where
 
 
 def log_run(store: Path, run_id: str, uri: str | None = None) -> str:
-    """Write a run into MLflow and return the id it has there; the one of before, if it is there already.
+    """Write a run into MLflow and return its id there; a run that is there already keeps its id.
 
     uri: the tracking server or database, MLFLOW_TRACKING_URI when absent. The experiment is MLFLOW_EXPERIMENT_NAME, or
     'saap'. Raises StorageError when MLflow is not installed, cannot be reached, or nobody says where it is.

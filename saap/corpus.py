@@ -1,4 +1,4 @@
-"""The texts of Parquet files as a sequence that is read where it is asked for."""
+"""The texts of Parquet files, as a sequence that reads only the rows it is asked for."""
 
 import bisect
 import itertools
@@ -14,14 +14,14 @@ _HELD = 2 * ROWS_AHEAD  # batches kept
 
 
 class ParquetTexts(Sequence[str]):
-    """Row r of the files, one file after the other, as str; of 74 million rows only those around r are read.
+    """Row r of the files, one file after the other, as str. Of 74 million rows only those around r are read.
 
     A row group is decoded in batches from its first row up to the one asked for; the rows after it are read on from
     there. How a file is split into row groups decides the time, not what is read.
     """
 
     def __init__(self, rows: Sequence[int], open_file: Callable[[int], Path], column: str = "text") -> None:
-        """rows: of each file; open_file: the number of a file → its path, asked when one of its rows is."""
+        """rows: how many each file has. open_file: number of a file → its path; called when a row is needed."""
         self._ends = list(itertools.accumulate(rows))
         self._open = open_file
         self._column = column
@@ -58,7 +58,7 @@ class ParquetTexts(Sequence[str]):
         return self._text(texts[row - first], row)
 
     def read_ahead(self, rows: Iterable[int]) -> None:
-        """Read rows, `ROWS_AHEAD` at most, in the order they lie in: in another a row group is decoded repeatedly."""
+        """Read rows, `ROWS_AHEAD` at most, in file order; in another order a row group would be decoded repeatedly."""
         for row in sorted(rows):
             self._batch(row)
 

@@ -49,13 +49,13 @@ def read_rows(file: str | Path, columns: tuple[str, ...]) -> list[dict[str, Any]
     return [{c: row[c] for c in columns} for row in rows]
 
 
-# up to here all rows are shuffled at once; beyond, that would take as many eight-byte numbers as there are rows
+# up to here all rows are shuffled at once; a shuffle of more would need an eight-byte number for each row
 SHUFFLED_AT_ONCE = 1 << 22
 
 
 def random_order(count: int, rng: np.random.Generator) -> Iterator[int]:
-    """0 … count − 1 in random order, each once: a permutation of the generator's, or, of a large count, one drawn as
-    far as it is asked for (Fisher–Yates that keeps only the places that were touched).
+    """0 … count − 1 in random order, each once. A large count is drawn only as far as it is asked for (Fisher–Yates
+    that keeps only the places it touched); a small one is a permutation of the generator's.
     """
     if count <= SHUFFLED_AT_ONCE:
         yield from map(int, rng.permutation(count))
@@ -70,7 +70,7 @@ def random_order(count: int, rng: np.random.Generator) -> Iterator[int]:
 
 
 def _read_ahead(rows: Iterator[int], texts: Sequence[str], count: int) -> Iterator[int]:
-    """The same rows; those that come next are read together where that is cheaper."""
+    """The same rows; the next ones are read together where that is cheaper."""
     while block := list(itertools.islice(rows, min(count, ROWS_AHEAD))):
         if isinstance(texts, ParquetTexts):
             texts.read_ahead(block)

@@ -1,4 +1,4 @@
-"""What turns out damaged is moved to `<root>/damaged/`, with a warning, and no longer found."""
+"""Moves what is damaged to `<root>/damaged/`, with a warning, so that it is no longer found."""
 
 import logging
 import uuid

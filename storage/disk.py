@@ -44,7 +44,7 @@ class Disk:
 
     def __init__(self, store: ArtifactStore) -> None:
         self.store = store
-        self.records: dict[tuple[str, str], dict[str, Any]] = {}  # (run, part) → what was read on the way
+        self.records: dict[tuple[str, str], dict[str, Any]] = {}  # (run, part) → what was read along the way
         self._tables: dict[tuple[str, str], str] = {}
 
     def changes(self, known: dict[str, Parts], only: str | None) -> dict[str, tuple[Parts, Parts]]:

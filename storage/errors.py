@@ -1,8 +1,8 @@
 class StorageError(OSError):
-    """Something about the store that the user can put right. The message is one line."""
+    """Something about the store that the user can correct. The message is one line."""
 
     exit_code = 2
 
 
 class BusyError(StorageError):
-    """Another process keeps something for longer than we wait."""
+    """Another process keeps something for longer than we wait for it."""

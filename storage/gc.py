@@ -1,4 +1,4 @@
-"""What a store holds that nobody needs, and what takes the space."""
+"""What a store no longer needs, and what takes its space."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ Reference = tuple[str, str]  # (stage, key)
 
 @dataclass(frozen=True)
 class Waste:
-    """kind: what it is; why: why nobody needs it; reference: of an artifact, a draft or a work folder."""
+    """kind: what it is. why: why it is no longer needed. reference: that of an artifact, a draft or a work folder."""
 
     kind: str
     path: Path
@@ -41,7 +41,7 @@ class Waste:
 def select_runs(
     root: Path, *, ids: Collection[str] = (), names: Collection[str] = (), older_than_days: float | None = None
 ) -> list[str]:
-    """The runs that any of these picks, but none that lives. Raises StorageError for a run that is not there."""
+    """The runs that any of these picks, except living ones. Raises StorageError for a run that does not exist."""
     known = {}
     for run_id in runs.all_runs(root):
         with contextlib.suppress(StorageError):
@@ -60,7 +60,7 @@ def select_runs(
 
 
 def find_waste(store: ArtifactStore, dropped: Collection[str] = ()) -> list[Waste]:
-    """What can go when the runs in `dropped` go: they, artifacts no other run refers to, and what dead processes left.
+    """What can be removed with the runs in `dropped`: they, artifacts of no other run, and what dead processes left.
 
     While a run is at work, artifacts and locks are left alone: it may be about to use them.
     """
@@ -105,7 +105,7 @@ def _left_by_the_dead(store: ArtifactStore) -> Iterator[Waste]:
 
 
 def remove(store: ArtifactStore, waste: Iterable[Waste]) -> int:
-    """Remove it, run records first; what somebody has begun to use stays. Returns the bytes freed."""
+    """Remove it, run records first; what is in use by now stays. Returns the bytes freed."""
     freed = 0
     for one in sorted(waste, key=lambda one: (one.kind != "run record", one.kind == "lock")):
         lock = one.path if one.kind == "lock" else _lock(store, *one.reference) if one.reference else None

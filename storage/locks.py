@@ -1,4 +1,4 @@
-"""Waiting for another process: for a limited time, and saying for whom."""
+"""Waiting for another process: for a limited time, with a line that says for which one."""
 
 import contextlib
 import logging

@@ -1,8 +1,9 @@
 """The DuckDB side: tables loaded from published Parquet files and run records, and views over them.
 
-Nothing lives only here. The file is never changed: who loads something copies it, changes the copy, and renames it into
-place, one process at a time. So who is killed leaves the file of before, and readers, who need no lock, go on with the
-file they opened. What was not loaded for any reason is found missing by the next comparison with the disk.
+Everything in it can be made again from the store. The file never changes: a process that loads something copies it,
+changes the copy, and renames it into place, one process at a time. So a killed process leaves the earlier file. Readers
+need no lock and keep the file they opened. What was not loaded, for any reason, is found missing by the next comparison
+with the disk.
 """
 
 import contextlib
@@ -40,11 +41,11 @@ class Warehouse:
         self._store = ArtifactStore(self.root)
 
     def is_empty(self) -> bool:
-        """Whether there is nothing to read, nor anything to make it of."""
+        """Whether there is nothing to read and nothing to make it from."""
         return not self.file.exists() and not runs.all_runs(self.root)
 
     def load(self, run_id: str) -> None:
-        """Bring one run up to date. Never fails for another process: what it could not load comes with the next."""
+        """Bring one run up to date. Other processes never make it fail: what it could not load, the next call loads."""
         self._try_to_update(run_id)
 
     def sync(self) -> None:
@@ -122,14 +123,14 @@ class Warehouse:
             _fsync(fresh)
             Path(f"{self.file}.wal").unlink(missing_ok=True)  # another program's: it belongs to the old file
             fresh.replace(self.file)
-        except duckdb.Error as error:  # of the old file's faults none is left here: a full disk, a limit of the system
+        except duckdb.Error as error:  # a new file has no old faults: a full disk, a limit
             raise StorageError(f"cannot make the warehouse in {self.root}: {str(error).splitlines()[0]}") from error
         finally:
             for leftover in (fresh, Path(f"{fresh}.wal")):
                 leftover.unlink(missing_ok=True)
 
     def _change(self, fresh: Path, only: str | None = None) -> None:
-        """Fill `fresh` with the file of before, brought up to date; from the store alone when that is of no use."""
+        """Fill `fresh` with the earlier file, brought up to date; if that is of no use, from the store alone."""
         if _copied(self.file, fresh):
             try:
                 with duckdb.connect(str(fresh)) as connection:

@@ -12,7 +12,7 @@ class Artifact:
     place: Path
 
     def read(self) -> Any:
-        """What the stages after it take of it."""
+        """What later stages use of it."""
         raise NotImplementedError
 
 

@@ -11,7 +11,7 @@ MEMORY = ("micro_batch_size", "gradient_checkpointing")
 
 
 def compute_of(config: RunConfig) -> str:
-    """What no key holds, as JSON: the compute section, and how recovery fits into memory."""
+    """What is in no key, as JSON: the compute section, and how recovery fits into memory."""
     return json.dumps(config.compute.model_dump() | {name: getattr(config.recover, name) for name in MEMORY})
 
 

@@ -1,4 +1,4 @@
-"""The model hub: asked again after what passes, its refusals said in a line, what it answered kept for offline use."""
+"""The model hub: retries, refusals in one line, and answers that are kept for offline use."""
 
 import json
 import logging
@@ -56,7 +56,7 @@ def ask(what: str, action: Callable[[], Found]) -> Found:
 
 
 def _answer_in(error: BaseException) -> BaseException:
-    """The error that holds the hub's answer, of those that led to this one; else what led to it."""
+    """The error that holds the hub's answer, found among the causes of this one; else the direct cause."""
     link: BaseException | None = error
     while link is not None:
         if getattr(link, "response", None) is not None:
@@ -105,7 +105,7 @@ def offline() -> bool:
 
 
 def commit_of(repository: str, revision: str | None) -> str:
-    """The commit a data set's revision stands for now; offline, the one it stood for when it was last asked for."""
+    """The commit that a data set's revision stands for now; offline, the one of the last time the hub was asked."""
     what, note = f"the data set {repository}", _note(repository, f"{revision or 'main'}.json".replace("/", "-"))
     if offline():
         return str(_noted(note, what)["commit"])

@@ -1,4 +1,4 @@
-"""What stages take that no one of them owns: models, tokenizers, data sets."""
+"""Inputs that several stages share: models, tokenizers, data sets."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -87,5 +87,5 @@ def _load_model(*how: Any) -> "nn.Module":
 
 
 def forget_model() -> None:
-    """Let go of the model that `load_model` keeps."""
+    """Release the model that `load_model` keeps."""
     _kept.clear()

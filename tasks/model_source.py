@@ -191,7 +191,7 @@ def _licence(card: Path) -> str | None:
 
     try:
         found = (metadata_load(card) or {}).get("license")
-    except (OSError, ValueError, yaml.YAMLError):  # somebody else's file: a card without a licence will do
+    except (OSError, ValueError, yaml.YAMLError):  # another person's file: a card without a licence is accepted
         return None
     return found if isinstance(found, str) else None
 
@@ -247,7 +247,7 @@ def _download(name: str, revision: str | None, look_only: bool) -> Path:
     if (folder / INDEX).is_file():
         named = [file.name for file in _named_files(folder / INDEX)]
     rest = [*named, *(pattern for pattern in EXTRAS if "/" in pattern)]
-    # at the commit of the files above, should the revision move meanwhile
+    # at the commit of the files above, in case the revision moves in between
     return Path(ask(what, lambda: snapshot_download(name, revision=folder.name, allow_patterns=rest)))
 
 

@@ -19,7 +19,7 @@ _REPEATS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 
 
 def task_of(stage: Stage) -> Task[[Step], dict[str, Any]]:
-    """The Prefect task that has a step's artifact in the store.
+    """The Prefect task that makes sure the store has a step's artifact.
 
     It returns {stage, key, summary}: never tensors, models or bare paths.
     """
@@ -71,7 +71,7 @@ def cache_key(context: Any, parameters: dict[str, Any]) -> str:
 
 
 def is_transient(task: Any, task_run: Any, state: Any) -> bool:
-    """Retry what may go away by itself (network, a disk that hiccups); never what will fail the same way again."""
+    """Retry what may pass by itself (network, a disk that fails once); never what will fail the same way again."""
     try:
         state.result()
     except Exception as failure:
@@ -86,7 +86,7 @@ def is_transient(task: Any, task_run: Any, state: Any) -> bool:
 
 
 def _quiet() -> None:
-    """Leave the progress bars of our own long loops, not those of every file that is read or written."""
+    """Show the progress bars of our own long loops only; hide those of every file that is read or written."""
     import datasets
     import transformers
 

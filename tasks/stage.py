@@ -81,7 +81,7 @@ def dtype_of(config: RunConfig) -> dict[str, Any]:
 
 
 def groups_of(config: RunConfig) -> dict[str, Any]:
-    """The same of stages whose result is one of coupled groups: what a group of attention is, unless as ever."""
+    """The same for stages with coupled groups in their result, plus the group of attention, if not the default."""
     return dtype_of(config) | ({"heads": "query"} if config.prune.heads == "query" else {})
 
 

@@ -1,4 +1,4 @@
-"""One stage to run: what the flow hands to a task. Plain strings, that Prefect hashes the same always."""
+"""One stage to run, as the flow gives it to a task. Plain strings, so that Prefect's hash of it never varies."""
 
 import json
 from dataclasses import dataclass

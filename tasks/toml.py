@@ -45,7 +45,7 @@ def read_toml(file: str | Path) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise ConfigError(f"{file} is not valid TOML: its brackets are nested too deep") from error
-    except ValueError as error:  # TOMLDecodeError, and numbers of thousands of digits
+    except ValueError as error:  # TOMLDecodeError, and errors for numbers of thousands of digits
         raise ConfigError(f"{file} is not valid TOML: {one_line(str(error))}") from error
 
 
@@ -65,7 +65,7 @@ def short(value: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text without line breaks, of bearable length."""
+    """A text without line breaks, shortened if it is long."""
     return " ".join(text.split())[:200]
 
 

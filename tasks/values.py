@@ -1,4 +1,4 @@
-"""Kinds of values that settings have, with the bounds that nobody needs to exceed."""
+"""Types for settings, with bounds that no real use exceeds."""
 
 import shlex
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ def _arguments(text: str) -> str:
 
 
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """For AfterValidator: the values, none of them twice."""
+    """For AfterValidator: the values, each at most once."""
     if len(set(values)) < len(values):
         raise ValueError("must not name one thing twice")
     return values
@@ -31,7 +31,7 @@ def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 Text = Annotated[str, AfterValidator(_plain)]
 Arguments = Annotated[Text, AfterValidator(_arguments)]  # of a command line
-Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of examples, tokens, steps, channels: what nobody exceeds
+Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of examples, tokens, steps, channels: more than any real use
 Amount = Annotated[int, Field(ge=1, le=10**12)]  # of the first so many of what there is
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]

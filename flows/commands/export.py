@@ -215,7 +215,7 @@ def _rows(result: Any) -> list[dict[str, Any]]:
 
 
 def _belongs(file: Path) -> bool:
-    """Not what only our store reads: the manifest names paths of this machine, the training table is in the card."""
+    """Leave out what only our store uses: the manifest names paths of this machine, the card has the training."""
     return file.is_file() and file.name not in ("manifest.json", "training.parquet", "README.md")
 
 
@@ -248,7 +248,7 @@ def _upload(files: list[Path], card: str, repository: str, token: str, private: 
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A sibling to fill, renamed to `folder` when the block ends without an error: whole or not at all."""
+    """A folder to fill, renamed to `folder` when the block ends without an error: whole or not at all."""
     if folder.exists():
         raise ConfigError(f"{folder} exists already: name another")
     if not folder.absolute().parent.is_dir():

@@ -9,7 +9,7 @@ _BY_VARIANT: dict[str, Any] = {
     "scale": {"domain": list(VARIANTS), "range": [f"var(--{variant})" for variant in VARIANTS]},
     "legend": None,
 }
-CELLS = 64  # that a layer's channels are drawn in, fewer in a model of many layers
+CELLS = 64  # cells for the channels of a layer; fewer in a model with many layers
 
 
 def tips(*fields: tuple[str, str] | tuple[str, str, str]) -> list[dict[str, Any]]:

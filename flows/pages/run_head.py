@@ -1,4 +1,4 @@
-"""What a run's page says in words: what was done, the numbers that matter, the configuration, checkpoints, versions."""
+"""The words on a run's page: what was done, the main numbers, the configuration, checkpoints and versions."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def absent(run: dict[str, Any], config: dict[str, Any], stages: set[str], what: 
 
 
 def sentences(run: dict[str, Any], config: dict[str, Any], kept: Rows, sizes: Rows) -> list[str]:
-    """Two: what was done to which model, and what became of it."""
+    """Two sentences: what was done to which model, and the result."""
     did = f"{run['criterion']} was to remove {run['ratio']:.0%} of the prunable parameters of {run['model']}"
     if kept:
         dense, left = (sum(row[name] for row in kept) for name in ("parameters", "kept_parameters"))

@@ -4,11 +4,11 @@ A criterion is a function
 
     criterion(model, **statistics, **options) -> float64 (N,)
 
-one number a group in the order of `discover(model)`, lowest removed first; N groups. What it needs it names as
-arguments; a pipeline computes each statistic once and caches it:
+It returns one number for each of the N groups, in the order of `discover(model)`; the lowest are removed first. Its
+arguments name what it needs. A pipeline computes each statistic once and caches it:
 
     score        (vector, element), float32 (D, N): the per-sample importances of `saap.score`
-    gradients    TaylorSums (saap/statistics.py): sums over summed gradients
+    gradients    TaylorSums (saap/scoring/statistics.py): sums over summed gradients
     activations  {(layer, kind): Moments} of the inputs of o_proj and down_proj
     fisher       float64 (N,): `saap.mask_fisher`
     tokens       int64 (D, T), the calibration text itself

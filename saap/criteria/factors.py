@@ -1,4 +1,4 @@
-"""LoRA factors trained for a moment on the calibration text: what `loraprune` and `lorashear` look at."""
+"""LoRA factors trained briefly on the calibration text: what `loraprune` and `lorashear` look at."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,7 +34,7 @@ class Factor:
 
 @contextmanager
 def lora_factors(model: nn.Module, seed: int) -> Iterator[list[Factor]]:
-    """While open, every matrix of every group has LoRA factors beside its frozen weight; afterwards nothing is left.
+    """While open, every matrix of every group has LoRA factors beside its frozen weight; afterwards they are gone.
 
     Raises SaapError for a model whose weights are partly away from its device.
     """

@@ -1,4 +1,4 @@
-"""HyWIA (arXiv 2403.10799): coarse and fine importance mixed group by group by attention weights."""
+"""HyWIA (arXiv 2403.10799): coarse and fine importance, mixed for each group by attention weights."""
 
 import numpy as np
 from torch import nn

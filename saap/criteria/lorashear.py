@@ -1,4 +1,4 @@
-"""LoRAShear (Chen et al., arXiv 2310.18356): groups go little by little while LoRA factors make up for them."""
+"""LoRAShear (Chen et al., arXiv 2310.18356): groups are removed bit by bit while LoRA factors make up for them."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,7 +19,8 @@ DECAY = 0.9
 
 
 def lorashear(model: nn.Module, tokens: torch.Tensor, seed: int) -> np.ndarray:
-    """In each period the least salient groups become redundant and are driven to zero; the first to go rank lowest.
+    """In each period the least salient groups become redundant and are driven to zero; the first to reach it rank
+    lowest.
 
     Published: the idea of LHSPG, saliency from LoRA training, progressive periods, redundant groups shrunk and
     projected to zero when a step would leave their half-space, knowledge moving to the rest meanwhile. Not published:
@@ -34,7 +35,7 @@ def lorashear(model: nn.Module, tokens: torch.Tensor, seed: int) -> np.ndarray:
     saliency, order = np.zeros(len(groups)), np.empty(0, np.int64)  # order: the redundant groups, first to go first
     sizes = zip(_structures(groups), size, strict=True)
     gates = {structure: nn.Parameter(torch.ones(count)) for structure, count in sizes}
-    length = max(1, steps_of(len(tokens)) // (PERIODS + 1))  # the first stretch only looks
+    length = max(1, steps_of(len(tokens)) // (PERIODS + 1))  # nothing is removed in the first stretch
     with lora_factors(model, seed) as factors, ExitStack() as stack:
         for layer, kind, part, linear in output_matrices(model):
             gates[layer, kind].data = gates[layer, kind].data.to(linear.weight.device)

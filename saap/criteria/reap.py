@@ -1,4 +1,4 @@
-"""REAP (Lasby et al., arXiv 2510.13999): whole experts, by what the router sends them and what they make of it."""
+"""REAP (Lasby et al., arXiv 2510.13999): ranks whole experts by the router's weights and the norms of their outputs."""
 
 import numpy as np
 import torch

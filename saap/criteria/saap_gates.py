@@ -1,4 +1,4 @@
-"""saap_gates: gates of coupled groups, learned under the budget towards the dense model's distribution. Ours."""
+"""saap_gates: gates of coupled groups, learned under the budget towards the dense model's distribution. Our own."""
 
 from collections.abc import Iterator, Sequence
 
@@ -34,15 +34,15 @@ def saap_gates(
 ) -> np.ndarray:
     """The mean of each group's gate p over the second half of the training; the lowest go.
 
-    Every group has a gate p = sigmoid(s) on what it writes; the weights are frozen. At each step the groups of lowest p
-    are shut, as many as the budget says, and the model runs without them; its loss is KL(dense ‖ this one) of the next
-    token, mean over the tokens; the gradient for each gate, shut ones too, is taken as if p had stood where 0 or 1
-    stands (straight through). So a group that is missed comes back, and what makes up for another is seen together with
-    it, which no ranking of the dense model does. s starts from the order of F/parameters (`saap_plus` ranking once).
+    Every group has a gate p = sigmoid(s) on what it writes. The weights are frozen. At each step the groups with the
+    lowest p are shut until the budget is met, and the model runs without them. The loss is KL(dense ‖ this model) of
+    the next token, mean over the tokens. Every gate gets a gradient, shut ones too, as if p stood in the place of 0 or
+    1 (straight through). So a group that is missed comes back, and the training sees which groups make up for each
+    other, as no ranking of the dense model does. s starts from the order of F/parameters (`saap_plus` ranking once).
 
-    The projection with a straight-through gradient is GRASPrune's (arXiv 2604.19398). Ours: the start, the dense
-    model's distribution in the place of the next token, which the text's domain has less hold on, and the mean over
-    steps, as gates near the edge wander. It goes with `search = "global"`.
+    The projection with a straight-through gradient is GRASPrune's (arXiv 2604.19398). Ours are the start, the target
+    (the dense model's distribution depends less on the text's domain than the next token does), and the mean over
+    steps, because gates near the edge wander. It goes with `search = "global"`.
 
     Args:
         fisher: float64 (N,), `saap.mask_fisher`.

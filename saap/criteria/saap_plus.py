@@ -1,4 +1,4 @@
-"""saap_plus: the rise of the loss a parameter, the cheapest first. Ours; the pieces and their sources are named."""
+"""saap_plus: groups ranked by the rise of the loss per parameter, the lowest removed first. Our own criterion."""
 
 from collections.abc import Sequence
 
@@ -23,14 +23,14 @@ def saap_plus(
 ) -> np.ndarray:
     """F_g / parameters_g, with F_g = mean_d z_gd² the Fisher information of the group's mask (`saap.mask_fisher`).
 
-    What it changes in SAAP (arXiv 2412.15127): the coarse importance and its fluctuation become one second moment
-    over the samples, which is an estimate of the loss (Kwon et al., arXiv 2204.09656); it is divided by what the group
-    costs, so that one order over all layers, heads and channels spends the budget where it hurts least. Nothing is
+    In SAAP's terms (arXiv 2412.15127), the coarse importance and its fluctuation become one second moment over the
+    samples, which is an estimate of the loss (Kwon et al., arXiv 2204.09656). It is divided by the parameters of the
+    group. So one order over all layers, heads and channels spends the budget where it hurts least. Nothing is
     standardised. It goes with `search = "global"` and `compensation = "least_squares"` (`saap.refit`).
 
-    What a group costs changes once others are gone. So for each of `cuts`, shares of the prunable parameters, the model
-    is cut to it (`protect` and `align` as in `saap.select`) and refitted, and what is left is ranked again. Groups that
-    an earlier cut took stay first in the order; with cuts the score is the place in it: whole numbers from 0.
+    The worth of a group changes once others are gone. So at each of `cuts`, shares of the prunable parameters, the
+    model is cut (`protect` and `align` as in `saap.select`) and refitted, and what is left is ranked again. Groups that
+    an earlier cut removed stay first in the order. With cuts the score is the place in the order: whole numbers from 0.
     """
     groups = discover(model)
     score = fisher / groups.costs

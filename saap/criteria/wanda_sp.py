@@ -27,10 +27,10 @@ def wanda_sp(
 ) -> np.ndarray:
     """mean_i |W_ij| · ‖x_j‖₂ of column j of o_proj and down_proj, summed over the columns of a head.
 
-    As its authors' code runs: layer after layer, the inputs of both matrices are those behind the layers already
-    pruned, the layer itself still whole; then its lowest heads and channels go and its new output is passed on. How
-    many go is what `select(search="uniform_down")` takes at this ratio, which no score changes: so that search, its
-    default, keeps what was kept here.
+    As in its authors' code, layers are pruned one after another. The inputs of both matrices are those behind the
+    layers already pruned, with the layer itself still whole. Then its lowest heads and channels are removed and its new
+    output is passed on. How many are removed is what `select(search="uniform_down")` removes at this ratio, whatever
+    the scores. So that search, its default, keeps what was kept here.
 
     Our reading: with grouped queries a group is all columns of the query heads of a KV head; channels come in steps of
     `align` (1 in its code).

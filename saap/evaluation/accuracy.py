@@ -113,7 +113,7 @@ def _number(value: Any) -> float:
 
 @lru_cache(maxsize=1)
 def _describe_machine_once() -> None:
-    """lm-eval writes what it runs on into each of its results; to find that out it starts ten programs, every time."""
+    """Let lm-eval look at the machine once. It starts ten programs for this, for every result that it writes."""
     from torch.utils import collect_env
 
     collect_env.get_pretty_env_info = lru_cache(maxsize=1)(collect_env.get_pretty_env_info)

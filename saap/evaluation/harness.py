@@ -23,7 +23,7 @@ class Question:
     answers: list[tuple[int, list[int]]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """Tokens to run: the last one of an answer predicts nothing that is asked for."""
+        """Tokens to run: all but the last one of an answer, which predicts nothing that is asked for."""
         return len(self.context) + sum(len(tokens) - 1 for _, tokens in self.answers)
 
 

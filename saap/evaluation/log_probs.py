@@ -7,7 +7,7 @@ import torch
 from saap.models.families import family_of
 from saap.models.products import product
 
-LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}  # at a time: 4 MB of float32, which stay in a CPU's caches; 256 MB
+LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}  # at a time: 4 MB of float32 on a CPU, to fit its caches; 256 MB on a GPU
 
 
 @torch.no_grad()

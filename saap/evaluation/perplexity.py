@@ -30,9 +30,9 @@ class Perplexity:
 def window_bos(model: nn.Module, tokenizer: Any, wish: str = "auto") -> int | None:
     """The token for `perplexity` to put before each window, or None.
 
-    wish: "always"; "never"; or "auto", where the tokenizer puts one before a text, as models that were trained so are
-    far off without: except LLaMA and its likes, whose published perplexities are of windows without.
-    Raises SaapError for "always" when the tokenizer has none.
+    wish: "always", "never" or "auto". "auto" puts one where the tokenizer puts one before a text, because models
+    trained that way are far off without it. LLaMA and its likes are excepted: their published perplexities are of
+    windows without. Raises SaapError for "always" when the tokenizer has none.
     """
     token: int | None = tokenizer.bos_token_id
     if wish == "always" and token is None:

@@ -88,9 +88,10 @@ def time_decoding(
     warmup: int,
     desc: str = "speed",
 ) -> dict[str, dict[str, Any]]:
-    """The fields of `Speed` that timing gives, for each action: what generates, and returns the seconds it took.
+    """The fields of `Speed` that come from timing, for each action.
 
-    Those are seconds for the prompt, for the other new_tokens − 1 tokens, and for these without a graph.
+    An action generates, and returns the seconds it took: for the prompt, for the other new_tokens − 1 tokens, and for
+    these without a graph.
     """
     tokens = np.array([prompt_tokens, new_tokens - 1, new_tokens - 1]) * batch_size
     found = in_turn(actions, runs, warmup, desc)
@@ -162,7 +163,7 @@ class Decoder:
 class GraphDecoder(Decoder):
     """Times one model on a GPU by CUDA events, over a static cache: decoding replays the graph of one step.
 
-    Launching some hundred kernels a token costs more than a small model's arithmetic, and would hide it.
+    Launching several hundred kernels a token takes longer than a small model's arithmetic, and would hide it.
     """
 
     @torch.inference_mode()

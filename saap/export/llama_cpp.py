@@ -14,7 +14,7 @@ from saap.errors import SaapError
 
 
 class _ModelParams(ctypes.Structure):
-    """llama_model_params, as the library fills it in: passed by value, larger than it is in any version."""
+    """llama_model_params, as the library fills it in. It is passed by value, and is larger here than in any version."""
 
     _fields_ = (("rest", c_uint64 * 64),)
 
@@ -38,7 +38,7 @@ class _ContextParams(ctypes.Structure):
     )
 
     def is_default(self) -> bool:
-        """Whether the fields hold what llama.h says they start with: elsewhere another version has laid them out."""
+        """Whether the fields hold what llama.h says they start with; in another version of the library they do not."""
         sizes = (self.n_ctx, self.n_batch, self.n_ubatch)
         return sizes == (512, 2048, 512) and (self.type_k, self.type_v) == (1, 1)
 

@@ -55,7 +55,7 @@ class Stored:
         self.folder = folder
         self.places: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.used = {"lm_head.weight"}  # where it is tied, nobody asks for it
+        self.used = {"lm_head.weight"}  # a tied head may be there and is never read
         for file in weight_files(folder):
             shapes = tensor_shapes([file])
             self.shapes |= shapes
@@ -74,7 +74,7 @@ class Stored:
             )
 
     def all_used(self) -> None:
-        """Raises SaapError when the checkpoint has a tensor that nobody asked for: it would be lost."""
+        """Raises SaapError when the checkpoint has a tensor that was never read: it would be lost."""
         lost = [n for n in self.shapes if n not in self.used and not n.endswith("rotary_emb.inv_freq")]
         if lost:
             raise SaapError(f"GGUF export has no place for {sorted(lost)[0]} ({len(lost)} such tensors)")

@@ -14,7 +14,7 @@ STOCK = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "ministral3", "granite"),
     *("phi3", "glm4", "olmo2", "olmo3", "cohere2", "qwen3_5_text"),
 )
-# config fields that say what a stock model has no use for
+# config fields that a stock model does not use
 OURS = (
     "model_type",
     "architectures",
@@ -49,7 +49,7 @@ def export_uniform(folder: str | Path, target: str | Path, *, round_to: int = 1)
 
 @torch.no_grad()
 def uniform(model: Any, round_to: int = 1) -> Any:
-    """A float model of a stock class, its layers equal, that computes what the given Llama-like one does."""
+    """A float model of a stock class with equal layers that computes what the given Llama-like one does."""
     state = model.state_dict()
     config = _stock_config(
         model.config, {name.split(".")[-2] for name in state if name.endswith("_proj.bias")}, round_to
@@ -79,7 +79,7 @@ def uniform(model: Any, round_to: int = 1) -> Any:
 
 
 def _places(own: Any, even: Any) -> dict[str, torch.Tensor]:
-    """Name of a matrix → where the rows (of o_proj and down_proj: columns) of a layer stand in one with more of them.
+    """Name of a matrix → the places of a layer's rows (of o_proj and down_proj: columns) in a larger one.
 
     Query heads stay under their KV head: (KV head, query head under it, place in the head). Fused matrices have the
     rows of theirs one after another. `even` has no fewer heads of either kind and channels than `own`.
@@ -108,7 +108,7 @@ def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
         raise SaapError(f"{kind} has no stock form of other widths; uniform export knows {', '.join(STOCK)}")
     extra = biased - ({"q_proj", "k_proj", "v_proj"} if kind == "qwen2" else set())
     if extra and kind in ("mistral", "qwen2") and not getattr(old, "sliding_window", None):
-        kind = "llama"  # the same model, and its class knows all biases
+        kind = "llama"  # the same model, in a class that knows all biases
     attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
     possible = extra if kind == "llama" else attention if hasattr(old, "attention_bias") else set()
     if kind == "glm4":
@@ -117,11 +117,11 @@ def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
         possible = possible | {"gate_proj", "up_proj", "down_proj"}
     if extra - possible:
         raise SaapError(f"a stock {kind} has no bias on {', '.join(sorted(extra - possible))}")
-    # of these stock configs the heads must divide the hidden size
+    # these stock configs want heads that divide the hidden size
     divides = kind in ("gemma2", "gemma3_text") or (kind == "llama" and bool(extra))
     shared, repeat = _heads(old, round_to, divides)
     if kind == "llama" and old.hidden_size % (shared * repeat):
-        kind = "mistral"  # without biases and window the same model, and its config takes any number of heads
+        kind = "mistral"  # without biases and window it is the same model, and its config takes any number of heads
     fields = {name: value for name, value in old.to_dict().items() if name not in OURS}
     fields |= {
         "head_dim": getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads,

@@ -53,11 +53,11 @@ def pack(codes: torch.Tensor, bits: int = 4) -> torch.Tensor:
 def to_groupwise(
     model: Any, group_size: int | None = 32, *, bits: int = 4, groups: int | None = None, consume: bool = False
 ) -> Any:
-    """A copy of a Llama-like model in codes of `bits` bits: every linear layer of every block, not embeddings or head.
+    """A copy of a Llama-like model in codes of `bits` bits: every linear layer of its decoder layers.
 
-    group_size: inputs that share a scale and a zero; or groups: how many of them a row has, whatever its width.
-    consume: let go of the weights of `model` as they are quantised, so that memory never holds both.
-    Raises SaapError for a family without such a form, or for impossible sizes.
+    Embeddings and head stay floats. group_size: inputs that share a scale and a zero. groups, given instead: how many
+    quantisation groups a row has, whatever its width. consume: free the weights of `model` as they are quantised, so
+    that memory never holds both. Raises SaapError for a family without such a form, or for impossible sizes.
     """
     if not 2 <= bits <= 8:
         raise SaapError(f"bits must be 2 to 8, got {bits}")

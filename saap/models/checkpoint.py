@@ -98,7 +98,7 @@ def load_config(folder: str | Path) -> Any:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except SaapError:
         raise
-    except Exception as error:  # transformers lets many kinds through, and all are the file's fault
+    except Exception as error:  # transformers raises errors of many kinds here, all caused by the file
         raise SaapError(f"cannot read {folder}/config.json: {first_line(error)}") from error
     if config.tie_word_embeddings and own_head(folder):
         config.tie_word_embeddings = False
@@ -148,7 +148,7 @@ def _configured_eos(folder: Path, tokenizer: Any) -> str | None:
 
 
 def complete(small: Any, model: Any) -> Any:
-    """`small`, made on the meta device and its state loaded, gets from `model` what no state dict holds."""
+    """Give `small`, made on the meta device and its state loaded, what no state dict holds: copies from `model`."""
     for name, buffer in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
         if small.get_buffer(name).is_meta:  # rotary frequencies

@@ -1,4 +1,4 @@
-"""GGUF in, a plain float checkpoint out: by transformers' reader, and refused where that drops what the file says."""
+"""From a GGUF file to a plain float checkpoint, by transformers' reader; refused where it drops what the file says."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
     with _read_once(gguf) as reader:
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         config = quantised.config
-        # what came from GGUF refuses to be saved while it calls itself quantised
+        # a model that came from GGUF cannot be saved while its config says it is quantised
         del config.quantization_config
         family_of(config)
         _check_whole(reader, quantised, gguf)
@@ -43,7 +43,7 @@ def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
 
 @contextmanager
 def _read_once(file: Path) -> Iterator[Any]:
-    """While open, whoever asks gguf for a reader of a file gets this one: a vocabulary takes seconds to parse."""
+    """While open, gguf gives the same reader of a file to everyone who asks: parsing a vocabulary takes seconds."""
     import gguf
 
     original = gguf.GGUFReader
@@ -56,7 +56,7 @@ def _read_once(file: Path) -> Iterator[Any]:
 
 
 def _check_whole(reader: Any, model: Any, file: Path) -> None:
-    """Raises SaapError when the file says more than the model of transformers holds."""
+    """Raises SaapError when the file holds something that transformers' model lacks."""
     fields = {name.partition(".")[2]: field for name, field in reader.fields.items()}
     scaling = fields.get("rope.scaling.type")
     if scaling is not None and scaling.contents() != "none":

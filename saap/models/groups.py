@@ -39,9 +39,10 @@ class Groups(_Rules):
         return len(self.layer)
 
     def stretches(self, layer: int, kind: str) -> int:
-        """In how many equal stretches the groups of (layer, kind) stand: each must keep as many as the others.
+        """The number of equal stretches that the groups of (layer, kind) stand in; each must keep as many as the
+        others.
 
-        More than 1 for query heads: a checkpoint has one number of them under each KV head.
+        More than 1 for query heads, because a checkpoint has one number of them for all KV heads.
         """
         return int(getattr(self, "even", {}).get((layer, kind), 1))
 

@@ -32,11 +32,12 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class UnevenConfig:
-    """Before a dense config class: `per_layer_config` (transformers' own layout) and, for int4 models, `groupwise`.
+    """A mixin in front of a dense config class, for layers with their own widths.
 
-    `groupwise` is `{"bits": b, "group_size": G}`, `{"bits": b, "groups": L}` or None (float weights); `output_bias`
-    says whether o_proj and down_proj have a bias each: the mean of what was pruned; `heads` what goes together in
-    attention: a KV head with its query heads ("kv"), or one query head ("query").
+    `per_layer_config` is transformers' own layout. `groupwise` is `{"bits": b, "group_size": G}`,
+    `{"bits": b, "groups": L}` or None (float weights). `output_bias` says whether o_proj and down_proj each have a
+    bias: the mean of what was pruned. `heads` says what a coupled group of attention is: a KV head with its query heads
+    ("kv"), or one query head ("query").
     """
 
     groupwise: dict | None = None
@@ -44,7 +45,7 @@ class UnevenConfig:
     heads: str = "kv"
 
     def validate_architecture(self) -> None:
-        """Heads need not add up to the hidden size: `head_dim` is explicit."""
+        """The heads need not add up to the hidden size, because `head_dim` is explicit."""
 
     @classmethod
     def from_dense(cls, config: Any, per_layer: dict[int, dict[str, Any]], **more: Any) -> Any:
@@ -191,7 +192,7 @@ def use_groupwise(layers: nn.Module, bits: int = 4, group_size: int | None = Non
 
 
 class UnevenModel:
-    """Before a dense causal model class: layer i is a `layer_class` built from `config.per_layer_config[i]`."""
+    """A mixin in front of a dense causal model class: layer i is a `layer_class` of `config.per_layer_config[i]`."""
 
     config_class: Any
     layer_class: Any
@@ -216,7 +217,7 @@ class UnevenModel:
         self.post_init()
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the layers have configurations of their own and must agree with the masks."""
+        """As in transformers. The layers have configurations of their own, which must agree with the masks."""
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
         for module in self.base_model.get_submodule(self.layers_path).modules():
             if hasattr(module, "config"):
@@ -224,9 +225,9 @@ class UnevenModel:
 
 
 def register(*models: Any) -> None:
-    """With transformers' Auto classes; save_pretrained copies the file of the class into the checkpoint.
+    """Register with transformers' Auto classes; save_pretrained copies the file of the class into the checkpoint.
 
-    It copies the files that one imports by a relative name too, and names the class in config.json's auto_map.
+    It also copies the files that this one imports by a relative name, and names the class in config.json's auto_map.
     """
     for model in models:
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)

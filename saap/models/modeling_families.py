@@ -1,4 +1,4 @@
-"""More families with layers like Llama's, their layers with their own widths. Beside `modeling.py`, which it needs.
+"""More families with layers like Llama's, each layer with its own widths. Needs `modeling.py` beside it.
 
 Needs only torch and transformers, so that a checkpoint can carry both files to people who do not have the package.
 """
@@ -111,7 +111,7 @@ class SaapPhi3Config(UnevenConfig, Phi3Config):
     model_type = "saap_phi3"
 
     def validate_rope(self) -> None:
-        """Was done for the dense model, whose heads have the same size."""
+        """Nothing to check: the dense model was checked, and its heads have the same size."""
 
 
 class SaapPhi3ForCausalLM(UnevenModel, Phi3ForCausalLM):

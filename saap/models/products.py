@@ -1,7 +1,7 @@
-"""float32 matrix products on x86 CPUs by the faster of two libraries: oneDNN, or MKL, which PyTorch asks.
+"""float32 matrix products on x86 CPUs by the faster of two libraries: oneDNN, or MKL, which PyTorch uses.
 
-Which one that is depends on the processor: on an AMD Zen 5 oneDNN is more than twice as fast, on others they are equal.
-So it is measured, once a process.
+Which one is faster depends on the processor: on an AMD Zen 5 oneDNN is more than twice as fast, on others they are
+equal. So it is measured, once a process.
 """
 
 import platform
@@ -35,7 +35,7 @@ def by_onednn() -> bool:
 
 @lru_cache
 def _onednn_is_faster(threads: int) -> bool:
-    """By the best of five products of a linear layer's shape each, in turn, 0.1 s in all: by a tenth at least."""
+    """Whether oneDNN is faster by a tenth: the best of five products each of a linear layer's shape, 0.1 s in all."""
     a, b = torch.ones(256, 1024), torch.ones(1024, 1024)
     taken = {F.linear: float("inf"), _onednn: float("inf")}
     with torch.no_grad():
@@ -52,7 +52,7 @@ def _onednn(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) 
 
 
 def _dense(t: torch.Tensor) -> torch.Tensor:
-    """t, or a copy: contiguous or the transpose of that. Of other strides oneDNN makes its slowest loop."""
+    """t, or a contiguous copy. Also t when it is the transpose of that: other strides mean oneDNN's slowest loop."""
     if t.is_contiguous() or t.mT.is_contiguous():
         return t
     return t.mT.contiguous().mT if t.ndim == 2 and t.stride(0) == 1 else t.contiguous()

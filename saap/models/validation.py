@@ -1,7 +1,7 @@
-"""What a stranger's checkpoint could do to its reader, refused before transformers opens it.
+"""Refuses, before transformers opens it, what a stranger's checkpoint could do to its reader.
 
-Code in the folder is never run and pickles are never read; here are the quieter ways: sizes that fill the memory, file
-names that leave the folder, and fields of config.json that make transformers fetch something else.
+Code in the folder is never run and pickles are never read. Checked here are the quieter ways: sizes that fill the
+memory, file names that leave the folder, and fields of config.json that make transformers fetch something else.
 """
 
 import copy
@@ -47,7 +47,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint: model.safetensors, else those its index names, whatever else lies beside them.
+    """The weight files of a checkpoint: model.safetensors, else those its index names. Other files are passed over.
 
     Raises SaapError when there are none or an index points elsewhere.
     """
@@ -88,9 +88,9 @@ def _regular(file: Path) -> Path:
 
 
 def own_head(folder: Path) -> bool:
-    """Whether the weights hold an lm_head that differs from the embeddings: no model with tied ones computes by it.
+    """Whether the weights hold an lm_head that differs from the embeddings; a model with tied ones would ignore it.
 
-    False also when the folder holds no weights that can be read: `check_sizes` says what is wrong with those.
+    False also when the folder has no weights that can be read; `check_sizes` then says what is wrong.
     """
     try:
         places = {name: file for file in weight_files(folder) for name in tensor_shapes([file])}
@@ -146,7 +146,7 @@ def check_sizes(config: Any, folder: Path) -> Any:
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
             model.tie_weights()
-    except Exception as error:  # whatever building raises, the file asked for it
+    except Exception as error:  # any error while building comes from what the file says
         raise SaapError(f"{folder}/config.json describes no model: {first_line(error)}") from error
     described = sum(p.numel() for p in model.parameters())  # tied ones once
     everything = {name for name, _ in model.named_parameters(remove_duplicate=False)}

@@ -91,7 +91,7 @@ def _keep_best(worth: np.ndarray, groups: Groups, counts: Counts) -> np.ndarray:
 
 
 def _bundled(worth: np.ndarray, groups: Groups) -> np.ndarray:
-    """Where groups go evenly from several stretches, the worst of each go together, then the next: their mean worth.
+    """Scores for groups that go evenly from several stretches: the worst of each go together, at their mean worth.
 
     So the order within a stretch stays, and groups that must go together are next to each other in every order.
     """

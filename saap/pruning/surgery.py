@@ -1,4 +1,4 @@
-"""A plan applied to a model: by slicing its tensors, or by masking them (the oracle of the first)."""
+"""A plan applied to a model, by slicing its tensors, or by masking them, against which tests compare the slices."""
 
 import copy
 from collections.abc import Iterator
@@ -69,7 +69,7 @@ def mask(model: nn.Module, keep: np.ndarray) -> nn.Module:
     """A copy of the model with what the removed groups write zeroed: columns of o_proj and down_proj.
 
     A norm over all heads together (OLMo 2's of q and of k) takes its mean over the heads that are there. So that it
-    does so here too, what it gets from removed heads is zero, and its weights and eps make up for the greater count.
+    does so here too, it gets zeros from removed heads, and its weights and eps are corrected for the greater count.
     """
     groups = _checked(model, keep)
     if isinstance(family_of(model.config), Experts):

@@ -83,14 +83,14 @@ def run_launched(job: Job, arguments: str) -> list[dict[str, Any]]:
 
 
 def _die_with(parent: int) -> None:
-    """End this process when the one that asked for it is gone: nobody else may work in the folder meanwhile."""
+    """End this process when its parent is gone, because the next run may then start to work in the folder."""
     while os.path.exists(f"/proc/{parent}"):
         time.sleep(1)
     os._exit(1)
 
 
 def _quiet() -> None:
-    """Leave our own progress bar, not those of every file that is read, nor what the libraries say to each other."""
+    """Hide what the libraries print and the bars of every file that is read; our own progress bar stays."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The training loss, with logits made a part at a time: of the vocabulary, or, with a teacher, of the tokens."""
+"""The training loss, with logits made in parts: of the vocabulary, or, with a teacher, of the tokens."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from saap.models.families import family_of
 from saap.models.logits import cross_entropy
 
-LOGITS_AT_ONCE = 2**22  # float32 numbers: 16 MB; above 32 MB a C library gets each tensor anew from the system
+LOGITS_AT_ONCE = 2**22  # float32 numbers: 16 MB; above 32 MB a C library asks the system for memory each time
 
 
 class Student(nn.Module):

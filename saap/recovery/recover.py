@@ -80,7 +80,7 @@ def recover(
 def _examples(
     rows: list[dict[str, str]], tokenizer: Any, training: Training
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What is trained on, and what is held out: the last rows. Rows whose answer is cut off are left out."""
+    """The rows to train on, and the last rows, which are held out. Rows whose answer is cut off are left out."""
     examples = [alpaca_example(row, tokenizer, training.max_length, training.loss_on == "text") for row in rows]
     examples = [e for e in examples if any(label != -100 for label in e["labels"])]
     kept = len(examples) - min(int(len(examples) * training.held_out), HELD_OUT_AT_MOST)
@@ -95,8 +95,8 @@ def _examples(
 def fastest_attention(model: Any, device: str, precision: str, length: int) -> str:
     """The attention implementation to train with on examples of at most `length` tokens.
 
-    On a CPU in bfloat16, torch's fused one takes four times as long as plain products to go forward and back. These
-    keep the square of the length for the backward pass, so they are for short examples.
+    On a CPU in bfloat16, torch's fused one takes four times as long as plain products, forward and backward. But plain
+    products keep the square of the length for the backward pass, so they are for short examples.
     """
     plain = device == "cpu" and precision == "bfloat16" and length <= 512
     return "eager" if plain else str(model.config._attn_implementation)

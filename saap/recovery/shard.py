@@ -1,4 +1,4 @@
-"""Training by several processes that share out the frozen weights (FSDP): each holds its part of every layer."""
+"""Training by several processes (FSDP): each holds its part of the frozen weights of every layer."""
 
 import copy
 import os
@@ -18,8 +18,8 @@ from saap.models.modeling import GroupwiseLinear
 def claimed() -> bool:
     """Whether `accelerate launch --use_fsdp` has started this process beside others.
 
-    Takes the launcher's word for it out of the environment: accelerate and transformers would shard by it too, what
-    learns as well, but never the codes, and on GPUs only.
+    It also removes the launcher's variable from the environment. Otherwise accelerate and transformers would shard too:
+    what learns as well, but never the codes, and on GPUs only.
     """
     asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return asked and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -55,7 +55,7 @@ def shard(model: Any, device: torch.device) -> None:
 
 
 def average_only_what_learns(student: nn.Module) -> None:
-    """Have DistributedDataParallel leave alone what is frozen: each process holds another part of it."""
+    """Make DistributedDataParallel ignore the frozen weights, because each process holds another part of them."""
     frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, frozen)
 

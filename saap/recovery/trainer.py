@@ -1,4 +1,4 @@
-"""transformers' Trainer, told to save adapters only, to keep one data order, and to show and log what we want."""
+"""transformers' Trainer, set to save adapters only, to keep one data order, and to show and log what we want."""
 
 import pickle
 import time
@@ -117,7 +117,7 @@ def _arguments(work: Path, training: Training, device: torch.device, held_out: b
 class OneDevice(TrainingArguments):
     """Training on the device the model is on, unless a launcher gives each process its own.
 
-    The trainer by itself takes the first GPU, and wraps the model in DataParallel when it sees several: a batch then
+    By itself the trainer takes the first GPU. It wraps the model in DataParallel when it sees several, and then a batch
     has as many times the examples.
     """
 
@@ -187,7 +187,7 @@ class _AdapterTrainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """A bar with steps, rate, time left and the last loss; and the clock of tokens_per_s."""
+    """A bar with steps, rate, time left and the last loss. It also measures tokens_per_s."""
 
     def __init__(self, trainer: _AdapterTrainer) -> None:
         self.trainer = trainer
@@ -222,7 +222,7 @@ class _Finish(TrainerCallback):
 
 
 class _Order(torch.utils.data.Sampler):
-    """Examples of like length together, in an order that depends on the seed and the epoch alone.
+    """Batches of examples of similar length, in an order that depends on the seed and the epoch alone.
 
     The trainer's own grouping draws from the global random state, which differs after resuming inside an epoch.
     """

@@ -19,9 +19,9 @@ from saap.models.products import FastLinears
 def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
     """Backward pass of scale·Σ_d L_d, L_d the mean next-token cross-entropy of row d of batch, int64 (D, T).
 
-    For hooks to look at: no parameter gets a gradient. The logits are made in pieces and never kept. Where weights are
-    not on their device (accelerate's offload), the forward pass keeps only the inputs of layers, on the CPU, and the
-    backward pass repeats each layer.
+    It is there for hooks to watch: no parameter gets a gradient. The logits are made in pieces and never kept. Where
+    weights are not on their device (accelerate's offload), the forward pass keeps only the inputs of layers, on the
+    CPU, and the backward pass repeats each layer.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     ids = batch.to(input_device(model))
@@ -58,7 +58,7 @@ def watch_gradients(linears: list[nn.Linear], see: Callable[[int, torch.Tensor, 
 
 
 def _keep(x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """What gives x again: of a product, as down_proj's input is, its factors, which autograd keeps in any case."""
+    """Gives x again. A product, as down_proj's input is, comes from its factors: autograd keeps those."""
     node: Any = x.grad_fn
     if type(node).__name__ == "MulBackward0" and node._saved_self is not None and node._saved_other is not None:
         return lambda: (node._saved_self * node._saved_other).detach()

@@ -130,7 +130,7 @@ class _Channels:
 
 def _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales):  # type: ignore[no-untyped-def]
     """float32 (D, N), twice; numbers: those of the samples, for messages."""
-    # places for tiles and results, taken before the activations: among them they would leave holes in a CPU's heap
+    # memory for tiles and results comes before the activations: taken among them, it would fragment a CPU's memory
     work = torch.empty(TILE)
     sums = torch.empty(2, len(batch), channels.count, device=channels.device)
 
@@ -155,7 +155,7 @@ def _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales):
 
 
 def _not_finite(channels: _Channels, sums: torch.Tensor, numbers: torch.Tensor) -> str:
-    """One bad weight spoils the scores of every matrix: name the first that holds one, else the first bad score."""
+    """Name the first matrix that holds a bad weight, which spoils all scores; else name the first bad score."""
     first_bad = ""
     for layer, matrix, _, linear, place in channels.matrices:
         finite = sums[:, :, place].isfinite().all(0).all(1)

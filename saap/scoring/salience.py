@@ -9,7 +9,7 @@ try:
 except ImportError:  # torch's builds for a CPU come without Triton
     salience_triton = None  # type: ignore[assignment]
 
-TILE = 1 << 20  # elements of ∂L/∂W at a time: 4 MB of float32 stay in a CPU's caches and leave no holes in its heap
+TILE = 1 << 20  # elements of ∂L/∂W at a time: 4 MB of float32 fit a CPU's caches and do not fragment its memory
 
 
 def channel_sums(

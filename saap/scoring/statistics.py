@@ -1,4 +1,4 @@
-"""What criteria know of a model on calibration text beside the per-sample scores: gradients and activations, summed.
+"""What criteria use beside the per-sample scores: gradients and activations, summed over the calibration text.
 
 Activations are those of the *output matrices*, o_proj and down_proj and their likes: the matrices whose columns belong
 to groups (`output_matrices`), so whose inputs are what the groups write.

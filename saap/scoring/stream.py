@@ -15,7 +15,7 @@ from saap.scoring.statistics import output_matrices
 
 
 class Pass:
-    """One batch through one layer: x and y, kind → input and output of its output matrix; out, what the layer gives."""
+    """One batch through one layer. x, y: kind → input and output of its output matrix. out: what the layer gives."""
 
     out: torch.Tensor
 
@@ -81,7 +81,7 @@ def _silence(units: torch.Tensor, width: int) -> Callable[[nn.Module, tuple], to
 def _enter(model: nn.Module, layers: nn.ModuleList, batch: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
     """The first layer's input, and the other arguments (masks, positions) the model gives each layer.
 
-    The layers do not run: for this one call they hand their input on.
+    The layers do not run: for this one call they give their input back.
     """
     seen: list[tuple[torch.Tensor, tuple, dict]] = []
 

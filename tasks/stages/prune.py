@@ -1,4 +1,4 @@
-"""Decide which groups stay, write that down, then cut."""
+"""Decide which groups stay, record the plan, then prune."""
 
 from collections.abc import Mapping
 from pathlib import Path

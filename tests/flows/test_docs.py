@@ -1,4 +1,4 @@
-"""Every command in README and docs: it parses, its configuration is one, its question has an answer."""
+"""Every command in README and docs: it exists, its configuration is valid, its query has an answer."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ PLACES = {" …": "", "/path/to/data": "mini", "data=hub": "data=mini", " RUN": 
 
 
 def shell_lines():
-    """(page:line, command) of every line of a layer that is a shell's."""
+    """(page:line, command) of every shell line inside a code block."""
     for page in PAGES:
         inside, language = False, ""
         for number, line in enumerate(page.read_text().splitlines(), 1):

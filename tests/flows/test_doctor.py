@@ -1,4 +1,4 @@
-"""The doctor's word on the hub, and proxies that must not be asked for what is on this machine."""
+"""What the doctor says about the hub, and proxies that must not be asked for what is on this machine."""
 
 import os
 import subprocess

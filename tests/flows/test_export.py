@@ -25,7 +25,7 @@ from tests.flows.test_cli import refused
 
 @pytest.fixture(scope="module")
 def store(tiny_folder, tmp_path_factory):
-    """A store with the run 'r1' of every stage on the tiny model."""
+    """A store with the run 'r1', which has every stage on the tiny model."""
     root = tmp_path_factory.mktemp("export") / "store"
     (root / "runs").mkdir(parents=True)
     settings = [

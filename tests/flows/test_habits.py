@@ -1,4 +1,4 @@
-"""What a shell, an editor and a person in a hurry expect of the command."""
+"""What a shell, an editor and a hurried person expect of the command."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A run whose data folder lacks a benchmark: it ends, says what is missing, and makes up for it later."""
+"""A run whose data folder lacks a benchmark finishes, says what is missing, and evaluates it later."""
 
 import json
 import shutil

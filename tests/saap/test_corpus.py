@@ -1,4 +1,4 @@
-"""Texts read where they are asked for: the same as reading them all, whatever the file looks like inside."""
+"""Texts that are read only when asked for equal those of reading everything, for any layout of the file."""
 
 import numpy as np
 import pyarrow as pa

@@ -24,7 +24,7 @@ def numbers():
 
 
 def rows_of_numbers(lengths):
-    """Row r says the word r so many times: every token tells which row it is from."""
+    """Row r repeats the word r so many times, so every token shows which row it is from."""
     return [f"{r} " * n for r, n in enumerate(lengths)]
 
 

@@ -1,4 +1,4 @@
-"""Whatever is interrupted where: afterwards the warehouse holds what a rebuild from scratch would."""
+"""After an interruption at any point, the warehouse holds what a rebuild from scratch would."""
 
 import os
 import shutil

@@ -195,7 +195,7 @@ def test_the_leaderboard_has_a_row_for_each_different_result_best_first(tmp_path
     runs = {  # run → variant → the benchmarks it has got to
         "r1": {"dense": "good boolq piqa", "pruned": "poor boolq piqa"},
         "r2": {"dense": "good boolq piqa", "pruned": "poor boolq piqa"},  # the same again
-        "r3": {"dense": "good boolq"},  # stopped on the way
+        "r3": {"dense": "good boolq"},  # stopped before the end
     }
     for run_id, variants in runs.items():
         record, position = RunRecord(store.root, run_id, **ABOUT), 0

@@ -1,4 +1,4 @@
-"""The architectures we can prune. One like Llama is a row in `FAMILIES` and a class in `modeling_families.py`."""
+"""The architectures that can be pruned. One like Llama is a row in `FAMILIES` and a class in `modeling_families.py`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the rest of the library needs to know of an architecture."""
+"""What the rest of the library needs to know about an architecture."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

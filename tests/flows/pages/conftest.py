@@ -1,4 +1,4 @@
-"""A real browser, and pages opened in it with everything it says written down."""
+"""A real browser, and pages opened in it with everything they log recorded."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def look(browser):
 
 @pytest.fixture(scope="session")
 def run_store(tmp_path_factory):
-    """(warehouse, page of a whole run with names nobody should give, page of one that has only begun)."""
+    """(warehouse, page of a whole run whose names are hostile, page of a run that has only begun)."""
     maker = Maker(tmp_path_factory.mktemp("pages"))
     config = {"name": HOSTILE, "model": {"path": MODEL}, "prune": {"ratio": 0.3}, "recover": {"epochs": 2}}
     maker.run(RUN, config)

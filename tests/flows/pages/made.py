@@ -1,4 +1,4 @@
-"""A store of published artifacts with numbers of their own: what a page must show of it is asked of the warehouse."""
+"""A store of published artifacts with made-up numbers; a page must show what the warehouse says of them."""
 
 import numpy as np
 

@@ -90,7 +90,7 @@ def test_channels_and_heads_made_useless_are_found(name, tiny_llama, tokens):
     groups = discover(model)
     score = ranking(name, model, tokens)
     for _, _, index in groups.structures():
-        if planted[index].any() and name != "saap_gates":  # whose gates, trained all at once, only say who goes
+        if planted[index].any() and name != "saap_gates":  # its gates are trained together and only say who goes
             assert score[index][planted[index]].max() < score[index][~planted[index]].min()
     ratio = groups.parameters[planted].sum() / groups.parameters.sum()
     keep = select(score, groups, ratio, search=NEEDS[name].search, protect=(0, 1, -1), align=1)

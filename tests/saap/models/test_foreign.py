@@ -1,4 +1,4 @@
-"""Checkpoints as other people leave them: one model everywhere, that of transformers."""
+"""Checkpoints as other people leave them: saap must load the model that transformers loads."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_the_index_decides_which_files_are_the_model(folder, tmp_path):
     assert len(named) > 1
     before = model_source(str(folder), None, Fingerprints(tmp_path))
     logits = load(folder)(torch.arange(9)[None]).logits
-    # Mistral's own layout beside transformers': other names, other dtype, which nobody here is to read
+    # Mistral's own layout beside transformers': other names, other dtype; it must not be read
     save_file({"tok_embeddings.weight": torch.ones(9, dtype=torch.int64)}, folder / "consolidated.safetensors")
     assert {file.name for file in weight_files(folder)} == named
     assert model_source(str(folder), None, Fingerprints(tmp_path)) == before

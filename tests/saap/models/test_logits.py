@@ -24,5 +24,5 @@ def test_the_loss_and_its_gradient_are_those_of_autograd_in_any_pieces_of_the_vo
     torch.testing.assert_close(value.double(), losses.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
     if cap is None:
-        one = found[5].double()  # a confident answer: a gradient near nothing, and yet to its own digits
+        one = found[5].double()  # a confident answer: its gradient is nearly zero and must still be exact
         assert (one - expected[5]).norm() < 1e-3 * expected[5].norm()

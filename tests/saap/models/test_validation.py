@@ -1,4 +1,4 @@
-"""Checkpoints made by someone who means harm: one line says no, and nothing of theirs was run, read or allocated."""
+"""Checkpoints made with bad intent are refused in one line: nothing in them was run, read or allocated."""
 
 import json
 import resource

@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_losses(
 ):
     expected, expected_steps = undisturbed
     work = shutil.copytree(interrupted, tmp_path / "work")
-    # as if it had been killed a second time, while it wrote the next checkpoint
+    # as if it had been killed again while it wrote the next checkpoint
     torn = shutil.copytree(work / "checkpoint-4", work / "checkpoint-6")
     (torn / "trainer_state.json").unlink()
     (torn / "adapters.safetensors").write_bytes(b"torn")

@@ -17,7 +17,7 @@ def bytes_of(model):
 
 
 def process(rank, folder, prepared, tokens, answer):
-    """One of two: share out, compute, gather; the first says what it saw."""
+    """One process of two: share out, compute, gather; the first reports what it saw."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     dense, whole, state = bytes_of(prepared), copy.deepcopy(prepared), copy.deepcopy(prepared.state_dict())
@@ -67,4 +67,4 @@ def test_only_processes_that_the_launcher_started_together_share(monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", asked)
         monkeypatch.setenv("WORLD_SIZE", size)
         assert claimed() is answer
-        assert claimed() is False  # the word is taken
+        assert claimed() is False  # the first call removed the variable

@@ -15,7 +15,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def inputs(tiny_llama, tokens):
-    """(layer, kind) → the inputs of o_proj and down_proj in float64, by running each layer's layers by name."""
+    """(layer, kind) → the inputs of o_proj and down_proj in float64, by running the modules of each layer by name."""
     model, seen = tiny_llama().double(), {}
     for layer, module in enumerate(model.model.layers):
         for kind, linear in (("attention", module.self_attn.o_proj), ("mlp", module.mlp.down_proj)):
