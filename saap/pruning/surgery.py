@@ -32,7 +32,8 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
     """
     groups = _checked(model, keep)
     rows = {(layer, kind): np.flatnonzero(keep[index]) for layer, kind, index in groups.structures()}
-    state = dict(model.state_dict())
+    whole = model.state_dict()
+    state = dict(whole)
     names = {id(module): name for name, module in model.named_modules()}
     for layer, kinds in enumerate(layer_parts(model)):
         for kind, members in kinds.items():
@@ -58,9 +59,10 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
         state[f"{names[id(norm)]}.weight"] = norm.weight[part.staying(kept, len(norm.weight))]
     with torch.device("meta"):
         small = family_of(model.config).uneven(model.config, widths(model, groups, keep))
-    small.load_state_dict(
-        {name: tensor if name.endswith("inv_freq") else tensor.clone() for name, tensor in state.items()}, assign=True
-    )
+    for name, tensor in state.items():
+        if tensor is whole[name] and not name.endswith("inv_freq"):  # slices are copies already
+            state[name] = tensor.clone()
+    small.load_state_dict(state, assign=True)
     return complete(small, model)
 
 
