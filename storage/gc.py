@@ -1,6 +1,7 @@
 """What a store no longer needs, and what takes its space."""
 
 import contextlib
+import logging
 import os
 import shutil
 import time
@@ -23,6 +24,7 @@ _TEMPORARY = (
     "runs/*/stages/*.tmp",
     "fingerprints/*.tmp",
 )
+log = logging.getLogger("saap.storage")
 _SETTLED = 3600.0  # seconds: a temporary file of a living process is younger
 Reference = tuple[str, str]  # (stage, key)
 
@@ -62,18 +64,22 @@ def select_runs(
 def find_waste(store: ArtifactStore, dropped: Collection[str] = ()) -> list[Waste]:
     """What can be removed with the runs in `dropped`: they, artifacts of no other run, and what dead processes left.
 
-    While a run is at work, artifacts and locks are left alone: it may be about to use them.
+    While a run is at work, artifacts and locks are left alone: it may be about to use them. They are also while the
+    record of a run lies damaged in the store, as what that run refers to is not known.
     """
     root = store.root
     found = [Waste("run record", root / "runs" / r, size(root / "runs" / r), "asked for") for r in dropped]
     found += _left_by_the_dead(store)
-    for path in sorted(root.glob("damaged/*")):
+    lost = sorted(root.glob("damaged/runs-*"))
+    for path in sorted(set(root.glob("damaged/*")) - set(lost)):
         found.append(Waste("damaged", path, size(path), "set aside"))
     for file in sorted(file for pattern in _TEMPORARY for file in root.glob(pattern)):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - file.stat().st_mtime > _SETTLED:
                 found.append(Waste("temporary file", file, size(file), "of a dead process"))
-    if any(runs.is_alive(root, run_id) for run_id in runs.all_runs(root)):
+    for path in lost:
+        log.warning("no artifact is removed: which ones the damaged %s refers to is not known; delete it first", path)
+    if lost or any(runs.is_alive(root, run_id) for run_id in runs.all_runs(root)):
         return found
     used = references(store, [run_id for run_id in runs.all_runs(root) if run_id not in dropped])
     for stage, key in store.all():

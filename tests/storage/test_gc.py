@@ -12,6 +12,7 @@ from storage.gc import by_run, by_stage, find_waste, remove, select_runs
 from storage.runs import RunRecord, all_runs
 from storage.warehouse import Warehouse
 from tests.storage.kill_points import ABOUT, in_fork, run, tables
+from tests.storage.test_warehouse import fill
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,13 @@ def test_the_space_is_told_by_stage_and_by_run(store):
     assert alone == 0
     assert alone_second == stages["recover"][1]
     assert uses_second == uses + alone_second
+
+
+def test_while_a_damaged_run_record_lies_in_the_store_no_artifact_is_waste(tmp_path):
+    fill(tmp_path, "r1")
+    store = ArtifactStore(tmp_path)
+    (store.root / "runs" / "r1" / "run.json").write_text("")
+    with Warehouse(tmp_path).reading():
+        pass  # sets the record aside
+    assert list(store.root.glob("damaged/runs-r1-*"))
+    assert not find_waste(store)
