@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import json
-import os
 import shutil
 import time
 import uuid
@@ -13,6 +12,7 @@ from typing import Any
 
 from storage.damage import move_aside
 from storage.errors import StorageError
+from storage.files import fsync
 from storage.keys import file_digest
 from storage.locks import held
 
@@ -107,7 +107,7 @@ class ArtifactStore:
             yield draft
             files = {}
             for file in sorted(p for p in draft.rglob("*") if p.is_file()):
-                _fsync(file)
+                fsync(file)
                 files[str(file.relative_to(draft))] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
             manifest = {
                 "stage": stage,
@@ -118,10 +118,10 @@ class ArtifactStore:
                 "finished_at": time.time(),
             }
             (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            _fsync(draft / MANIFEST)
-            _fsync(draft)
+            fsync(draft / MANIFEST)
+            fsync(draft)
             draft.rename(self.path(stage, key))
-            _fsync(draft.parent)
+            fsync(draft.parent)
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
             if isinstance(error, Exception) and not draft.parent.is_dir():
@@ -173,11 +173,3 @@ def _fault(file: Path, about: Any, verify: bool) -> str | None:
     if (verify or about["bytes"] <= SMALL) and file_digest(file) != about["sha256"]:
         return "has other content than its manifest says"
     return None
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

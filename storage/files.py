@@ -19,3 +19,12 @@ def write_whole(file: Path, text: str) -> None:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def fsync(path: Path) -> None:
+    """Have a file or folder on the disk before going on. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import logging
-import os
 import shutil
 import tempfile
 import uuid
@@ -22,6 +21,7 @@ import duckdb
 from storage import runs
 from storage.artifacts import FULL, ArtifactStore
 from storage.errors import BusyError, StorageError
+from storage.files import fsync
 from storage.loading import create_tables, follow_disk, follows_disk, sql_type
 from storage.locks import held
 from storage.tables import SCHEMAS
@@ -120,7 +120,7 @@ class Warehouse:
         fresh = self.root / f".warehouse-{uuid.uuid4().hex[:8]}"
         try:
             fill(fresh)
-            _fsync(fresh)
+            fsync(fresh)
             Path(f"{self.file}.wal").unlink(missing_ok=True)  # another program's: it belongs to the old file
             fresh.replace(self.file)
         except duckdb.Error as error:  # a new file has no old faults: a full disk, a limit
@@ -222,11 +222,3 @@ def _quoted(path: Path) -> str:
 
 def _one_line(error: OSError, root: Path) -> OSError:
     return error if isinstance(error, StorageError) else StorageError(f"cannot write to {root} ({error.strerror})")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,7 +10,7 @@ import sys
 from storage import artifacts
 
 stage = sys.argv.pop(1)
-flush = artifacts._fsync
+flush = artifacts.fsync
 
 
 def die_in_stage(path):
@@ -19,7 +19,7 @@ def die_in_stage(path):
     flush(path)
 
 
-artifacts._fsync = die_in_stage
+artifacts.fsync = die_in_stage
 
 if __name__ == "__main__":
     from flows.cli import main
