@@ -60,7 +60,11 @@ def decode(device: str, tiny: bool) -> Figures:
     import speed
     from common import last_line
 
-    size = ["--shape", "tiny", "--prompt", "8", "--new", "4", "--runs", "2"] if tiny else ["--shape", "llama-7b"]
+    size = (
+        ["--shape", "tiny", "--prompt", "8", "--new", "4", "--runs", "2"]
+        if tiny
+        else ["--shape", "llama-7b", "--runs", "5"]
+    )
     return last_line(speed.main, ["--device", device, *size])
 
 
@@ -93,9 +97,9 @@ def whole_run(device: str, tiny: bool) -> Figures:
 STEPS: dict[str, tuple[Callable[[str, bool], Figures], int]] = {  # and seconds it may take
     "kernels": (kernels, 70),
     "scoring": (scoring, 100),
-    "decode": (decode, 120),
+    "decode": (decode, 150),
     "fisher_and_refit": (fisher_and_refit, 90),
-    "training": (training, 80),
+    "training": (training, 110),
     "whole_run": (whole_run, 60),
 }
 

@@ -21,4 +21,5 @@ for wheel in wheels/*.whl; do
     [ -e "$wheel" ] && "$PYTHON" -m zipfile -e "$wheel" "$packages"
 done
 export PYTHONPATH="$PWD:$packages${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TQDM_DISABLE=1
+export PYTORCH_NVML_BASED_CUDA_CHECK=1 # asking for a GPU must not start CUDA in the process that forks the steps
 "$PYTHON" benchmarks/gpu.py "$@"

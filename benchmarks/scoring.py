@@ -140,8 +140,9 @@ def peaks_of(model: nn.Module, tokens: torch.Tensor, weights: int) -> dict[str, 
     """The peak of each side above the weights, in multiples of them."""
     forward(model, tokens[:1])  # so that what is made once is not counted
     device = next(model.parameters()).device
+    a_pass = max(4, samples_at_once(model, tokens.shape[1]))
     return {
-        "ours": peak_above(lambda: saap.score(model, tokens[:4]), device) / weights,
+        "ours": peak_above(lambda: saap.score(model, tokens[:a_pass]), device) / weights,
         "straightforward": peak_above(lambda: straightforward(model, tokens[:2]), device) / weights,
     }
 

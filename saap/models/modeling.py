@@ -135,12 +135,13 @@ class _GroupwiseMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, linear: GroupwiseLinear, constant: torch.Tensor | None) -> torch.Tensor:
         ctx.linear = linear
         flat = x.flatten(0, -2)
-        y = F.linear(flat, _matrix(linear, x.dtype))
-        if constant is not None:
-            constant = constant.to(x.dtype)
-            pooled = linear.pool(flat)
-            y.addmm_(pooled, constant.t())
-            ctx.save_for_backward(constant, pooled if ctx.needs_input_grad[2] else None)
+        with torch.autocast(x.device.type, enabled=False):  # on a GPU it would sum the pooled inputs in float32
+            y = F.linear(flat, _matrix(linear, x.dtype))
+            if constant is not None:
+                constant = constant.to(x.dtype)
+                pooled = linear.pool(flat)
+                y.addmm_(pooled, constant.t())
+                ctx.save_for_backward(constant, pooled if ctx.needs_input_grad[2] else None)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod

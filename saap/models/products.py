@@ -59,7 +59,20 @@ def _dense(t: torch.Tensor) -> torch.Tensor:
 
 
 class FastLinears(TorchFunctionMode):
-    """While open, linear layers use `product`, forward and backward. Their weights get no gradients."""
+    """While open, linear layers use `product`, forward and backward. Their weights get no gradients.
+
+    Does nothing where `product` would do as PyTorch does: a mode costs time at every operation.
+    """
+
+    def __enter__(self) -> "FastLinears":
+        self._needed = by_onednn()
+        if self._needed:
+            super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._needed:
+            super().__exit__(*error)
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not kwargs:

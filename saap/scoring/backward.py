@@ -1,7 +1,7 @@
 """The backward pass that scores need: to the embeddings, with no gradient of a weight, in little memory."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,17 +16,19 @@ from saap.models.logits import cross_entropy
 from saap.models.products import FastLinears
 
 
-def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0) -> None:
+def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0, *, recompute: bool = False) -> None:
     """Backward pass of scale·Σ_d L_d, L_d the mean next-token cross-entropy of row d of batch, int64 (D, T).
 
-    It is there for hooks to watch: no parameter gets a gradient. The logits are made in pieces and never kept. Where
-    weights are not on their device (accelerate's offload), the forward pass keeps only the inputs of layers, on the
-    CPU, and the backward pass repeats each layer.
+    It is there for hooks to watch: no parameter gets a gradient. The logits are made in pieces and never kept.
+
+    recompute: the forward pass keeps only the inputs of layers, and the backward pass repeats each layer: a third more
+    arithmetic, for many more tokens in the same memory. Always so where weights are not on their device (accelerate's
+    offload); the inputs then wait on the CPU.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     ids = batch.to(input_device(model))
     with frozen(model):
-        with torch.enable_grad(), _recomputed(model) if is_offloaded(model) else FastLinears():
+        with torch.enable_grad(), _recomputed(model) if recompute or is_offloaded(model) else FastLinears():
             states = embedding(ids).detach().requires_grad_()
             last = model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
         predicting, targets = last.detach()[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(last.device)
@@ -113,13 +115,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recomputed(model: nn.Module) -> Iterator[None]:
-    """While open, a forward pass keeps only the inputs of layers, on the CPU; its backward pass repeats each layer."""
+    """While open, a forward pass keeps only the inputs of layers; its backward pass repeats each layer."""
     layers = family_of(model.config).layers(model)
     own = [layer.__dict__.get("forward") for layer in layers]  # accelerate's, around the class's
     for layer in layers:
         layer.forward = partial(_checkpointed, layer.forward)
     try:
-        with torch.autograd.graph.save_on_cpu():
+        with torch.autograd.graph.save_on_cpu() if is_offloaded(model) else nullcontext():
             yield
     finally:
         for layer, forward in zip(layers, own, strict=True):

@@ -17,10 +17,11 @@ from saap.models.groups import group_matrices, weight_of
 from saap.scoring.backward import backward, input_device, is_offloaded, watch_gradients
 from saap.scoring.salience import TILE, channel_sums
 
-# Tokens in one pass where no batch size is asked for: enough for full matrix products, since what a pass keeps for its
-# backward grows with them (40 kB a token and layer of a model 576 wide, 170 kB of one 4,096 wide in 16 bits). Weights
-# that are fetched layer by layer are worth more tokens, of which only the inputs of layers are kept.
-TOKENS_AT_ONCE = {"cpu": 128, "cuda": 384, "offloaded": 8192}
+# Tokens in one pass where no batch size is asked for. On a CPU enough for full matrix products, since what a pass keeps
+# for its backward grows with them (40 kB a token and layer of a model 576 wide, 170 kB of one 4,096 wide in 16 bits).
+# On a GPU launching a pass's kernels takes as long as 2,000 tokens' arithmetic, and weights that are fetched layer by
+# layer are worth even more: such passes keep only the inputs of layers, and repeat each layer in the backward.
+TOKENS_AT_ONCE = {"cpu": 128, "cuda": 3200, "offloaded": 8192}
 
 # The loss of a float16 model is scaled, by powers of two so that undoing it is exact: its gradients of 1e-8 would be
 # zero in float16. Where the scaled ones overflow the sample is done again with the next scale.
@@ -140,7 +141,7 @@ def _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales):
         sums[:, :, place] = channel_sums(weight, delta, x, axis, hessian=hessian, scale=scales[0], work=here)
 
     with watch_gradients([linear for *_, linear, _ in channels.matrices], see):
-        backward(model, batch, scales[0])
+        backward(model, batch, scales[0], recompute=channels.device.type == "cuda")
     vectors = channels.sum(sums[0].abs() if vector_unit == "row" else sums[0]).abs().cpu()
     elements = channels.sum(sums[1]).cpu()
     finite = (vectors.isfinite() & elements.isfinite()).all(1)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS, COLUMNS, TOKENS = 128, 128, 32  # a program's tile of W, and the tokens it multiplies at a time
+ROWS, COLUMNS = 128, 128  # a program's tile of W
 
 
 @triton.jit
@@ -15,7 +15,7 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One tile of one sample: its sums go to signed and element, (samples, tiles across, channels)."""
-    block_row, block_column, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    sample, block_row, block_column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     row = block_row * BM + tl.arange(0, BM)
     column = block_column * BN + tl.arange(0, BN)
     gradient = tl.zeros((BM, BN), tl.float32)
@@ -40,9 +40,9 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     s = gradient * unscale * w.to(tl.float32)
     second = s - 0.5 * s * s
     if AXIS == 0:
-        channel, channels, tile, count = row, out_features, block_column, tl.num_programs(1)
+        channel, channels, tile, count = row, out_features, block_column, tl.num_programs(2)
     else:
-        channel, channels, tile, count = column, in_features, block_row, tl.num_programs(0)
+        channel, channels, tile, count = column, in_features, block_row, tl.num_programs(1)
     place = (sample * count + tile) * channels + channel
     tl.store(signed + place, tl.sum(second if FISHER else s, 1 - AXIS), mask=channel < channels)
     tl.store(element + place, tl.sum(tl.abs(second), 1 - AXIS), mask=channel < channels)
@@ -57,14 +57,16 @@ def channel_sums(
     if x.stride(-1) != 1:
         x = x.contiguous()
     (out_features, in_features), samples = weight.shape, len(delta)
-    grid = (triton.cdiv(out_features, ROWS), triton.cdiv(in_features, COLUMNS), samples)
-    across, channels = (grid[1], out_features) if axis == 0 else (grid[0], in_features)
+    # samples first: those of a tile run together and find its weights in the cache
+    grid = (samples, triton.cdiv(out_features, ROWS), triton.cdiv(in_features, COLUMNS))
+    across, channels = (grid[2], out_features) if axis == 0 else (grid[1], in_features)
+    whole = x.dtype == torch.float32
     sums = torch.empty(2, samples, across, channels, device=weight.device)
     with torch.cuda.device_of(weight):
         _tile_sums[grid](
             weight, delta, x, sums[0], sums[1], out_features, in_features, x.shape[1], 1.0 / scale,
             *weight.stride(), *delta.stride()[:2], *x.stride()[:2],
-            AXIS=axis, FISHER=fisher, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            BM=ROWS, BN=COLUMNS, BK=TOKENS, num_warps=8,
+            AXIS=axis, FISHER=fisher, PRECISION="ieee" if whole else "tf32",
+            BM=ROWS, BN=COLUMNS, BK=32 if whole else 64, num_warps=4 if axis else 8,
         )  # fmt: skip
     return sums.sum(2)

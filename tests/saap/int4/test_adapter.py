@@ -96,3 +96,23 @@ def test_gradients_reach_the_adapters_and_nothing_else(trained):
     assert len(trained_ids) == 2 * 7 * 6
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
     assert all(p.grad is None for p in model.parameters() if id(p) not in trained_ids)
+
+
+def test_the_product_is_made_outside_of_autocast(monkeypatch):
+    """On a GPU autocast gives sums back in float32, which the product with bfloat16 then refuses."""
+    adapter, seen = adapted(64, 16, 32), []
+    pool = adapter.base.pool
+    monkeypatch.setattr(adapter.base, "pool", lambda x: seen.append(torch.is_autocast_enabled("cpu")) or pool(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = adapter(torch.ones(2, 64))
+    assert seen == [False]
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_an_adapter_trains_under_autocast_on_a_gpu():
+    adapter = adapted(64, 16, 32).cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = adapter(torch.ones(2, 64, device="cuda"))
+    y.float().sum().backward()
+    assert torch.isfinite(adapter.b.grad).all()
