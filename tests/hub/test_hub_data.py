@@ -119,6 +119,28 @@ def test_each_refusal_is_one_line(hub, ask, model):
     assert "HF_HUB_OFFLINE" in ask(LINE.format(actions="lambda: data('boolq'), lambda: 0"), HF_HUB_OFFLINE="1")[0]
 
 
+def test_a_set_that_is_a_script_or_lacks_its_split_is_one_line(hub, ask):
+    def only(role, **files):
+        hub.repository(f"datasets/{DATA[role].hub}").commit({name.replace("__", "."): b for name, b in files.items()})
+
+    only("boolq", super_glue__py=b"raise SystemExit\n", README__md=b"# A loading script\n")
+    only("recovery", README__md=b"# Nothing\n")
+    only("hellaswag", train__csv=b"a,b\n1,2\n", validation__csv=b"a,b\n1,2\n")
+    only("piqa", train__jsonl=b"{}\n")
+    lines = ask(LINE.format(actions=", ".join(f"lambda: data('{r}')" for r in ("boolq", "recovery", "hellaswag", "piqa"))))
+    expected = (
+        "the data set aps/super_glue has no boolq validation: Dataset scripts are no longer supported",
+        "the data set tatsu-lab/alpaca has no train: .*no .*data files|the data set tatsu-lab/alpaca",
+        "Rowan/hellaswag has its split validation in .*csv.*: only Parquet and JSON are read",
+        "baber/piqa has its split validation in no files",
+    )
+    for line, wanted in zip(lines, expected, strict=True):
+        assert re.search(wanted, line), line
+        assert line.startswith("MissingData 2 ")
+        assert "NEWLINE" not in line
+        assert "None" not in line
+
+
 def test_what_passes_is_tried_again(hub, ask, model, mini):
     hub.faults = {
         r"GET /api/datasets/baber/piqa": [503, 429],
