@@ -92,6 +92,28 @@ print(found.path, found.weights, found.extras)
     assert hub.requests == []
 
 
+def test_a_look_finds_a_model_that_was_downloaded_and_downloads_none(hub, ask, model):
+    """Though the files that are left on the hub are not there."""
+    code = """
+from pathlib import Path
+from storage.keys import Fingerprints
+from tasks.model_source import model_source
+for look_only in {order}:
+    try:
+        print(model_source("org/tiny", None, Fingerprints(Path("unused"), look_only=look_only)).path)
+    except ValueError as error:
+        print(error)
+"""
+    looked, ran, again = ask(code.format(order=(True, False, True)))
+    assert (
+        looked == "model org/tiny is no local folder and has not been downloaded yet, which only saap run and sweep do"
+    )
+    hub.requests.clear()
+    assert ran == again
+    assert ask(code.format(order=[True])) == [ran]
+    assert hub.requests == []
+
+
 def test_each_refusal_is_one_line(hub, ask, model):
     hub.repository("models/org/gated").gated = True
     hub.repositories["models/org/gated"].commit({"config.json": b"{}"})
@@ -127,7 +149,9 @@ def test_a_set_that_is_a_script_or_lacks_its_split_is_one_line(hub, ask):
     only("recovery", README__md=b"# Nothing\n")
     only("hellaswag", train__csv=b"a,b\n1,2\n", validation__csv=b"a,b\n1,2\n")
     only("piqa", train__jsonl=b"{}\n")
-    lines = ask(LINE.format(actions=", ".join(f"lambda: data('{r}')" for r in ("boolq", "recovery", "hellaswag", "piqa"))))
+    lines = ask(
+        LINE.format(actions=", ".join(f"lambda: data('{r}')" for r in ("boolq", "recovery", "hellaswag", "piqa")))
+    )
     expected = (
         "the data set aps/super_glue has no boolq validation: Dataset scripts are no longer supported",
         "the data set tatsu-lab/alpaca has no train: .*no .*data files|the data set tatsu-lab/alpaca",

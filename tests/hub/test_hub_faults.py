@@ -28,7 +28,7 @@ CASES = [
 @pytest.mark.parametrize(("place", "fault", "expected"), CASES)
 def test_what_does_not_pass_is_one_line(hub, ask, model, place, fault, expected):
     hub.faults = {PLACES[place]: [fault] * 1000}
-    roles = ROLES if fault != "hang" else "lambda: data('piqa'), lambda: model('org/tiny')"
+    roles = ROLES if fault != "hang" else "lambda: data('ptb')"
     lines = ask(LINE.format(actions=roles), HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="1")
     assert len(lines) == roles.count("lambda")
     for line in lines:
@@ -59,3 +59,14 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub, ask, scheme):
     assert [line.split()[0] for line in lines] == ["MissingData", "HubError"]
     assert all("(ConnectError): check the network, or set HF_HUB_OFFLINE=1" in line for line in lines)
     assert not any("NEWLINE" in line for line in lines)
+
+
+def test_a_storage_that_cannot_be_reached_is_one_line(hub, ask, model, mini):
+    """hf_xet, which fetches large files from the hub's own storage, raises plain RuntimeErrors."""
+    hub.xet = "http://127.0.0.1:9"
+    action = LINE.format(actions="lambda: data('piqa'), lambda: model('org/tiny')")
+    lines = ask(action, HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="1")
+    assert [line.split()[:2] for line in lines] == [["MissingData", "2"], ["HubError", "2"]]
+    assert all("cannot download" in line and "set HF_HUB_DISABLE_XET=1" in line for line in lines), lines
+    assert not any("NEWLINE" in line for line in lines)
+    assert [line.split()[0] for line in ask(action, HF_HUB_DISABLE_XET="1")] == ["had", "had"]
