@@ -228,21 +228,27 @@ def _download(name: str, revision: str | None, look_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def get(revision: str | None, **patterns: list[str]) -> Path:
+    def get(revision: str | None, wanted: list[str], unwanted: list[str] | None = None) -> Path:
         def download() -> str:
-            return snapshot_download(name, revision=revision, local_files_only=look_only, **patterns)
+            return snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=look_only,
+                allow_patterns=wanted,
+                ignore_patterns=unwanted,
+            )
 
         return Path(download() if look_only else ask(f"the model {name}", download))
 
     try:
         small = [pattern for pattern in (*TOKENIZER, *EXTRAS, "*.json", "README.md") if "/" not in pattern]
-        folder = get(revision, allow_patterns=small, ignore_patterns=["*/*", "*.bin"])
+        folder = get(revision, small, ["*/*", "*.bin"])
         named = ["model.safetensors"]
         if (folder / INDEX).is_file():
             named = [file.name for file in _named_files(folder / INDEX)]
         rest = [*named, *(pattern for pattern in EXTRAS if "/" in pattern)]
         # at the commit of the files above, in case the revision moves in between
-        return get(folder.name, allow_patterns=rest)
+        return get(folder.name, rest)
     except LocalEntryNotFoundError as error:
         raise ConfigError(
             f"model {name} is no local folder and has not been downloaded yet, which only saap run and sweep do"
