@@ -36,15 +36,13 @@ class ParquetTexts(Sequence[str]):
     @classmethod
     def of_files(cls, files: Sequence[Path], column: str = "text") -> "ParquetTexts":
         """The texts of local files. Raises SaapError when one cannot be read."""
-        import pyarrow.parquet as pq
-
-        rows = []
-        for file in files:
-            try:
-                rows.append(pq.read_metadata(file).num_rows)
-            except (OSError, ValueError) as error:
-                raise SaapError(f"cannot read {file}: {first_line(error)}") from error
-        return cls(rows, lambda number: files[number], column)
+        layouts = {}
+        for number, file in enumerate(files):
+            with _named(file):
+                layouts[number] = _Layout(file, column)
+        texts = cls([layout.metadata.num_rows for layout in layouts.values()], lambda number: files[number], column)
+        texts._layouts = layouts
+        return texts
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
