@@ -7,6 +7,7 @@ from typing import Any
 
 from tasks.config import ACCURACIES, RunConfig
 from tasks.criteria import needs_of
+from tasks.families import check_family
 from tasks.model_source import ModelSource, embedded_config
 from tasks.toml import ConfigError
 
@@ -15,13 +16,15 @@ from tasks.toml import ConfigError
 class Facts:
     """A model as its files describe it: its config, its coupled groups, the last names of its linear layers.
 
-    tokens, ends: how many tokens the tokenizer has, and whether one of them ends a text.
+    tokens, begins, ends: how many tokens the tokenizer has, whether it has one for the beginning of a text, and one for
+    its end.
     """
 
     config: Any
     groups: Any
     linears: frozenset[str]
     tokens: int
+    begins: bool
     ends: bool
 
 
@@ -37,6 +40,7 @@ def check_before_start(config: RunConfig, source: ModelSource) -> None:
         raise ConfigError("speed.llama_cpp needs llama.cpp: pip install -c constraints.txt xllamacpp")
     facts = facts_of(source)
     _check_family(config, facts)
+    _check_offload(config, source)
     _check_tokenizer(config, source, facts)
     _check_plan(config, facts)
     _check_lengths(config, facts)
@@ -56,7 +60,7 @@ def facts_of(source: ModelSource) -> Facts:
         config: Any = AutoConfig.for_model(**embedded_config(source.path))
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
-        tokens, ends = config.vocab_size, True
+        tokens, begins, ends = config.vocab_size, True, True
     else:
         config = load_config(source.path)
         if getattr(config, "groupwise", None):
@@ -66,14 +70,15 @@ def facts_of(source: ModelSource) -> Facts:
             )
         model = check_sizes(config, source.path)
         tokenizer = load_tokenizer(source.path)
-        tokens, ends = len(tokenizer), tokenizer.eos_token_id is not None
+        begins, ends = (token is not None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        tokens = len(tokenizer)
     linears = {
         name.rpartition(".")[2]
         for layer in _layers(model)
         for name, module in layer.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    return Facts(config, discover(model), frozenset(linears), tokens, ends)
+    return Facts(config, discover(model), frozenset(linears), tokens, begins, ends)
 
 
 def _layers(model: Any) -> Any:
@@ -112,13 +117,27 @@ def _check_family(config: RunConfig, facts: Facts) -> None:
         )
 
 
+def _check_offload(config: RunConfig, source: ModelSource) -> None:
+    if config.compute.offload and source.kind == "folder" and check_family(source.path)["model_type"] == "baichuan":
+        raise ConfigError(
+            f"compute.offload does not go with the Baichuan in {source.path}, whose W_pack is split when it is loaded: "
+            "set it to false, or give the folder that saap.save(saap.load(…), folder, saap.load_tokenizer(…)) writes"
+        )
+
+
 def _check_tokenizer(config: RunConfig, source: ModelSource, facts: Facts) -> None:
     if facts.tokens > facts.config.vocab_size:
         raise ConfigError(
             f"the tokenizer in {source.path} has {facts.tokens} tokens, the model embeddings for "
             f"{facts.config.vocab_size}: give the tokenizer that belongs to it"
         )
-    answers = bool(config.evaluate.variants and set(config.evaluate.benchmarks) & set(ACCURACIES))
+    measured = set(config.evaluate.benchmarks) if config.evaluate.variants else set()
+    if config.evaluate.bos == "always" and measured - set(ACCURACIES) and not facts.begins:
+        raise ConfigError(
+            f"the tokenizer in {source.path} has no BOS token: set evaluate.bos to 'auto' or 'never', or bos_token in "
+            "its tokenizer_config.json"
+        )
+    answers = bool(measured & set(ACCURACIES))
     if not facts.ends and (config.recover.recipe != "none" or answers):
         raise ConfigError(
             f"the tokenizer in {source.path} names no end-of-text token, which recovery teaches and lm-eval needs: set "

@@ -34,15 +34,16 @@ class Split:
 def ask(what: str, action: Callable[[], Found]) -> Found:
     """The result of a call of huggingface_hub. `what` it is about, for people: 'the model org/name'.
 
-    What may pass (a network that fails, 429, 5xx, a download that ends early) is tried four times. Raises HubError;
-    errors of this machine's disk go through as they are.
+    What may pass (a network that fails, 429, 5xx, a download that ends early) is tried four times, but what hf_xet
+    downloads once: it tries by itself for minutes. Raises HubError; errors of this machine's disk go through as they
+    are.
     """
     from huggingface_hub.errors import HTTPError
 
     for wait in (*WAITS, None):
         try:
             return action()
-        except (HTTPError, OSError, ConnectionError) as error:
+        except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:  # RuntimeError: hf_xet's
             cause = _answer_in(error)
             if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
                 raise
@@ -93,6 +94,11 @@ def _explain(what: str, error: BaseException) -> tuple[str, bool, float | None]:
         said = "too many requests" if status == 429 else "an error of its own"
         line = f"the hub answers {status} ({said}) for {what}: try later" + (", or set HF_TOKEN" * (status == 429))
         return line, True, float(wanted) if wanted.isdigit() else None
+    if isinstance(error, RuntimeError):
+        said = (str(error).splitlines() or ["hf_xet"])[0][:200]
+        return f"cannot download {what}: {said}; check network and disk, or set HF_HUB_DISABLE_XET=1", False, None
+    if isinstance(error, json.JSONDecodeError):
+        return f"the answer for {what} is not the hub's: log in to the network, or check HF_ENDPOINT", True, None
     if status is not None:
         return f"the hub refuses {what} (HTTP {status}): check the name and HF_TOKEN", False, None
     return f"cannot download {what} ({type(error).__name__}): check the network, or set HF_HUB_OFFLINE=1", True, None
@@ -184,8 +190,11 @@ def _published_files(repository: str, config: str | None, split: str, commit: st
     except DatasetNotFoundError:
         HfApi().auth_check(repository, repo_type="dataset")  # says why not, which datasets does not
         raise
+    except json.JSONDecodeError:
+        raise
     except (ValueError, RuntimeError, DataFilesNotFoundError) as error:  # no such configuration, no files, a script
-        raise HubError(f"the data set {repository} has no {config} {split}: {str(error).splitlines()[0]}") from error
+        wanted = f"{config} {split}" if config else split
+        raise HubError(f"the data set {repository} has no {wanted}: {str(error).splitlines()[0]}") from error
     return [str(url).split(f"@{commit}/", 1)[-1] for url in urls]
 
 

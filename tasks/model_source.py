@@ -228,27 +228,31 @@ def _download(name: str, revision: str | None, look_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if look_only:
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError as error:
-            raise ConfigError(
-                f"model {name} is no local folder and has not been downloaded yet, which only saap run and sweep do"
-            ) from error
-    what = f"the model {name}"
-    small = [pattern for pattern in (*TOKENIZER, *EXTRAS, "*.json", "README.md") if "/" not in pattern]
-    folder = Path(
-        ask(
-            what,
-            lambda: snapshot_download(name, revision=revision, allow_patterns=small, ignore_patterns=["*/*", "*.bin"]),
-        )
-    )
-    named = ["model.safetensors"]
-    if (folder / INDEX).is_file():
-        named = [file.name for file in _named_files(folder / INDEX)]
-    rest = [*named, *(pattern for pattern in EXTRAS if "/" in pattern)]
-    # at the commit of the files above, in case the revision moves in between
-    return Path(ask(what, lambda: snapshot_download(name, revision=folder.name, allow_patterns=rest)))
+    def get(revision: str | None, wanted: list[str], unwanted: list[str] | None = None) -> Path:
+        def download() -> str:
+            return snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=look_only,
+                allow_patterns=wanted,
+                ignore_patterns=unwanted,
+            )
+
+        return Path(download() if look_only else ask(f"the model {name}", download))
+
+    try:
+        small = [pattern for pattern in (*TOKENIZER, *EXTRAS, "*.json", "README.md") if "/" not in pattern]
+        folder = get(revision, small, ["*/*", "*.bin"])
+        named = ["model.safetensors"]
+        if (folder / INDEX).is_file():
+            named = [file.name for file in _named_files(folder / INDEX)]
+        rest = [*named, *(pattern for pattern in EXTRAS if "/" in pattern)]
+        # at the commit of the files above, in case the revision moves in between
+        return get(folder.name, rest)
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            f"model {name} is no local folder and has not been downloaded yet, which only saap run and sweep do"
+        ) from error
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """Rows of data files in the form the stages take; what is wrong is named by file, row and column. Without torch."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,13 @@ def checked_rows(file: Path, role: str, columns: tuple[str, ...]) -> Iterator[Ro
             raise ConfigError(
                 f"{file}, row {number}: an object with {', '.join(columns)} is expected, found {row!r:.60}"
             )
-        if role == "recovery" and row.get("input") is None:
-            row["input"] = ""
-        missing = [column for column in columns if column not in row]
+        may_lack = ("input",) if role == "recovery" else ()
+        missing = [column for column in columns if column not in row and column not in may_lack]
         if missing:
             raise ConfigError(
                 f"{file} lacks the column {', '.join(missing)} in row {number}, needed for {role}; it has {sorted(row)}"
             )
+        row |= {column: "" for column in may_lack if row.get(column) is None}
         try:
             fix(row)
         except _Wrong as wrong:
@@ -54,6 +55,7 @@ def check_text_column(file: Path, role: str, column: str) -> int:
         schema = parquet.schema_arrow
         if column not in schema.names:
             raise ConfigError(f"{file} lacks the column {column}, needed for {role}; it has {sorted(schema.names)}")
+        _check_once(file, schema.names, (column,))
         kind = schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
@@ -70,6 +72,11 @@ def check_text_column(file: Path, role: str, column: str) -> int:
         return int(parquet.metadata.num_rows)
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
+
+
+def _check_once(file: Path, names: list[str], wanted: tuple[str, ...] | list[str]) -> None:
+    if twice := [column for column in wanted if names.count(column) > 1]:
+        raise ConfigError(f"{file} has the column {twice[0]} {names.count(twice[0])} times: leave one")
 
 
 def _find_null(parquet: Any, group: int, column: str, row: int, file: Path) -> None:
@@ -109,8 +116,11 @@ def _rows(file: Path, columns: tuple[str, ...] | None) -> Iterator[Any]:
                 wanted = names if columns is None else [name for name in names if name in columns]
                 if not wanted:
                     raise ConfigError(f"{file} lacks the columns {', '.join(columns or ())}; it has {sorted(names)}")
+                _check_once(file, names, wanted)
                 for batch in parquet.iter_batches(columns=wanted):
                     yield from batch.to_pylist()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} holds text that is no UTF-8 ({error}): write it again in UTF-8") from error
         except (OSError, pa.ArrowException) as error:
             raise ConfigError(f"cannot read {file}: {str(error).splitlines()[0]}") from error
         return
@@ -120,17 +130,24 @@ def _rows(file: Path, columns: tuple[str, ...] | None) -> Iterator[Any]:
             for line in stream:
                 number += 1
                 if first and line.lstrip().startswith("["):
-                    yield from json.loads(line + stream.read())
+                    yield from _parsed(line + stream.read())
                     return
                 if line.strip():
                     first = False
-                    yield json.loads(line)
+                    yield _parsed(line)
     except (OSError, ValueError, RecursionError) as error:
         where = "" if isinstance(error, OSError) else f", line {max(number, 1)}"
         why = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise ConfigError(
             f"cannot read {file}{where}: {why}; JSON lines or one JSON array in UTF-8 is expected"
         ) from error
+
+
+def _parsed(text: str) -> Any:
+    value = json.loads(text)
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # half of a surrogate pair is no text, and a ValueError here
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _text(row: Row, column: str) -> str:

@@ -67,7 +67,8 @@ def accuracy(
 ) -> tuple[list[Metric], dict[str, Any]]:
     """acc (and acc_norm where the task has it) of one of `ACCURACY`, and lm-eval's own results as it gives them.
 
-    data_file: .parquet or .jsonl with the split's rows in the data set's official columns; None downloads from the hub.
+    data_file: .parquet or .jsonl with the split's rows in the data set's official columns; None downloads what is the
+    newest on the hub. For a fixed commit give a file that you downloaded at that commit, as the pipeline does.
     limit: the first so many items only. The results hold lm-eval's per-sample logs under "samples".
     Raises SaapError for an unknown benchmark or unusable data, DataUnavailable when a download fails.
     """

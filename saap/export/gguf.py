@@ -13,7 +13,8 @@ from saap.errors import SaapError
 from saap.export.tensors import Stored, gguf_tensors, head_size, padded
 from saap.export.uniform import STOCK
 from saap.export.vocabulary import write_vocabulary
-from saap.models.checkpoint import load_config, load_tokenizer
+from saap.models.checkpoint import load_config
+from saap.models.tokenizer import load_tokenizer
 from saap.models.validation import check_sizes
 
 FLOATS = {"f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16}

@@ -8,7 +8,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from saap.errors import SaapError
 from saap.int4.quantize import dequantize
-from saap.models.checkpoint import DTYPES, complete, load, load_config, load_tokenizer, save
+from saap.models.checkpoint import DTYPES, complete, load, load_config, save
+from saap.models.tokenizer import load_tokenizer
 
 STOCK = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "ministral3", "granite"),

@@ -38,7 +38,8 @@ class Job:
 
 def run(job: Job) -> list[dict[str, Any]]:
     """Load, recover and save; in several processes, the first one saves. Returns the training steps as dicts."""
-    from saap.models.checkpoint import load, load_tokenizer, save
+    from saap.models.checkpoint import load, save
+    from saap.models.tokenizer import load_tokenizer
     from saap.recovery.recipes import RECIPES
     from saap.recovery.recover import Training, recover
     from saap.recovery.shard import claimed

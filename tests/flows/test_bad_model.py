@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from flows.cli import app
 from saap import load, load_tokenizer, save, to_groupwise
 from tests.flows.bad_input import RUNNER, assert_refused, settings
+from tests.saap.models.families import build, publish_baichuan
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -186,6 +187,31 @@ def test_a_tokenizer_without_an_end_will_do_where_none_is_needed(config, folder)
     assert_refused(["end-of-text"], *asked)
     done = RUNNER.invoke(app, [*map(str, asked), "--set", "evaluate.benchmarks=['wikitext2']"])
     assert done.exit_code == 0, done.exception
+
+
+def test_a_token_for_the_beginning_that_is_not_there_cannot_be_asked_for(config, folder):
+    fields("tokenizer_config.json", bos_token=None)(folder)
+    asked = ["plan", config, *settings([f"model.path={folder}", "evaluate.bos=always"])]
+    assert_refused(["no BOS token", "evaluate.bos", "bos_token"], *asked)
+    for more in (["evaluate.bos=auto"], ["evaluate.benchmarks=['arc_easy']"], ["evaluate.variants=[]"]):
+        done = RUNNER.invoke(app, list(map(str, [*asked, *settings(more)])))
+        assert done.exit_code == 0, done.exception
+
+
+def test_a_baichuan_does_not_stay_on_disk(config, folder, tmp_path):
+    model = build("baichuan-13b, 12 heads")
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    publish_baichuan(model, folder, model_max_length=256)
+    plan = ["plan", config, "--set", "recover.recipe=none", "--set"]
+    assert_refused(
+        ["compute.offload", "Baichuan", "saap.save"], *plan, f"model.path={folder}", "--set", "compute.offload=true"
+    )
+    save(load(folder), tmp_path / "split", load_tokenizer(folder))
+    for place, offload in ((folder, "false"), (tmp_path / "split", "true")):
+        done = RUNNER.invoke(app, list(map(str, [*plan, f"model.path={place}", "--set", f"compute.offload={offload}"])))
+        assert done.exit_code == 0, done.exception
+    assert load(tmp_path / "split", offload=True)
 
 
 def test_a_bloom_is_refused_for_int4_and_llama_cpp_and_taken_without(config, folder):

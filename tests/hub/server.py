@@ -3,7 +3,10 @@
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -33,14 +36,17 @@ class Repository:
 class Hub:
     """repositories: 'models/org/name' or 'datasets/org/name'. requests: 'GET /path' of all that was asked.
 
-    faults: a pattern of such requests → answers to give first, each used once: a status, or 'cut' to end a download
-    halfway.
+    faults: a pattern of such requests → answers to give first, each used once: a status; 'cut' to end a download
+    halfway; 'reset' to close the connection without an answer, 'hang' to give none for five seconds, 'noise' for one
+    that is no HTTP, 'page' for a web page, as a network with a login gives. xet: the address of the storage that large
+    files are said to lie in; there is none.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
         self.faults: dict[str, list[int | str]] = {}
+        self.xet = ""
         self.lock = threading.Lock()
 
     def repository(self, name: str) -> Repository:
@@ -97,6 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault(f"{self.command} {path}")
         if isinstance(fault, int):
             self._send(fault, b'{"error": "of the test"}', {"Retry-After": "0"})
+        elif fault == "page":
+            self._send(200, b"<html>Log in</html>", {"Content-Type": "text/html"})
+        elif fault in ("reset", "hang", "noise"):
+            self._break(str(fault))
         elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(.+))?", path):
             self._api(*found.groups(), parse_qs(url.query), body)
         elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/auth-check", path):
@@ -107,8 +117,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(found[1] or "models/", found[2], found[3])
         elif found := re.fullmatch(r"/cdn/(\w+/[^/]+/[^/]+)/(\w{40})/(.+)", path):
             self._file(self.hub.repositories[found[1]].commits[found[2]][found[3]], {}, cut=fault == "cut")
+        elif path == "/xet-token":
+            about = {"Cas-Url": self.hub.xet, "Access-Token": "t", "Token-Expiration": "9999999999"}
+            self._send(200, b"", {f"X-Xet-{name}": value for name, value in about.items()})
         else:
             self._send(404)
+
+    def _break(self, how: str) -> None:
+        self.close_connection = True
+        if how == "hang":
+            time.sleep(5)
+        elif how == "noise":
+            self.wfile.write(b"\x00\x01\x02 no HTTP\r\n\r\n")
+        else:  # closed with nothing to wait for, the system sends a reset
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
     def _repository(self, name: str) -> Repository | None:
         repository = self.hub.repositories.get(name)
@@ -163,11 +186,14 @@ class _Handler(BaseHTTPRequestHandler):
             code = "EntryNotFound" if commit else "RevisionNotFound"
             self._send(404, headers={"X-Error-Code": code, "X-Repo-Commit": commit, "X-Error-Message": code})
         elif _large(path):
-            data = files[path]
+            data, xet = files[path], {}
+            if self.hub.xet:
+                route = f"http://127.0.0.1:{self.server.server_address[1]}/xet-token"
+                xet = {"X-Xet-Hash": hashlib.sha256(data).hexdigest(), "X-Xet-Refresh-Route": route}
             linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
             # another host, as the hub's storage is: clients follow a redirect on the same one when they only ask
             place = f"http://localhost:{self.server.server_address[1]}/cdn/{kind}{name}/{commit}/{path}"
-            self._send(302, headers={"X-Repo-Commit": commit, "Location": place, **linked})
+            self._send(302, headers={"X-Repo-Commit": commit, "Location": place, **linked, **xet})
         else:
             etag = f'"{hashlib.sha1(files[path]).hexdigest()}"'
             self._file(files[path], {"X-Repo-Commit": commit, "ETag": etag})

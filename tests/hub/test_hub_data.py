@@ -92,6 +92,28 @@ print(found.path, found.weights, found.extras)
     assert hub.requests == []
 
 
+def test_a_look_finds_a_model_that_was_downloaded_and_downloads_none(hub, ask, model):
+    """Though the files that are left on the hub are not there."""
+    code = """
+from pathlib import Path
+from storage.keys import Fingerprints
+from tasks.model_source import model_source
+for look_only in {order}:
+    try:
+        print(model_source("org/tiny", None, Fingerprints(Path("unused"), look_only=look_only)).path)
+    except ValueError as error:
+        print(error)
+"""
+    looked, ran, again = ask(code.format(order=(True, False, True)))
+    assert (
+        looked == "model org/tiny is no local folder and has not been downloaded yet, which only saap run and sweep do"
+    )
+    hub.requests.clear()
+    assert ran == again
+    assert ask(code.format(order=[True])) == [ran]
+    assert hub.requests == []
+
+
 def test_each_refusal_is_one_line(hub, ask, model):
     hub.repository("models/org/gated").gated = True
     hub.repositories["models/org/gated"].commit({"config.json": b"{}"})
@@ -117,6 +139,30 @@ def test_each_refusal_is_one_line(hub, ask, model):
     assert lines[-1].startswith("had")
     assert len(lines) == len(cases) + 1
     assert "HF_HUB_OFFLINE" in ask(LINE.format(actions="lambda: data('boolq'), lambda: 0"), HF_HUB_OFFLINE="1")[0]
+
+
+def test_a_set_that_is_a_script_or_lacks_its_split_is_one_line(hub, ask):
+    def only(role, **files):
+        hub.repository(f"datasets/{DATA[role].hub}").commit({name.replace("__", "."): b for name, b in files.items()})
+
+    only("boolq", super_glue__py=b"raise SystemExit\n", README__md=b"# A loading script\n")
+    only("recovery", README__md=b"# Nothing\n")
+    only("hellaswag", train__csv=b"a,b\n1,2\n", validation__csv=b"a,b\n1,2\n")
+    only("piqa", train__jsonl=b"{}\n")
+    lines = ask(
+        LINE.format(actions=", ".join(f"lambda: data('{r}')" for r in ("boolq", "recovery", "hellaswag", "piqa")))
+    )
+    expected = (
+        "the data set aps/super_glue has no boolq validation: Dataset scripts are no longer supported",
+        "the data set tatsu-lab/alpaca has no train: .*no .*data files|the data set tatsu-lab/alpaca",
+        "Rowan/hellaswag has its split validation in .*csv.*: only Parquet and JSON are read",
+        "baber/piqa has its split validation in no files",
+    )
+    for line, wanted in zip(lines, expected, strict=True):
+        assert re.search(wanted, line), line
+        assert line.startswith("MissingData 2 ")
+        assert "NEWLINE" not in line
+        assert "None" not in line
 
 
 def test_what_passes_is_tried_again(hub, ask, model, mini):

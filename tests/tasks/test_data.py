@@ -206,6 +206,45 @@ def test_a_parquet_file_that_is_damaged_or_has_other_columns_is_one_line(tmp_pat
         check_file(file, role)
 
 
+@pytest.mark.parametrize("role", ["recovery", "wikitext2", "arc_easy"])
+def test_text_that_is_no_utf8_is_one_line(tmp_path, put, role):
+    columns = columns_of(role)
+    bad = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfe")]
+    )
+    put(role, pa.table(dict.fromkeys(columns, bad)), ".parquet")
+    with pytest.raises(ConfigError, match=r"\.parquet holds text that is no UTF-8 \(.*\): write it again in UTF-8$"):
+        find_data(str(tmp_path), role, Fingerprints(tmp_path))
+
+
+def test_half_of_a_surrogate_pair_is_one_line(tmp_path, put):
+    """JSON can spell it, and no tokenizer takes it."""
+    half, whole = ALPACA[0] | {"output": "\ud83d"}, ALPACA[0] | {"output": "\U0001f600"}
+    for content in (lines([whole, half]), json.dumps([whole, half]).encode()):
+        put("recovery", content)
+        with pytest.raises(ConfigError, match=r"train\.jsonl, line \d: .*surrogates not allowed; JSON lines or one"):
+            find_data(str(tmp_path), "recovery", Fingerprints(tmp_path))
+    put("recovery", [whole, whole])
+    assert read(str(tmp_path), "recovery") == [whole, whole]
+
+
+@pytest.mark.parametrize("role", ["calibration", "ptb", "recovery", "boolq"])
+def test_a_column_that_is_there_twice_is_one_line(tmp_path, put, role):
+    column = columns_of(role)[-1]
+    names = [*columns_of(role), column]
+    put(role, pa.Table.from_arrays([pa.array(["a"])] * len(names), names=names), ".parquet")
+    with pytest.raises(ConfigError, match=f"has the column {column} 2 times: leave one"):
+        find_data(str(tmp_path), role, Fingerprints(tmp_path))
+
+
+def test_what_a_file_has_instead_is_what_it_has(tmp_path, put):
+    put("recovery", [{"conversations": []}])
+    with pytest.raises(
+        ConfigError, match=r"lacks the column instruction, output in row 1.*; it has \['conversations'\]"
+    ):
+        read(str(tmp_path), "recovery")
+
+
 def test_other_kinds_of_columns_are_no_text(tmp_path, put):
     file = put("calibration", pa.table({"text": [1, 2]}), ".parquet")
     with pytest.raises(ConfigError, match="column text: text is expected, found int64"):
