@@ -84,7 +84,7 @@ def _combination(config: str, chosen: list[str], overrides: tuple[str, ...], axe
     steps = build(settings, outside=Outside(settings, look_only=True))
     cut = next(step for step in steps if step.stage == "prune")
     manifest, _ = ArtifactStore(settings.store).inspect(cut.stage, cut.key)
-    parameters = float(manifest["summary"]["parameters"]) if manifest else None
+    parameters = manifest["summary"].get("parameters") if manifest else None
     keys = [step.key for step in steps if step.missing is None]
     return _Combination(
         tuple(values[axis] for axis in axes), values.get("model.path", ""), settings.prune.ratio, keys, parameters

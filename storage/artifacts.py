@@ -12,12 +12,14 @@ from typing import Any
 
 from storage.damage import move_aside
 from storage.errors import StorageError
-from storage.files import fsync
+from storage.files import fsync, read_small
 from storage.keys import file_digest
 from storage.locks import held
 
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)
+# what a manifest need not say
+_UNSAID: dict[str, Any] = {"run_id": "", "params": {}, "inputs": [], "outside": {}, "versions": {}, "summary": {}}
 SMALL = 1 << 22  # bytes: files up to this size are compared by content always
 
 
@@ -78,10 +80,10 @@ class ArtifactStore:
     def read_manifest(self, stage: str, key: str) -> dict[str, Any] | None:
         """None when there is none, or it is none of ours. Says nothing of the files."""
         try:
-            manifest = json.loads((self.path(stage, key) / MANIFEST).read_bytes())
+            manifest = json.loads(read_small(self.path(stage, key) / MANIFEST))
         except (OSError, ValueError, RecursionError):
             return None
-        return manifest if _is_manifest(manifest, stage, key) else None
+        return {**_UNSAID, **manifest} if _is_manifest(manifest, stage, key) else None
 
     @contextlib.contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
@@ -155,10 +157,13 @@ class ArtifactStore:
 def _is_manifest(value: Any, stage: str, key: str) -> bool:
     if not isinstance(value, dict) or (value.get("stage"), value.get("key")) != (stage, key):
         return False
-    kinds = {"files": dict, "seconds": float | int, "finished_at": float | int}
-    optional = {"run_id": str, "params": dict, "inputs": list, "outside": dict, "versions": dict, "summary": dict}
-    return all(isinstance(value.get(name), kind) for name, kind in kinds.items()) and all(
-        isinstance(value.get(name, kind()), kind) for name, kind in optional.items()
+    value = {**_UNSAID, **value}
+    kinds: dict[str, Any] = {"files": dict, "seconds": float | int, "finished_at": float | int}
+    kinds |= {name: type(unsaid) for name, unsaid in _UNSAID.items()}
+    return (
+        all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(one, list) and [type(part) for part in one] == [str] * 3 for one in value["inputs"])
+        and all(isinstance(text, str) for name in ("outside", "versions") for text in value[name].values())
     )
 
 

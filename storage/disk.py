@@ -13,6 +13,7 @@ from storage import runs
 from storage.artifacts import MANIFEST, ArtifactStore
 from storage.damage import move_aside
 from storage.errors import StorageError
+from storage.files import read_small
 
 # stage → the tables loaded from its artifact
 STAGE_TABLES = {
@@ -56,7 +57,7 @@ class Disk:
     def _parts(self, run_id: str, known: Parts) -> Parts:
         root = self.store.root
         try:
-            content = (root / "runs" / run_id / "run.json").read_bytes()
+            content = read_small(root / "runs" / run_id / "run.json")
             self.records[run_id, ""] = runs.parse_run(content, run_id)
         except FileNotFoundError:
             return {}

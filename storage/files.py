@@ -1,8 +1,11 @@
 """Small files, written whole or not at all."""
 
 import os
+import shutil
 import uuid
 from pathlib import Path
+
+from storage.errors import StorageError
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -21,6 +24,25 @@ def write_whole(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_small(file: Path) -> bytes:
+    """The content of a file that is one: not a folder, a pipe that nobody writes to, or a link in a circle.
+
+    Raises FileNotFoundError when nothing is there, StorageError for anything else.
+    """
+    try:
+        if file.is_file():
+            return file.read_bytes()
+    except FileNotFoundError:
+        raise
+    except PermissionError as error:
+        raise StorageError(f"cannot read {file} ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        raise StorageError(f"it cannot be read: {error}") from None
+    if os.path.lexists(file):
+        raise StorageError("it is no regular file")
+    raise FileNotFoundError(file)
+
+
 def fsync(path: Path) -> None:
     """Have a file or folder on the disk before going on. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
@@ -28,3 +50,11 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Whatever lies there: a file, a link, a folder with all in it, or nothing. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ _COPIES = re.compile(r"\b(copy|export|import)\b", re.IGNORECASE)
 
 
 def ask(root: Path, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """(columns, rows) of a query, or of the last of several. Raises StorageError with one line for what is wrong."""
+    """(columns, rows) of a query. Raises StorageError with one line for what is wrong."""
     try:
         statements = duckdb.extract_statements(query)
         if not statements:
@@ -26,13 +26,13 @@ def ask(root: Path, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
             hidden = statement.type != duckdb.StatementType.SELECT and _COPIES.search(statement.query)
             if statement.type not in _READS or hidden:
                 raise StorageError(f"queries are read-only, this is none: {' '.join(statement.query.split())[:80]}")
+        if len(statements) > 1:
+            raise StorageError(f"one query at a time, these are {len(statements)}: ask for each on its own")
         with Warehouse(root).reading() as connection:
             result = connection.execute(query)
             return [column[0] for column in result.description or []], result.fetchall()
     except duckdb.Error as error:
-        damaged = isinstance(error, duckdb.FatalException | duckdb.IOException | duckdb.InternalException)
-        remedy = "; saap rebuild makes the warehouse again" if damaged else ""
-        raise StorageError(" ".join(str(error).split())[:300] + remedy) from error
+        raise StorageError(" ".join(str(error).split())[:300]) from error
 
 
 def as_json(columns: list[str], rows: list[tuple[Any, ...]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from storage.damage import move_aside
 from storage.errors import StorageError
-from storage.files import write_whole
+from storage.files import read_small, write_whole
 from storage.locks import is_held
 
 
@@ -43,17 +43,20 @@ def _name(value: Any) -> bool:
     return isinstance(value, str) and bool(value) and "/" not in value and not value.startswith(".")
 
 
-def _is_json_object(value: Any) -> bool:
+def _is_config(value: Any) -> bool:
+    """JSON of sections, beside them the name, the store and the data."""
     try:
-        return isinstance(json.loads(value), dict)
+        fields = json.loads(value)
     except (TypeError, ValueError, RecursionError):
         return False
+    kinds = {"name": str, "store": str, "data": str}
+    return isinstance(fields, dict) and all(isinstance(held, kinds.get(name, dict)) for name, held in fields.items())
 
 
 Fields = dict[str, Callable[[Any], bool]]
 _RUN: Fields = {
     **dict.fromkeys(("run_id", "name", "model", "data", "criterion", "status"), _text),
-    **{"ratio": _number, "config": _is_json_object, "error": _text_or_none},
+    **{"ratio": _number, "config": _is_config, "error": _text_or_none},
     **{"started_at": _time, "finished_at": lambda value: value is None or _time(value)},
 }
 _STAGE: Fields = {
@@ -107,7 +110,7 @@ def all_runs(root: Path) -> list[str]:
 
 def read_run(root: Path, run_id: str) -> dict[str, Any]:
     """Raises StorageError for a damaged record, FileNotFoundError when there is none."""
-    return parse_run((root / "runs" / run_id / "run.json").read_bytes(), run_id)
+    return parse_run(read_small(root / "runs" / run_id / "run.json"), run_id)
 
 
 def parse_run(content: bytes, run_id: str) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def stage_files(root: Path, run_id: str) -> list[Path]:
 
 def read_stage(file: Path) -> dict[str, Any]:
     """Raises StorageError for a damaged record, FileNotFoundError when there is none."""
-    stage = _checked(file.read_bytes(), _STAGE, _STAGE_DEFAULTS)
+    stage = _checked(read_small(file), _STAGE, _STAGE_DEFAULTS)
     if stage["position"] != int(file.stem):
         raise StorageError(f"it is the record of step {stage['position']}")
     return stage

@@ -171,6 +171,17 @@ def load_table(folder: Path, name: str) -> pa.Table:
         raise StorageError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
 
 
+def check_table(folder: Path, name: str) -> None:
+    """Raises StorageError when `<folder>/<name>.parquet` is not such a file, as far as its schema tells."""
+    path = folder / f"{name}.parquet"
+    try:
+        found = pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    if not found.equals(SCHEMAS[name]):
+        raise StorageError(f"{path} has columns {found.names}, expected {SCHEMAS[name].names}")
+
+
 class SampleWriter:
     """Writes (samples, groups) values as rows (sample, layer, kind, unit, …), a batch of samples at a time."""
 

@@ -1,4 +1,4 @@
--- The views of the warehouse. After a change here, raise VERSION in warehouse.py: existing files are then rebuilt.
+-- The views of the warehouse. After a change here, raise VERSION in database.py: existing files are then rebuilt.
 -- The last bits of a sum depend on its order, and DuckDB's threads come in any: `order by` inside an aggregate settles it.
 
 -- one row a run and variant; the average of the accuracies only when all seven are there
@@ -57,7 +57,8 @@ select l.run_id, l.name, l.model, l.data, l.criterion, r.config->>'$.criterion.v
     r.config->>'$.fluctuation.asi_scope' as asi_scope, r.config->>'$.prune.direction' as direction,
     r.config->>'$.prune.search' as search, r.config->>'$.prune.kinds' as kinds,
     r.config->>'$.prune.compensation' as compensation, r.config->>'$.recover.recipe' as recipe,
-    (r.config->>'$.calibrate.count')::integer as samples, (r.config->>'$.calibrate.seed')::integer as seed,
+    try_cast(r.config->>'$.calibrate.count' as bigint) as samples,
+    try_cast(r.config->>'$.calibrate.seed' as bigint) as seed,
     json_merge_patch(r.config, '{"name": null, "store": null, "compute": null, "calibrate": {"seed": null}}') as settings
 from results l join runs r using (run_id) left join cost c using (run_id);
 
@@ -152,7 +153,8 @@ with steps as (
     from training group by run_id),
 took as (select run_id, sum(seconds) as seconds from stage_runs where stage = 'recover' group by run_id)
 select l.run_id, l.name, l.model, l.data, l.criterion, l.ratio, r.config->>'$.recover.recipe' as recipe,
-    (r.config->>'$.recover.distill')::double as distill, (r.config->>'$.recover.seed')::integer as seed,
+    try_cast(r.config->>'$.recover.distill' as double) as distill,
+    try_cast(r.config->>'$.recover.seed' as bigint) as seed,
     s.steps, t.seconds, s.training_tokens_per_s, s.last_loss, s.held_out_loss,
     p.average as pruned_average, l.average, p.wikitext2 as pruned_wikitext2, l.wikitext2, p.ptb as pruned_ptb, l.ptb,
     ln(p.wikitext2 / l.wikitext2) / ln(p.wikitext2 / d.wikitext2) as gap_closed,

@@ -20,14 +20,20 @@ import duckdb
 
 from storage import runs
 from storage.artifacts import FULL, ArtifactStore
+from storage.damage import move_aside
+from storage.database import VERSION, attached, fault_of, is_whole, quoted, seal
 from storage.errors import BusyError, StorageError
-from storage.files import fsync
+from storage.files import fsync, remove
 from storage.loading import create_tables, follow_disk, follows_disk, sql_type
 from storage.locks import held
-from storage.tables import SCHEMAS
+from storage.tables import SCHEMAS, check_table
 
-VERSION = 15  # raise it when a table or view changes: a file of another version is made again from the store
 WRITER_WAITS, READER_WAITS = 60.0, 2.0  # seconds, for the process that is loading something
+# what a query can fail of by itself; a checksum that does not fit is a plain duckdb.Error
+_OF_THE_QUERY = (
+    *(duckdb.ParserException, duckdb.ConversionException, duckdb.OutOfRangeException, duckdb.PermissionException),
+    *(duckdb.OutOfMemoryException, duckdb.InterruptException, duckdb.NotImplementedException),
+)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 log = logging.getLogger("saap.storage")
 
@@ -68,7 +74,8 @@ class Warehouse:
         """A connection to a snapshot of the file, brought up to date with the disk first.
 
         It can read nothing else but the importance Parquet of the store, and write nothing. Raises StorageError when
-        there is no warehouse yet and no run to make it of.
+        there is no warehouse yet and no run to make it of, and when a query fails of something damaged: that is then
+        made again or set aside.
         """
         if self.is_empty():
             raise StorageError(
@@ -77,21 +84,26 @@ class Warehouse:
         with contextlib.suppress(StorageError):  # a store to read only
             runs.mark_killed(self.root)
         with contextlib.ExitStack() as stack:
-            connection = stack.enter_context(_attached(self.file))
+            file, connection = self.file, stack.enter_context(attached(self.file))
             if connection is None or not follows_disk(connection, self._store):
                 stack.close()
                 file = stack.enter_context(self._snapshot(usable=connection is not None))
-                connection = stack.enter_context(_attached(file))
+                connection = stack.enter_context(attached(file))
             if connection is None:
                 raise StorageError(f"{self.file} cannot be read")
             self._importance_view(connection)
             # what spills from memory must not go into the current folder; nothing is made before it is needed
             spill = Path(tempfile.gettempdir()) / f"saap-{uuid.uuid4().hex[:8]}.tmp"
-            connection.execute(f"set temp_directory = {_quoted(spill)}")
+            connection.execute(f"set temp_directory = {quoted(spill)}")
             connection.execute("set enable_external_access = false")
             connection.execute("set python_enable_replacements = false")
             connection.execute("set lock_configuration = true")
-            yield connection
+            try:
+                yield connection
+            except duckdb.Error as error:
+                if remedy := self._mended(error, file):
+                    raise StorageError(remedy) from error
+                raise
 
     def _lock(self, timeout: float) -> contextlib.AbstractContextManager[None]:
         return held(self.root / "warehouse.lock", "the warehouse", timeout)
@@ -108,7 +120,7 @@ class Warehouse:
     def _update(self, only: str | None) -> None:
         """Under the lock."""
         if only is None:  # of one run there is something new whenever it is asked for
-            with _attached(self.file) as connection:
+            with attached(self.file) as connection:
                 if connection is not None and follows_disk(connection, self._store):
                     return
         self._replace(lambda fresh: self._change(fresh, only))
@@ -116,25 +128,28 @@ class Warehouse:
     def _replace(self, fill: Callable[[Path], None]) -> None:
         """Fill a new file, and put it in the place of the old one. Under the lock."""
         for leftover in (*self.root.glob(".warehouse-*"), *self.root.glob("warehouse.new*")):  # of killed writers
-            leftover.unlink(missing_ok=True)
+            remove(leftover)
         fresh = self.root / f".warehouse-{uuid.uuid4().hex[:8]}"
         try:
             fill(fresh)
+            seal(fresh)
             fsync(fresh)
-            Path(f"{self.file}.wal").unlink(missing_ok=True)  # another program's: it belongs to the old file
+            remove(Path(f"{self.file}.wal"))  # another program's: it belongs to the old file
+            if self.file.is_dir() and not self.file.is_symlink():
+                move_aside(self.root, self.file, self.file.name, f"the warehouse {self.file}", "it is a folder")
             fresh.replace(self.file)
         except duckdb.Error as error:  # a new file has no old faults: a full disk, a limit
             raise StorageError(f"cannot make the warehouse in {self.root}: {str(error).splitlines()[0]}") from error
         finally:
             for leftover in (fresh, Path(f"{fresh}.wal")):
-                leftover.unlink(missing_ok=True)
+                remove(leftover)
 
     def _change(self, fresh: Path, only: str | None = None) -> None:
         """Fill `fresh` with the earlier file, brought up to date; if that is of no use, from the store alone."""
         if _copied(self.file, fresh):
             try:
                 with duckdb.connect(str(fresh)) as connection:
-                    if connection.execute("select max(version) from schema_version").fetchall() == [(VERSION,)]:
+                    if is_whole(connection, fresh):
                         follow_disk(connection, self._store, only)
                         connection.execute("checkpoint")
                         return
@@ -165,6 +180,7 @@ class Warehouse:
             with tempfile.TemporaryDirectory(prefix="saap-") as folder:
                 fresh = Path(folder) / self.file.name
                 self._change(fresh)
+                seal(fresh)
                 yield fresh
             return
         yield self.file
@@ -172,14 +188,9 @@ class Warehouse:
     def _importance_view(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Over the whole artifacts only: one damaged file must not take the others with it."""
         columns = ", ".join(SCHEMAS["importance"].names)
-        keys = sorted(folder.name for folder in self.root.glob("score/[!.]*"))
-        files = [
-            self._store.path("score", key) / "importance.parquet"
-            for key in keys
-            if self._store.inspect("score", key)[0]
-        ]
+        files = self._importance_files()
         if files:
-            listed = ", ".join(map(_quoted, files))
+            listed = ", ".join(map(quoted, files))
             source = (
                 f"select parse_filename(parse_dirpath(filename)) as key, {columns} "
                 f"from read_parquet([{listed}], filename = true)"
@@ -190,22 +201,45 @@ class Warehouse:
             source = f"select null::varchar as key, {empty} limit 0"
         connection.execute(f"create temp view importance as {source}")
 
+    def _importance_files(self, *, verify: bool = False) -> list[Path]:
+        """Those of the whole artifacts; a damaged one is set aside, as one that a run meets."""
+        files = []
+        for folder in sorted(self.root.glob("score/[!.]*")):
+            file, key = folder / "importance.parquet", folder.name
+            if self._store.find("score", key, verify=verify) is None:
+                continue
+            try:
+                check_table(file.parent, "importance")  # large files are compared by size alone
+                files.append(file)
+            except StorageError as fault:
+                self._store.set_aside("score", key, str(fault))
+        return files
 
-@contextlib.contextmanager
-def _attached(file: Path) -> Iterator[duckdb.DuckDBPyConnection | None]:
-    """A connection of its own that reads the file; None when that is not there, broken, or of another version."""
-    with duckdb.connect() as connection:
-        try:
-            connection.execute(f"attach {_quoted(file)} as warehouse (read_only)")
-            connection.execute("use warehouse")
-            rows = connection.execute("select max(version) from schema_version").fetchall()
-        except duckdb.Error:
-            rows = []
-        yield connection if rows == [(VERSION,)] else None
+    def _mended(self, error: duckdb.Error, file: Path) -> str | None:
+        """Whether a query failed of something damaged: what to tell of it, or None. It is made again or set aside."""
+        if isinstance(error, _OF_THE_QUERY):
+            return None
+        names_something = isinstance(error, duckdb.BinderException | duckdb.CatalogException)
+        if fault := fault_of(file, read_all=not names_something):
+            try:
+                self.rebuild()
+            except OSError as unable:
+                return f"{self.file} is damaged ({fault}) and cannot be made again: {unable}"
+            return f"{self.file} was damaged ({fault}) and has been made again: give the command again"
+        if names_something:
+            return None
+        lost = {*self._importance_files()} - {*self._importance_files(verify=True)}
+        for file in sorted(lost):
+            if file.exists():
+                return f"{file} is damaged, and cannot be set aside in a store that cannot be written: saap verify"
+            return f"{file} was damaged and is set aside: give the command again"
+        return None
 
 
 def _copied(file: Path, fresh: Path) -> bool:
     """Copy the file, unless there is none or another program is writing to it."""
+    if not file.is_file():
+        return False
     try:
         with file.open("rb") as old, fresh.open("wb") as new:
             fcntl.lockf(old, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the kind of lock that DuckDB takes
@@ -214,10 +248,6 @@ def _copied(file: Path, fresh: Path) -> bool:
     except (FileNotFoundError, BlockingIOError):
         fresh.unlink(missing_ok=True)
         return False
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
 
 
 def _one_line(error: OSError, root: Path) -> OSError:

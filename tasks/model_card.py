@@ -37,11 +37,13 @@ def origin_of(store: ArtifactStore, manifest: Mapping[str, Any]) -> "Origin":
     name, licence = base_model(Path(path)) if path else ("unknown", None)
     roles = {"calibrate": "calibration", "recover": "recovery"}
     data = {
-        roles[about["stage"]]: data_name(about["outside"]["data"]) for about in manifests if about["stage"] in roles
+        roles[about["stage"]]: data_name(about["outside"]["data"])
+        for about in manifests
+        if about["stage"] in roles and "data" in about["outside"]
     }
     versions = manifest.get("versions") or {name: version(name) for name in PACKAGES}
     key, run_id = f"{manifest['stage']}/{manifest['key']}", manifest["run_id"]
-    return Origin(name, licence, stages, data, key, run_id, {name: versions[name] for name in PACKAGES})
+    return Origin(name, licence, stages, data, key, run_id, {name: versions.get(name, "unknown") for name in PACKAGES})
 
 
 def _ancestors(store: ArtifactStore, manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -48,6 +48,7 @@ def closed_queries(root, elsewhere):
         "select * from glob('/*')": "Cannot access file",
         f"from '{root}/prune/kNone/widths.parquet'": "Cannot access file",
         f"from read_csv('{elsewhere}/secret.csv')": "Cannot access file",
+        "select 1; select 2": "one query at a time",
         "": "empty",
         " ; ": "empty",
         "select nonsense": "nonsense",
@@ -70,7 +71,7 @@ def test_sql_reads_the_warehouse_and_nothing_else(filled, tmp_path):
         assert refusal.value.exit_code == 2
     assert (files(filled), sorted(p.name for p in tmp_path.iterdir())) == before
     for query in ("pivot stage_runs on stage using count(*)", "explain select 1", "show tables", "describe runs",
-                  "summarize metrics", "from runs; from metrics"):  # fmt: skip
+                  "summarize metrics", "from runs;"):  # fmt: skip
         assert ask_here(filled, query)[1]
 
 

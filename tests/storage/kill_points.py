@@ -17,7 +17,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from storage import loading, warehouse
+from storage import database, loading, warehouse
 from storage.artifacts import ArtifactStore
 from storage.runs import RunRecord
 from storage.tables import sample_writer, write_table
@@ -172,7 +172,7 @@ def history(root):
 
 def main(root, kept):
     killer = Killer(root, kept)
-    warehouse.duckdb = loading.duckdb = CountedDuckDB(killer)
+    warehouse.duckdb = database.duckdb = loading.duckdb = CountedDuckDB(killer)
     sys.addaudithook(lambda event, _: killer() if event in FILE_OPERATIONS else None)
     history(root)
     killer.busy = True
