@@ -41,10 +41,12 @@ def main() -> None:
         print("saap: interrupted; the same command goes on from here", file=sys.stderr)
         code = 130
     except Exception as error:
-        code = getattr(error, "exit_code", None)
+        code, said = getattr(error, "exit_code", None), str(error)
+        if code is None and isinstance(error, PermissionError):
+            code, said = 2, f"{error.filename}: {error.strerror}: saap needs the right to use it"
         if code is None:
             raise
-        print(f"saap: {error}", file=sys.stderr)
+        print(f"saap: {said}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)  # Prefect's threads would outlive the clean-up, and DuckDB would complain

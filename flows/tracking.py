@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,13 @@ def log_run(store: Path, run_id: str, uri: str | None = None) -> str:
         (run,) = ask(connection, "select * from runs where run_id = ?", run_id)
         metrics = _metrics(connection, run_id)
         history = ask(connection, _TRAINING, run_id)
-    page = write_report(store, run_id)
     from mlflow.exceptions import MlflowException
 
     try:
-        return _log(uri, run, metrics, history, page)
+        with tempfile.TemporaryDirectory(prefix="saap-") as folder:  # the store may be one to read only
+            return _log(uri, run, metrics, history, write_report(store, run_id, Path(folder) / "report.html"))
+    except StorageError:
+        raise
     except (MlflowException, OSError) as error:
         raise StorageError(f"cannot log to MLflow at {uri}: {str(error).splitlines()[0][:300]}") from error
 

@@ -74,6 +74,8 @@ class ArtifactStore:
                 if fault := _fault(folder / name, about, verify):
                     return None, f"{name} {fault}"
             except OSError as error:
+                if isinstance(error.__cause__ or error, PermissionError):
+                    raise  # another user's, not damaged
                 return None, f"{name} cannot be read ({error})"
         return manifest, None
 
@@ -81,6 +83,10 @@ class ArtifactStore:
         """None when there is none, or it is none of ours. Says nothing of the files."""
         try:
             manifest = json.loads(read_small(self.path(stage, key) / MANIFEST))
+        except StorageError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise
+            return None
         except (OSError, ValueError, RecursionError):
             return None
         return {**_UNSAID, **manifest} if _is_manifest(manifest, stage, key) else None

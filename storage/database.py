@@ -10,8 +10,10 @@ import duckdb
 from storage.loading import create_tables
 
 VERSION = 16  # raise it when a table or view changes: a file of another version is made again from the store
+# three headers and the blocks
 _SIZE = """
-select (total_blocks * block_size)::bigint from pragma_database_size() where database_name = current_database()"""
+select (3 * 4096 + total_blocks * block_size)::bigint
+from pragma_database_size() where database_name = current_database()"""
 _DEFINITIONS = """
 select sql from duckdb_tables() where database_name = current_database()
 union all select sql from duckdb_views() where not internal and database_name = current_database() order by 1"""

@@ -62,6 +62,8 @@ class Disk:
         except FileNotFoundError:
             return {}
         except StorageError as fault:
+            if isinstance(fault.__cause__, PermissionError):
+                raise  # another user's file, not a damaged one
             if not runs.is_alive(root, run_id):
                 move_aside(root, root / "runs" / run_id, f"runs-{run_id}", f"the record of run {run_id}", str(fault))
             return {}
@@ -76,7 +78,7 @@ class Disk:
                 parts[file.stem] = replace(before, tables=self.tables_of(before.stage, before.key))
             except FileNotFoundError:
                 continue
-            except StorageError as fault:
+            except OSError as fault:
                 self._set_stage_aside(file, run_id, fault)
         return parts
 
@@ -93,7 +95,9 @@ class Disk:
                 return None
         return self.records[run_id, name]
 
-    def _set_stage_aside(self, file: Path, run_id: str, fault: StorageError) -> None:
+    def _set_stage_aside(self, file: Path, run_id: str, fault: OSError) -> None:
+        if isinstance(fault.__cause__ or fault, PermissionError):
+            raise fault  # another user's file, not a damaged one
         move_aside(self.store.root, file, f"runs-{run_id}-{file.stem}", f"the stage record {file}", str(fault))
 
     def tables_of(self, stage: str, key: str) -> str:
@@ -104,6 +108,8 @@ class Disk:
                 found = [_signature(folder / MANIFEST)]
                 found += [_signature(file) if (file := folder / f"{t}.parquet").is_file() else ABSENT for t in tables]
                 self._tables[stage, key] = " ".join(found)
+            except PermissionError:
+                raise
             except OSError:
                 self._tables[stage, key] = ABSENT
         return self._tables.get((stage, key), "")

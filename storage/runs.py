@@ -19,11 +19,12 @@ from storage.locks import is_held
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str)
+    """One that UTF-8 can hold: JSON can spell halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _text_or_none(value: Any) -> bool:
-    return value is None or isinstance(value, str)
+    return value is None or _text(value)
 
 
 def _number(value: Any) -> bool:
@@ -40,13 +41,13 @@ def _time(value: Any) -> bool:
 
 def _name(value: Any) -> bool:
     """Part of a path, and only one."""
-    return isinstance(value, str) and bool(value) and "/" not in value and not value.startswith(".")
+    return _text(value) and 0 < len(value) < 200 and not set(value) & set("/\0") and not value.startswith(".")
 
 
 def _is_config(value: Any) -> bool:
     """JSON of sections, beside them the name, the store and the data."""
     try:
-        fields = json.loads(value)
+        fields = json.loads(value) if _text(value) else None
     except (TypeError, ValueError, RecursionError):
         return False
     kinds = {"name": str, "store": str, "data": str}
@@ -55,13 +56,15 @@ def _is_config(value: Any) -> bool:
 
 Fields = dict[str, Callable[[Any], bool]]
 _RUN: Fields = {
-    **dict.fromkeys(("run_id", "name", "model", "data", "criterion", "status"), _text),
+    **dict.fromkeys(("run_id", "name", "model", "data", "criterion"), _text),
+    "status": lambda value: value in ("running", "completed", "failed", "killed"),
     **{"ratio": _number, "config": _is_config, "error": _text_or_none},
     **{"started_at": _time, "finished_at": lambda value: value is None or _time(value)},
 }
 _STAGE: Fields = {
     **{"position": lambda value: isinstance(value, int), "stage": _name, "key": _name},
-    **{"variant": _text_or_none, "benchmark": _text_or_none, "skipped": _text_or_none},
+    **{"benchmark": _text_or_none, "skipped": _text_or_none},
+    "variant": lambda value: value in (None, "dense", "pruned", "recovered"),
     **{"cached": lambda value: isinstance(value, bool), "seconds": _number_or_none, "at": _time},
 }
 # what records from before there was a choice do not say

@@ -251,4 +251,8 @@ def _copied(file: Path, fresh: Path) -> bool:
 
 
 def _one_line(error: OSError, root: Path) -> OSError:
-    return error if isinstance(error, StorageError) else StorageError(f"cannot write to {root} ({error.strerror})")
+    return (
+        error
+        if isinstance(error, StorageError)
+        else StorageError(f"cannot write to {error.filename or root} ({error.strerror})")
+    )

@@ -171,7 +171,7 @@ def find_checkpoint(source: str, variant: str | None, store: Path) -> Checkpoint
             )
         (stage, key), run_id = rows[0], source
     artifacts = ArtifactStore(store)
-    manifest, fault = artifacts.inspect(stage, key)
+    manifest, fault = artifacts.inspect(stage, key, verify=True)  # a damaged checkpoint must not leave the store
     if manifest is None:
         raise ConfigError(f"the checkpoint {stage}/{key} is {'damaged: ' + fault if fault else 'gone'}; run again")
     name = next((name for name, its in STAGES.items() if its == stage), None)

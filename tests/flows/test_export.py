@@ -1,7 +1,10 @@
 """`saap export` on a store that the real stages filled."""
 
+import ctypes
 import json
+import os
 import re
+import shutil
 
 import gguf
 import pytest
@@ -21,6 +24,7 @@ from tasks.running import find_or_publish
 from tasks.stage import stage_named
 from tests.flows.conftest import saap as command
 from tests.flows.test_cli import refused
+from tests.storage.kill_points import in_fork
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,82 @@ def test_gguf_and_uniform_take_a_run_or_a_folder(store, tmp_path):
     assert config["intermediate_size"] == -(-widest // 4) * 4
     assert f"intermediate_size {config['intermediate_size']}" in said
     assert sorted(file.name for file in tmp_path.iterdir()) == ["even", "int4.gguf", "pruned.gguf"]
+
+
+@pytest.mark.parametrize("what", [["hf"], ["gguf"], ["uniform"]], ids=" ".join)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
+def test_a_damaged_checkpoint_does_not_leave_the_store(store, tmp_path, what, name):
+    copy = shutil.copytree(store, tmp_path / "copy")
+    file = folder_of(copy, "recover") / name
+    file.write_bytes(bytes(file.stat().st_size))
+    # what has no manifest is set aside by who asks first for the run
+    for source in ("r1",) if name == "manifest.json" else ("r1", file.parent):
+        with pytest.raises(Exception, match=r"recover/.* is (damaged: .*|gone); run again") as caught:
+            export(*what, source, tmp_path / "out", "--store", copy)
+        assert caught.value.exit_code == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["copy"]
+
+
+READING = {
+    "sql": ["sql", "from leaderboard"],
+    "report": ["report"],
+    "report of all": ["report", "tiny", "--html", "page.html"],
+    "show": ["show", "r1"],
+    "diff": ["diff", "r1", "r1"],
+    "compare": ["compare", "sweep.toml"],
+    "plan": ["plan", "sweep.toml"],
+    "du": ["du"],
+    "gc": ["gc"],
+    "verify": ["verify"],
+    "export hf": ["export", "hf", "r1", "out"],
+    "export gguf": ["export", "gguf", "r1", "out.gguf"],
+    "export uniform": ["export", "uniform", "r1", "out"],
+    "export mlflow": ["export", "mlflow", "r1", "--uri", "sqlite:///mlflow.db"],
+}
+
+
+def without_the_right_to_write(action):
+    """Run it in a fork: root may no longer do what the files' modes forbid."""
+
+    def drop_rights_and_act():
+        if os.getuid() == 0:
+            header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+            assert ctypes.CDLL(None).capset(header, none) == 0
+        action()
+
+    return in_fork(drop_rights_and_act)
+
+
+@pytest.mark.parametrize("state", ["up to date", "behind", "without a warehouse", "cut short"])
+def test_a_store_to_read_only_serves_every_command_that_reads(store, tiny_folder, tmp_path, monkeypatch, state):
+    root = shutil.copytree(store, tmp_path / "store")
+    if state == "behind":
+        RunRecord(root, "r0", name="n", model="m", data="mini", ratio=0.2, config="{}").finish("failed")
+    elif state == "without a warehouse":
+        (root / "warehouse.duckdb").unlink()
+    elif state == "cut short":
+        os.truncate(root / "warehouse.duckdb", 100_000)
+    place = tmp_path / "place"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    (place / "sweep.toml").write_text(f'model.path="{tiny_folder}"\n[sweep]\n"calibrate.seed" = [0, 1]\n')
+    everything = (root, *root.rglob("*"))
+    for file in everything:
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    before = {file: file.stat().st_mtime_ns for file in everything}
+    assert without_the_right_to_write((root / "new").mkdir) == 1
+    for name, arguments in READING.items():
+
+        def look(name=name, arguments=arguments):
+            done = CliRunner().invoke(app, [*arguments, "--store", str(root)])
+            assert done.exit_code == 0, done.exception
+            assert name != "report" or f"no page: cannot write {root}" in done.output.replace("\n", "")
+
+        assert without_the_right_to_write(look) == 0, name
+        shutil.rmtree(place / "out", ignore_errors=True)
+    assert {file: file.stat().st_mtime_ns for file in (root, *root.rglob("*"))} == before
+    for file in everything:
+        file.chmod(0o755 if file.is_dir() else 0o644)
 
 
 def test_speeds_in_llama_cpp_stand_beside_those_in_torch(store):
