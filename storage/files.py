@@ -43,6 +43,16 @@ def read_small(file: Path) -> bytes:
     raise FileNotFoundError(file)
 
 
+def listed(folder: Path) -> list[str]:
+    """The names in a folder; none when it is not there. Raises PermissionError: what may not be seen is not absent."""
+    try:
+        return os.listdir(folder)
+    except PermissionError:
+        raise
+    except OSError:
+        return []
+
+
 def fsync(path: Path) -> None:
     """Have a file or folder on the disk before going on. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)

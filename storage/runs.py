@@ -5,6 +5,7 @@ its process lives, so a killed one can be told from a running one.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from filelock import FileLock
 
 from storage.damage import move_aside
 from storage.errors import StorageError
-from storage.files import read_small, write_whole
+from storage.files import listed, read_small, write_whole
 from storage.locks import is_held
 
 
@@ -108,7 +109,7 @@ class RunRecord:
 
 def all_runs(root: Path) -> list[str]:
     """Run ids, oldest first (they begin with the time)."""
-    return sorted(p.parent.name for p in (root / "runs").glob("*/run.json"))
+    return sorted(name for name in listed(root / "runs") if (root / "runs" / name / "run.json").exists())
 
 
 def read_run(root: Path, run_id: str) -> dict[str, Any]:
@@ -125,7 +126,8 @@ def parse_run(content: bytes, run_id: str) -> dict[str, Any]:
 
 def stage_files(root: Path, run_id: str) -> list[Path]:
     """The files of a run's stages, in the order of the run."""
-    return sorted((root / "runs" / run_id / "stages").glob("[0-9][0-9][0-9][0-9].json"))
+    folder = root / "runs" / run_id / "stages"
+    return [folder / name for name in sorted(listed(folder)) if re.fullmatch(r"[0-9]{4}\.json", name)]
 
 
 def read_stage(file: Path) -> dict[str, Any]:

@@ -237,7 +237,7 @@ class Warehouse:
 
 
 def _copied(file: Path, fresh: Path) -> bool:
-    """Copy the file, unless there is none or another program is writing to it."""
+    """Copy the file, unless there is none, it is not ours to read, or another program is writing to it."""
     if not file.is_file():
         return False
     try:
@@ -245,7 +245,7 @@ def _copied(file: Path, fresh: Path) -> bool:
             fcntl.lockf(old, fcntl.LOCK_SH | fcntl.LOCK_NB)  # the kind of lock that DuckDB takes
             shutil.copyfileobj(old, new, 1 << 20)
         return True
-    except (FileNotFoundError, BlockingIOError):
+    except (FileNotFoundError, BlockingIOError, PermissionError):
         fresh.unlink(missing_ok=True)
         return False
 

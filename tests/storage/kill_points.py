@@ -6,6 +6,7 @@ process: where that is new since the point before, the process forks, the fork d
 So does it at every fourth other point, where a copy would be one that is there already.
 """
 
+import ctypes
 import logging
 import os
 import shutil
@@ -96,9 +97,9 @@ class CountedDuckDB:
     def __init__(self, point):
         self._point = point
 
-    def connect(self, *arguments):
+    def connect(self, *arguments, **options):
         self._point()
-        return Counted(duckdb.connect(*arguments), self._point)
+        return Counted(duckdb.connect(*arguments, **options), self._point)
 
 
 def body(stage, benchmark, folder):
@@ -152,6 +153,18 @@ def in_fork(action):
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def without_rights_over_files(action):
+    """Run it in a fork: root may no longer do what the files' modes forbid."""
+
+    def drop_rights_and_act():
+        if os.getuid() == 0:
+            header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+            assert ctypes.CDLL(None).capset(header, none) == 0
+        action()
+
+    return in_fork(drop_rights_and_act)
 
 
 def die_while_running(root, run_id):

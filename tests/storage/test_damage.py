@@ -14,7 +14,7 @@ from storage.query import ask
 from storage.runs import RunRecord, all_runs
 from storage.tables import sample_writer
 from storage.warehouse import Warehouse
-from tests.storage.kill_points import ABOUT, run, tables
+from tests.storage.kill_points import ABOUT, run, tables, without_rights_over_files
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,36 @@ def test_a_manifest_of_another_shape_is_a_damaged_one(root, manifest):
     file.write_text(json.dumps(json.loads(file.read_text()) | manifest))
     assert ask(root, "select count(*) from importance")[1] == [(0,)]
     assert [one.name[:11] for one in (root / "damaged").iterdir()] == ["score-kNone"]
+
+
+HIDDEN = [
+    *("runs", "runs/r2", "runs/r2/run.json", "runs/r2/stages", "runs/r2/stages/0001.json", "evaluate"),
+    *("evaluate/kboolq/metrics.parquet", "evaluate/kboolq/manifest.json", "score/kNone/importance.parquet"),
+]
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_may_not_be_read_is_neither_damaged_nor_absent(root, finished, name):
+    (root / "warehouse.duckdb").unlink()  # so that all is read
+    (root / name).chmod(0)
+
+    def look():
+        with pytest.raises(OSError, match=r"[Pp]ermission denied"):
+            ask(root, "from runs")
+
+    assert without_rights_over_files(look) == 0
+    (root / name).chmod(0o755 if (root / name).is_dir() else 0o644)
+    assert not (root / "damaged").exists()
+    assert tables(Warehouse(root)) == finished[1]
+
+
+def test_a_warehouse_that_may_not_be_read_is_made_again(root):
+    (root / "warehouse.duckdb").chmod(0)
+
+    def look():
+        assert ask(root, "select count(*) from runs")[1] == [(2,)]
+
+    assert without_rights_over_files(look) == 0
 
 
 def publish_large(root):
