@@ -1,5 +1,8 @@
 """Finds before a run what would end it at a late stage. Imports torch, but only inside the functions."""
 
+import contextlib
+import io
+import shlex
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -36,6 +39,7 @@ def check_before_start(config: RunConfig, source: ModelSource) -> None:
     be reached, sizes beyond the model's positions.
     """
     _check_device(config)
+    _check_launch(config)
     if config.speed.llama_cpp and find_spec("xllamacpp") is None:
         raise ConfigError("speed.llama_cpp needs llama.cpp: pip install -c constraints.txt xllamacpp")
     facts = facts_of(source)
@@ -98,6 +102,27 @@ def _check_device(config: RunConfig) -> None:
     on_cpu = device == "cpu" or (device == "auto" and not there)
     if on_cpu and config.recover.recipe != "none" and config.recover.precision == "float16":
         raise ConfigError("recover.precision = 'float16' needs a GPU: use 'bfloat16' or 'float32'")
+
+
+def _check_launch(config: RunConfig) -> None:
+    """Whether accelerate takes the arguments, and would start our program with them and no other."""
+    arguments, ours = config.compute.launch, ["-m", "saap.recovery.launch", "job"]
+    if arguments is None or config.recover.recipe == "none":
+        return
+    from accelerate.commands.launch import launch_command_parser
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            script = launch_command_parser().parse_args([*shlex.split(arguments), *ours]).training_script
+    except SystemExit:
+        script = ""
+    if script != ours[1]:
+        why = said.getvalue().strip().rpartition("error: ")[2].splitlines() if "error: " in said.getvalue() else []
+        raise ConfigError(
+            f"compute.launch = '{arguments}' is not what `accelerate launch` takes before a program"
+            f"{': ' + why[0] if why else ''}; give options like --multi_gpu --num_processes 2"
+        )
 
 
 def _check_family(config: RunConfig, facts: Facts) -> None:

@@ -29,15 +29,18 @@ def attached(file: Path) -> Iterator[duckdb.DuckDBPyConnection | None]:
             if file.is_file():  # DuckDB would wait for a pipe
                 connection.execute(f"attach {quoted(file)} as warehouse (read_only)")
                 connection.execute("use warehouse")
-                whole = is_whole(connection, file)
+                whole = is_current(connection, file)
         yield connection if whole else None
 
 
-def is_whole(connection: duckdb.DuckDBPyConnection, file: Path) -> bool:
-    """Whether the file that is open is of this version, and as long as it says. Its blocks are not read."""
-    versions = connection.execute("select max(version) from schema_version").fetchall()
+def is_current(connection: duckdb.DuckDBPyConnection, file: Path) -> bool:
+    """Whether the file that is open is of this version. Raises duckdb.Error when it is shorter than it says."""
+    if connection.execute("select max(version) from schema_version").fetchall() != [(VERSION,)]:
+        return False
     ((size,),) = connection.execute(_SIZE).fetchall()
-    return versions == [(VERSION,)] and file.stat().st_size >= size
+    if file.stat().st_size < size:
+        raise duckdb.Error("it is cut short")
+    return True
 
 
 def seal(file: Path) -> None:

@@ -21,7 +21,7 @@ import duckdb
 from storage import runs
 from storage.artifacts import FULL, ArtifactStore
 from storage.damage import move_aside
-from storage.database import VERSION, attached, fault_of, is_whole, quoted, seal
+from storage.database import VERSION, attached, fault_of, is_current, quoted, seal
 from storage.errors import BusyError, StorageError
 from storage.files import fsync, remove
 from storage.loading import create_tables, follow_disk, follows_disk, sql_type
@@ -149,7 +149,7 @@ class Warehouse:
         if _copied(self.file, fresh):
             try:
                 with duckdb.connect(str(fresh)) as connection:
-                    if is_whole(connection, fresh):
+                    if is_current(connection, fresh):
                         follow_disk(connection, self._store, only)
                         connection.execute("checkpoint")
                         return

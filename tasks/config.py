@@ -275,6 +275,8 @@ def _wrong_recovery(recover: Recover) -> str | None:
 
 
 def _wrong_combination(config: RunConfig) -> str | None:
+    if config.store.startswith("~"):
+        return f"store = '{config.store}': '~' is a shell's word and would be a folder of that name; write the path out"
     cut = config.prune
     again = config.criterion.name == "saap_plus" and any(at < cut.ratio for at in config.criterion.cuts)
     if again and (cut.search not in ("auto", "global") or cut.direction != "lowest" or cut.kinds != "pooled"):

@@ -92,9 +92,11 @@ WAREHOUSES = ODD | {
 
 
 @pytest.mark.parametrize("harm", WAREHOUSES.values(), ids=WAREHOUSES)
-def test_a_damaged_warehouse_is_made_again_by_who_asks_first(finished, root, harm):
+def test_a_damaged_warehouse_is_made_again_by_who_asks_first(finished, root, harm, caplog):
     harm(root / "warehouse.duckdb")
     assert tables(Warehouse(root)) == finished[1]
+    if harm in (WAREHOUSES["half"], WAREHOUSES["text"], WAREHOUSES["a folder"]):
+        assert "damaged" in caplog.text
     harm(root / "warehouse.duckdb")
     Warehouse(root).rebuild()
     assert tables(Warehouse(root)) == finished[1]
