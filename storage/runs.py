@@ -52,7 +52,9 @@ def _is_config(value: Any) -> bool:
     except (TypeError, ValueError, RecursionError):
         return False
     kinds = {"name": str, "store": str, "data": str}
-    return isinstance(fields, dict) and all(isinstance(held, kinds.get(name, dict)) for name, held in fields.items())
+    if not isinstance(fields, dict) or not _text(json.dumps(fields, ensure_ascii=False)):
+        return False
+    return all(isinstance(held, kinds.get(name, dict)) for name, held in fields.items())
 
 
 Fields = dict[str, Callable[[Any], bool]]

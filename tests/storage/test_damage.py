@@ -135,6 +135,9 @@ RECORDS = ODD | {
     "half a character": lambda file: file.write_text(file.read_text().replace('"mini"', '"\\ud800"')),
     "a status of its own": lambda file: file.write_text(file.read_text().replace("completed", "done")),
     "no sections": lambda file: file.write_text(file.read_text().replace('"{}"', '"{\\"prune\\": 3}"')),
+    "half a character inside": lambda file: file.write_text(
+        file.read_text().replace('"{}"', json.dumps('{"prune": {"kinds": "\\ud800"}}'))
+    ),
     "too deep": lambda file: file.write_text("[" * 100_000),
 }
 
