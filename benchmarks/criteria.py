@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2, 0.5])
     parser.add_argument("--align", type=int, default=32, help="channels come in multiples of it; 1 in rivals' code")
     parser.add_argument("--seed", type=int, default=0, help="which calibration sequences, of 50 × 128 tokens")
+    parser.add_argument("--own", type=int, default=0, help="sequences that the model writes itself, added to them")
     parser.add_argument("--windows", type=int, default=64, help="of each text")
     parser.add_argument("--length", type=int, default=128, help="tokens of a window")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -176,6 +177,9 @@ def main() -> None:
         tokenizer = saap.load_tokenizer(source)
     calibration, texts = texts_of(arguments.texts, arguments.data, tokenizer, arguments.windows, arguments.length)
     tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, length=128, seed=arguments.seed)
+    if arguments.own:
+        own = saap.own_text(model, tokenizer, count=arguments.own, length=128, seed=arguments.seed)
+        tokens = torch.cat([tokens, own])
     cost = Cost(arguments.device)
     figures: dict[str, Any] = {}
 

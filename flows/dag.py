@@ -19,6 +19,7 @@ from tasks.stages.fluctuation import fluctuation
 from tasks.stages.fuse import fuse
 from tasks.stages.gradients import gradients
 from tasks.stages.model import model
+from tasks.stages.own_text import own_text
 from tasks.stages.prune import prune, prune_params
 from tasks.stages.rank import rank
 from tasks.stages.recover import recover
@@ -41,6 +42,8 @@ def build(config: RunConfig, run_id: str = "", outside: Outside | None = None) -
     if source.kind == "gguf":
         dense = graph.add(model, gguf=Source(Gguf, path=str(source.path)))
     calibration = graph.add(calibrate, tokenizer=dense, data=graph.data("calibration"))
+    if config.calibrate.own:
+        calibration = graph.add(own_text, model=dense, calibration=calibration)
     pruned = _prune(graph, dense, calibration)
     variants = {"dense": dense, "pruned": pruned}
     if config.recover.recipe != "none":

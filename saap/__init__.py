@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from saap.scoring.fluctuation import asi, fluctuation
     from saap.scoring.fusion import fuse
     from saap.scoring.importance import score
+    from saap.scoring.own_text import own_text
     from saap.scoring.statistics import input_moments, taylor_sums
     from saap.texts import read_rows, sample_tokens
 
@@ -71,6 +72,7 @@ _NAMES = {
     "saap.scoring.fluctuation": "asi fluctuation",
     "saap.scoring.fusion": "fuse",
     "saap.scoring.importance": "score",
+    "saap.scoring.own_text": "own_text",
     "saap.scoring.statistics": "input_moments taylor_sums",
     "saap.texts": "read_rows sample_tokens",
 }

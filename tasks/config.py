@@ -37,6 +37,9 @@ class Calibrate(Section):
     count: Count = Field(50, description="calibration sequences")
     length: Annotated[Count, Field(ge=2)] = Field(128, description="tokens a sequence")
     seed: Seed = Field(0, description="which sequences are drawn")
+    own: Annotated[int, Field(ge=0, le=10**6)] = Field(
+        0, description="sequences that the dense model writes itself, added to these"
+    )
 
 
 class Score(Section):

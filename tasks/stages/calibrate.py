@@ -9,6 +9,7 @@ import numpy as np
 from storage.keys import digest
 from storage.tables import read_table, write_table
 from tasks.artifact import Artifact, Source
+from tasks.config import RunConfig
 from tasks.data import calibration_texts
 from tasks.inputs import Data, Tokenizer, load_tokenizer
 from tasks.outside import Outside
@@ -35,7 +36,11 @@ def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
     return digest([outside.model.tokenizer, outside.data("calibration")])
 
 
-@stage(version=1, publishes=Calibration, params=lambda config: config.calibrate.model_dump(), fingerprint=_fingerprint)
+def _params(config: RunConfig) -> dict[str, int]:
+    return config.calibrate.model_dump(exclude={"own"})
+
+
+@stage(version=1, publishes=Calibration, params=_params, fingerprint=_fingerprint)
 def calibrate(step: Step, folder: Path, *, tokenizer: Tokenizer, data: Data) -> Summary:
     from saap import sample_tokens
 

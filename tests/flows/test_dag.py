@@ -43,6 +43,7 @@ DENSE = {"evaluate dense arc_easy", "evaluate dense wikitext2"}
         ("recover.micro_batch_size=2", set()),
         ("recover.gradient_checkpointing=true", set()),
         ("calibrate.seed=1", {"calibrate", "score", "fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
+        ("calibrate.own=4", {"own_text", "score", "fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
         ("score.hessian='fisher'", {"score", "fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
         ("fuse.fusion='vector'", {"fuse", "fluctuation", "prune", "recover", "speed"} | PRUNED),
         ("fluctuation.asi_scope='kind'", {"fluctuation", "prune", "recover", "speed"} | PRUNED),

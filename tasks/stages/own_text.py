@@ -1,0 +1,43 @@
+"""Text that the dense model writes itself, behind the calibration text."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from storage.keys import digest
+from storage.tables import read_table, write_table
+from tasks.artifact import Source
+from tasks.config import RunConfig
+from tasks.inputs import Checkpoint, load_model, load_tokenizer
+from tasks.outside import Outside
+from tasks.stage import Summary, dtype_of, stage
+from tasks.stages.calibrate import Calibration
+from tasks.step import Step
+
+
+def _params(config: RunConfig) -> dict[str, object]:
+    return {"count": config.calibrate.own, "seed": config.calibrate.seed} | dtype_of(config)
+
+
+def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
+    return digest([outside.model.weights, outside.model.tokenizer])
+
+
+@stage(version=1, publishes=Calibration, params=_params, fingerprint=_fingerprint)
+def own_text(step: Step, folder: Path, *, model: Checkpoint, calibration: Calibration) -> Summary:
+    import saap
+
+    config, tokenizer = step.config(), load_tokenizer(step)
+    drawn = read_table(calibration.place, "calibration")
+    samples, length = int(drawn["sample"][-1]) + 1, int(drawn["position"].max()) + 1
+    dense = load_model(step, model, use="slices")
+    own = saap.own_text(dense, tokenizer, count=config["count"], length=length, seed=config["seed"])
+    ours = {
+        "sample": samples + np.repeat(np.arange(len(own)), length),
+        "position": np.tile(np.arange(length), len(own)),
+        "token": own.flatten().numpy(),
+        "source_row": np.full(own.numel(), -1),
+    }
+    write_table(folder, "calibration", {name: np.concatenate([drawn[name], more]) for name, more in ours.items()})
+    return {"drawn": samples, "written": len(own)}

@@ -1,0 +1,47 @@
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from saap import SaapError, own_text
+
+
+def test_each_token_is_the_one_whose_share_of_the_distribution_the_draw_falls_into(tiny_llama, tiny_tokenizer):
+    """By passes over whole sequences, without a cache."""
+    model = tiny_llama().double().eval()
+    found = own_text(model, tiny_tokenizer, count=70, length=9, seed=5)
+    assert found.shape == (70, 9)
+    draws = torch.from_numpy(np.stack([np.random.default_rng([5, i]).random(9) for i in range(70)]))
+    with torch.no_grad():
+        shares = model(found).logits[:, :-1].softmax(-1)
+    upper = shares.cumsum(-1).gather(-1, found[:, 1:, None]).squeeze(-1)
+    lower = upper - shares.gather(-1, found[:, 1:, None]).squeeze(-1)
+    assert (draws[:, 1:] <= upper + 1e-9).all()
+    assert (draws[:, 1:] >= lower - 1e-9).all()
+
+
+def test_tokens_come_as_often_as_the_model_says(tiny_llama, tiny_tokenizer):
+    model = tiny_llama().eval()
+    found = own_text(model, tiny_tokenizer, count=3000, length=2, seed=0)
+    with torch.no_grad():
+        expected = model(found[:, :1]).logits[:, 0].softmax(-1).sum(0).double().numpy()
+    parts = np.array_split(np.argsort(expected), 20)
+    seen = np.bincount(found[:, 1], minlength=len(expected))
+    wanted = np.array([expected[part].sum() for part in parts])
+    assert chisquare([seen[part].sum() for part in parts], wanted / wanted.sum() * 3000).pvalue > 0.001
+
+
+def test_a_sequence_depends_on_seed_and_place_only_and_begins_with_a_plain_token(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    few, many = (own_text(model, tiny_tokenizer, count=count, length=6, seed=1) for count in (3, 80))
+    assert torch.equal(few, many[:3])
+    assert not torch.equal(few, own_text(model, tiny_tokenizer, count=3, length=6, seed=2))
+    assert not set(many[:, 0].tolist()) & set(tiny_tokenizer.all_special_ids)
+
+
+def test_a_model_with_a_weight_that_is_not_a_number_writes_nothing(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(SaapError, match="not finite"):
+        own_text(model, tiny_tokenizer, count=1, length=3, seed=0)
