@@ -91,6 +91,8 @@ def _check_device(config: RunConfig) -> None:
             f"compute.device = '{device}' is not there: torch finds {there} GPUs; give 'auto', 'cpu' or one of them"
         )
     on_cpu = device == "cpu" or (device == "auto" and not there)
+    if not on_cpu and config.execute.slots > there:
+        raise ConfigError(f"execute.slots = {config.execute.slots}, but torch finds {there} GPUs: a slot has one")
     if on_cpu and config.recover.recipe != "none" and config.recover.precision == "float16":
         raise ConfigError("recover.precision = 'float16' needs a GPU: use 'bfloat16' or 'float32'")
 

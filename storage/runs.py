@@ -94,6 +94,10 @@ class RunRecord:
         """A stage's artifact is there, or why not: stage, key, variant, benchmark, cached, seconds, skipped."""
         _write(self._folder / "stages" / f"{position:04d}.json", {"position": position, **about, "at": time.time()})
 
+    @property
+    def finished(self) -> bool:
+        return bool(self._run["status"] != "running")
+
     def finish(self, status: str, error: str | None = None) -> None:
         self._run |= {"finished_at": time.time(), "status": status, "error": error}
         _write(self._folder / "run.json", self._run)
