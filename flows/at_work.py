@@ -114,18 +114,18 @@ def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
 
     try:
         with place_for(jobs[0].settings.execute) as place:
-            for step, outcome in graph.work_off(store, place, begin):
-                _say(log, step, outcome)
-                concerned = [runs[run_id] for run_id in sorted(graph.needed[step.reference]) if run_id in runs]
-                for run in concerned:
-                    run.settle(step.reference, outcome)
-                if over := [run for run in concerned if run.ended]:
+            for settled in graph.work_off(store, place, begin):
+                for step, outcome in settled:
+                    _say(log, step, outcome)
+                    for run_id in graph.needed[step.reference] & runs.keys():
+                        runs[run_id].settle(step.reference, outcome)
+                if over := [run for run in runs.values() if run.ended]:
                     for run in over:
                         run.finish()
                         del runs[run.job.run_id]
                     _tell(warehouse, [run.job.run_id for run in over])
                     yield over
-                elif outcome.ticket is not None and time.monotonic() - told > PAGE_SECONDS:
+                elif step.run_id in runs and outcome.ticket is not None and time.monotonic() - told > PAGE_SECONDS:
                     _tell(warehouse, [step.run_id])
                     told = time.monotonic()
     except BaseException as error:

@@ -44,10 +44,11 @@ class Graph:
 
     def work_off(
         self, store: ArtifactStore, place: Place, begin: Callable[[str], None]
-    ) -> Iterator[tuple[Step, Outcome]]:
-        """Each step with what became of it. An error ends the runs that need the step: what only they need is left out.
+    ) -> Iterator[list[tuple[Step, Outcome]]]:
+        """Steps with what became of them, as soon as that is known.
 
-        What the store holds already is not given to Prefect. begin is told the run that a step is made for, before.
+        An error ends the runs that need the step, and what only they need is left out. What the store holds already is
+        not given to Prefect. begin: called with the run that a step is made for, before it starts.
         """
         order = {reference: number for number, reference in enumerate(self.steps)}
         sorter = TopologicalSorter(
@@ -60,11 +61,12 @@ class Graph:
         working = 0
         while True:
             new = sorted(sorter.get_ready(), key=order.__getitem__)
+            settled = []
             for step in (self.steps[reference] for reference in new):
                 known = Outcome(skipped=step.missing) if step.missing else Outcome(store.find(step.stage, step.key))
                 if known.skipped or known.manifest:
                     sorter.done(step.reference)
-                    yield step, known
+                    settled.append((step, known))
                 else:
                     ready.append(step)
             ready = sorted(
@@ -75,7 +77,9 @@ class Graph:
                 begin(chosen.run_id)
                 place.start(chosen, [tickets[stage, key] for _, stage, key in chosen.inputs if (stage, key) in tickets])
                 working += 1
-            if working:
+            if settled:
+                yield settled
+            elif working:
                 step, ticket, result = place.wait()
                 working -= 1
                 outcome = _outcome(store, step, ticket, result)
@@ -84,8 +88,8 @@ class Graph:
                     sorter.done(step.reference)
                 else:
                     ended |= self.needed[step.reference]
-                yield step, outcome
-            elif not new:
+                yield [(step, outcome)]
+            else:
                 return
 
 

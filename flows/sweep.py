@@ -3,6 +3,7 @@
 from contextlib import closing
 
 from prefect import Flow, flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows.at_work import Run, run_all
 from flows.combinations import combinations
@@ -34,7 +35,8 @@ def sweep_of(jobs: list[Job]) -> Flow[[str, list[str]], list[str]]:
 def sweep_jobs(config: str, overrides: list[str], jobs: list[Job]) -> list[str]:
     """Do the work of all jobs; each gets a flow run when it ends. Returns the ids of the completed runs."""
     failed: list[str] = []
-    with closing(run_all(jobs)) as batches:
+    # a flow run of a moment needs no heartbeat, whose thread would end up to a second later
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), closing(run_all(jobs)) as batches:
         for run in (run for batch in batches for run in batch):
             _flow_of(run)(config, [*run.job.chosen, *overrides], return_state=True, wait_for=run.tickets)
             if run.error is not None:

@@ -46,10 +46,10 @@ def rows(store):
     with Warehouse(store).reading() as connection:
         return {
             table: sorted(
-                connection.execute(
+                str(row)  # a NaN is none of the others
+                for row in connection.execute(
                     f"select ratio, t.* exclude ({without}) from {table} t join runs using (run_id)"
-                ).fetchall(),
-                key=str,
+                ).fetchall()
             )
             for table, without in {
                 "metrics": "run_id",
