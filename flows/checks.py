@@ -33,6 +33,8 @@ def check_before_start(config: RunConfig, source: ModelSource) -> None:
     be reached, sizes beyond the model's positions.
     """
     _check_device(config)
+    if config.execute.runner == "ray" and find_spec("prefect_ray") is None:
+        raise ConfigError("execute.runner = 'ray' needs Ray: pip install -c constraints.txt 'saap[ray]'")
     if config.speed.llama_cpp and find_spec("xllamacpp") is None:
         raise ConfigError("speed.llama_cpp needs llama.cpp: pip install -c constraints.txt xllamacpp")
     facts = facts_of(source)

@@ -18,7 +18,7 @@ def compute_of(config: RunConfig) -> str:
     return json.dumps(config.compute.model_dump() | {name: getattr(config.recover, name) for name in MEMORY})
 
 
-def placed(step: Step, gpu: str, threads: int | None) -> Step:
+def placed(step: Step, gpu: str | None, threads: int | None) -> Step:
     """The same step for one place: its CUDA_VISIBLE_DEVICES, and threads where the configuration says none."""
     compute = json.loads(step.compute)
     return replace(step, compute=json.dumps(compute | {"gpu": gpu, "threads": compute["threads"] or threads}))
