@@ -4,10 +4,11 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from prefect import get_run_logger
+from prefect import get_run_logger, runtime
 
 from flows.graph import Graph, Outcome, Reference
 from flows.job import Job
+from flows.killed import tell_of_the_killed
 from flows.pages.write import write_report
 from flows.places import place_for
 from storage.artifacts import ArtifactStore
@@ -74,6 +75,7 @@ class Run:
             criterion=settings.criterion.name,
             ratio=settings.prune.ratio,
             config=settings.model_dump_json(),
+            flow_run=runtime.flow_run.id,
         )
         for at, about in self._known.items():
             self._record.stage(at, **about)
@@ -105,6 +107,7 @@ def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
     store.prepare()
     warehouse = Warehouse(store.root)
     warehouse.sync()
+    tell_of_the_killed(store.root)
     runs = {job.run_id: Run(job, store) for job in jobs}
     graph, log, told = Graph(jobs), get_run_logger(), time.monotonic()
 

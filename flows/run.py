@@ -3,10 +3,11 @@
 from typing import Any
 
 from prefect import Flow, flow, runtime
-from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from flows.at_work import run_all
 from flows.job import Job, prepare, title_of
+from flows.markdown import run_markdown
 from flows.pages.write import report_file
 from flows.report import result_rows, skipped_rows
 from storage.artifacts import ArtifactStore
@@ -53,4 +54,5 @@ def show_results(job: Job) -> None:
     create_table_artifact(
         [dict(zip(columns, row, strict=True)) for row in rows], key="results", description=f"Run {job.run_id}{skipped}"
     )
+    create_markdown_artifact(run_markdown(store.root, job.run_id), key="run")
     create_link_artifact(report_file(store.root, job.run_id).as_uri(), link_text="report", key="report")

@@ -3,11 +3,13 @@
 from contextlib import closing
 
 from prefect import Flow, flow
+from prefect.artifacts import create_markdown_artifact
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from flows.at_work import Run, run_all
 from flows.combinations import combinations
 from flows.job import Job, prepare_all, title_of
+from flows.markdown import sweep_markdown
 from flows.run import saap_run, show_results
 from tasks.config import ConfigError
 
@@ -41,6 +43,7 @@ def sweep_jobs(config: str, overrides: list[str], jobs: list[Job]) -> list[str]:
             _flow_of(run)(config, [*run.job.chosen, *overrides], return_state=True, wait_for=run.tickets)
             if run.error is not None:
                 failed.append(f"{', '.join(run.job.chosen)}: {run.error}")
+    create_markdown_artifact(sweep_markdown(config, tuple(overrides)), key="sweep")
     if failed:
         raise ConfigError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}"[:500])
     return [job.run_id for job in jobs]

@@ -4,6 +4,7 @@
 its process lives, so a killed one can be told from a running one.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ _RUN: Fields = {
     **dict.fromkeys(("run_id", "name", "model", "data", "criterion", "status"), _text),
     **{"ratio": _number, "config": _is_json_object, "error": _text_or_none},
     **{"started_at": _time, "finished_at": lambda value: value is None or _time(value)},
+    "flow_run": _text_or_none,  # of Prefect's
 }
 _STAGE: Fields = {
     **{"position": lambda value: isinstance(value, int), "stage": _name, "key": _name},
@@ -62,7 +64,7 @@ _STAGE: Fields = {
     **{"cached": lambda value: isinstance(value, bool), "seconds": _number_or_none, "at": _time},
 }
 # what records from before there was a choice do not say
-_RUN_DEFAULTS = {"criterion": "saap", "error": None}
+_RUN_DEFAULTS = {"criterion": "saap", "error": None, "flow_run": None}
 _STAGE_DEFAULTS = {"skipped": None}
 
 
@@ -165,6 +167,22 @@ def mark_killed(root: Path) -> list[str]:
             if not is_alive(root, run_id):
                 move_aside(root, root / "runs" / run_id, f"runs-{run_id}", f"the record of run {run_id}", str(fault))
     return killed
+
+
+def killed_flow_runs(root: Path) -> dict[str, list[str]]:
+    """Flow run → the killed runs that it did, as long as nobody has told Prefect."""
+    found: dict[str, list[str]] = {}
+    for run_id in all_runs(root):
+        with contextlib.suppress(StorageError, FileNotFoundError):
+            run = read_run(root, run_id)
+            if run["status"] == "killed" and run["flow_run"] is not None:
+                found.setdefault(run["flow_run"], []).append(run_id)
+    return found
+
+
+def forget_flow_run(root: Path, run_id: str) -> None:
+    """Of a run whose end Prefect knows."""
+    _write(root / "runs" / run_id / "run.json", read_run(root, run_id) | {"flow_run": None})
 
 
 def _checked(content: bytes, fields: Fields, defaults: dict[str, Any]) -> dict[str, Any]:

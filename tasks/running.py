@@ -10,6 +10,7 @@ from prefect import Task, get_run_logger
 from storage.artifacts import ArtifactStore
 from tasks.compute import take_place
 from tasks.data import MissingData
+from tasks.progress import shown_progress
 from tasks.stage import Stage, stage_named
 from tasks.step import Step
 
@@ -37,7 +38,8 @@ def task_of(stage: str) -> Task[[Step], dict[str, Any]]:
 def run_step(step: Step) -> dict[str, Any]:
     """What the task does. Twice does no harm: the second time the artifact is there."""
     take_place(step)
-    reference = find_or_publish(stage_named(step.stage), step)
+    with shown_progress(step.label):
+        reference = find_or_publish(stage_named(step.stage), step)
     summary = ", ".join(f"{name} {value}" for name, value in reference["summary"].items())
     get_run_logger().info("%s: %s", step.label, summary)
     return reference
