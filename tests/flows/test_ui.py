@@ -32,16 +32,17 @@ def test_a_full_block_is_a_layer_left_whole():
 
 
 def test_a_run_and_a_sweep_show_results_widths_and_checkpoints(config, store, tiny_folder, prefect_server):
-    run_id = saap_run(str(config), ["name='shown'", *QUICK])
+    quick = [*QUICK, "evaluate.benchmarks=['arc_easy']"]
+    run_id = saap_run(str(config), ["name='shown'", *quick])
     flow_run = named(f"shown: {tiny_folder} at 0.2")
-    (shown,) = (a.data for a in artifacts("markdown") if a.flow_run_id == flow_run.id)
+    (shown,) = (a.data for a in artifacts("markdown") if a.key == "run" and a.flow_run_id == flow_run.id)
     (folder,) = store.glob("prune/[!.]*")
     assert f"# Run {run_id}" in shown
     assert f"- pruned: `{folder}`" in shown
     (attention,) = (line for line in shown.splitlines() if line.startswith("attention"))
     assert (len(attention.split(None, 1)[1]), attention[10], attention[-1]) == (6, "█", "█")
     assert "| pruned |" in shown
-    saap_sweep(str(swept(config, '{ "prune.ratio" = [0.2, 0.3] }')), [*QUICK])
+    saap_sweep(str(swept(config, '{ "prune.ratio" = [0.2, 0.3] }')), quick)
     (comparison,) = (a.data for a in artifacts("markdown") if a.key == "sweep")
     assert "| 0.3 | pruned |" in comparison
 
