@@ -167,7 +167,7 @@ def test_a_sweep_outlives_the_worker_it_runs_on(config, store, server, tmp_path)
             kill()
             made = manifests(store)
             assert state(server, flow_run) == "Running"
-            until(lambda: state(server, flow_run) in ("Completed", "Failed", "Crashed"), 400, "the end of the sweep")
+            until(lambda: state(server, flow_run) in ("Completed", "Failed", "Crashed"), 220, "the end of the sweep")
     assert state(server, flow_run) == "Completed"
     assert manifests(store).items() >= made.items(), "what was made is made again"
     with Warehouse(store).reading() as connection:
