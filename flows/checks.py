@@ -40,6 +40,8 @@ def check_before_start(config: RunConfig, source: ModelSource) -> None:
     """
     _check_device(config)
     _check_launch(config)
+    if config.execute.runner == "ray" and find_spec("prefect_ray") is None:
+        raise ConfigError("execute.runner = 'ray' needs Ray: pip install -c constraints.txt 'saap[ray]'")
     if config.speed.llama_cpp and find_spec("xllamacpp") is None:
         raise ConfigError("speed.llama_cpp needs llama.cpp: pip install -c constraints.txt xllamacpp")
     facts = facts_of(source)
@@ -100,6 +102,8 @@ def _check_device(config: RunConfig) -> None:
             f"compute.device = '{device}' is not there: torch finds {there} GPUs; give 'auto', 'cpu' or one of them"
         )
     on_cpu = device == "cpu" or (device == "auto" and not there)
+    if not on_cpu and config.execute.slots > there:
+        raise ConfigError(f"execute.slots = {config.execute.slots}, but torch finds {there} GPUs: a slot has one")
     if on_cpu and config.recover.recipe != "none" and config.recover.precision == "float16":
         raise ConfigError("recover.precision = 'float16' needs a GPU: use 'bfloat16' or 'float32'")
 

@@ -1,4 +1,4 @@
-"""A run before it starts: its settings and its steps. Does not import Prefect."""
+"""Runs before they start: their settings and their steps. Does not import Prefect."""
 
 import datetime
 import uuid
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flows.checks import check_before_start
 from flows.dag import build
+from storage.artifacts import ArtifactStore
 from tasks.config import ConfigError, RunConfig, load_config
 from tasks.outside import Outside
 from tasks.step import Step
@@ -14,11 +15,12 @@ from tasks.step import Step
 
 @dataclass(frozen=True)
 class Job:
-    """A run that can start."""
+    """A run that can start. chosen: the overrides that tell it from the other runs of its sweep."""
 
     settings: RunConfig
     run_id: str
     steps: list[Step]
+    chosen: tuple[str, ...] = ()
 
 
 def title_of(settings: RunConfig) -> str:
@@ -26,33 +28,43 @@ def title_of(settings: RunConfig) -> str:
     return f"{settings.name}: {settings.model.path} at {settings.prune.ratio:g}"
 
 
-def prepare(settings: RunConfig, *, look_only: bool = False) -> Job:
+def prepare(
+    settings: RunConfig, *, look_only: bool = False, outside: Outside | None = None, chosen: tuple[str, ...] = ()
+) -> Job:
     """The job of a configuration. What is wrong with it, its model or its data shows here, before anything is computed.
 
-    With look_only, as in `saap plan`, nothing is written and no model downloaded.
+    With look_only, as in `saap plan`, nothing is written and no model downloaded. outside: what was looked at already.
     Raises ConfigError, SaapError or StorageError.
     """
-    outside = Outside(settings, look_only=look_only)
+    outside = outside or Outside(settings, look_only=look_only)
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     steps = build(settings, run_id, outside)  # first what needs no torch
-    check_before_start(settings, outside.model)
-    return Job(settings, run_id, steps)
+    if look_only or work_left(steps):
+        check_before_start(settings, outside.model)
+    return Job(settings, run_id, steps, chosen)
 
 
-def check_all(config: str, runs: Sequence[Sequence[str]], overrides: Sequence[str]) -> None:
-    """Raises ConfigError for a run of a sweep that `prepare` would refuse, naming it: before the first one starts.
+def work_left(steps: Sequence[Step]) -> bool:
+    """Whether there is anything to compute; if not, neither torch nor a model is needed."""
+    store = ArtifactStore(steps[0].store)
+    return any(step.missing is None and store.inspect(step.stage, step.key)[0] is None for step in steps)
+
+
+def prepare_all(config: str, runs: Sequence[Sequence[str]], overrides: Sequence[str]) -> list[Job]:
+    """The jobs of a sweep. Raises ConfigError for a run that `prepare` would refuse, naming it.
 
     runs: what `combinations` gives. A model and a folder of data that several runs share are looked at once.
     """
     seen: dict[tuple[str | None, ...], Outside] = {}
+    jobs = []
     for chosen in runs:
         settings = load_config(config, (*chosen, *overrides))
         places = (settings.store, settings.data, settings.model.path, settings.model.revision)
         outside = seen.setdefault(places, Outside(settings))
         try:
-            build(settings, outside=outside)
-            check_before_start(settings, outside.model)
+            jobs.append(prepare(settings, outside=outside, chosen=tuple(chosen)))
         except ValueError as error:  # ConfigError, SaapError
             if getattr(error, "exit_code", None) is None:
                 raise
             raise ConfigError(f"{', '.join(chosen)}: {error}") from error
+    return jobs

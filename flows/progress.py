@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 from typing import Literal, TextIO
 
 Loudness = Literal["quiet", "normal", "verbose"]
@@ -33,27 +32,21 @@ class StageLines(logging.Filter):
     def __init__(self, out: TextIO, steps: int | None, quiet: bool) -> None:
         super().__init__()
         self._out, self._steps, self._quiet = out, steps, quiet
-        self._done, self._since = 0, time.monotonic()
+        self._done = 0
         self._group, self._count, self._seconds, self._line = "", 0, 0.0, ""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING:
             self._end_line()
             return True
-        label = str(getattr(record, "task_run_name", "") or "")
-        if record.name == "prefect.flow_runs" and str(record.msg).startswith("Beginning flow run"):
-            self._done, self._since = 0, time.monotonic()
-        elif record.name == "prefect.task_runs" and record.msg == "%s: %s" and record.args:
-            self._step(label, str(record.args[1]))  # type: ignore[index]
-        elif record.name == "prefect.task_runs" and record.getMessage().startswith("Finished in state Cached"):
-            self._step(label, "found in the store")
+        if hasattr(record, "seconds"):
+            label, found = record.args  # type: ignore[misc]
+            self._step(str(label), str(found), record.seconds)
         elif record.name == "prefect.flow_runs" and record.getMessage().startswith("Finished in state"):
             self._end_line()
         return False
 
-    def _step(self, label: str, found: str) -> None:
-        now = time.monotonic()
-        took, self._since = now - self._since, now
+    def _step(self, label: str, found: str, seconds: float) -> None:
         self._done += 1
         stage, _, rest = label.partition(" ")
         variant, _, benchmark = rest.partition(" ")
@@ -62,7 +55,7 @@ class StageLines(logging.Filter):
             self._end_line()
             self._group, self._count, self._seconds = group, 0, 0.0
         self._count += 1
-        self._seconds += took
+        self._seconds += seconds
         if benchmark:
             found = f"{self._count} benchmark{'s' if self._count > 1 else ''}, {benchmark} last"
         self._write(

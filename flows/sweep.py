@@ -1,30 +1,61 @@
-"""Many runs of one configuration: every combination of the values of a [sweep] table."""
+"""Many runs of one configuration as one graph: every combination of the values of a [sweep] table."""
 
-from prefect import flow
+from contextlib import closing
 
+from prefect import Flow, flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+from flows.at_work import Run, run_all
 from flows.combinations import combinations
-from flows.job import check_all, prepare
-from flows.run import flow_of
-from tasks.config import ConfigError, load_config
+from flows.job import Job, prepare_all, title_of
+from flows.markdown import sweep_markdown
+from flows.run import saap_run, show_results
+from tasks.config import ConfigError
 
 
 @flow(name="saap-sweep", validate_parameters=False)
 def saap_sweep(config: str, overrides: list[str] | None = None) -> list[str]:
-    """Run every combination, one after the other; what they share is computed once. Returns the run ids.
+    """Run every combination; what they share is computed once. Returns the run ids.
 
-    What can be known before is checked for all runs first. A run that fails does not stop the others; the sweep then
-    fails at the end, naming how many did.
+    What can be known before is checked for all runs first. A step that fails fails the runs that need it and no others;
+    the sweep then fails at the end, naming how many did.
     """
-    run_ids, failed, overrides = [], [], overrides or []
-    runs = combinations(config, overrides)
-    check_all(config, runs, overrides)
-    for chosen in runs:
-        asked = [*chosen, *overrides]
-        try:
-            job = prepare(load_config(config, tuple(asked)))
-            run_ids.append(flow_of(job)(config, asked))
-        except Exception as error:
-            failed.append(f"{', '.join(chosen)}: {error}")
+    overrides = overrides or []
+    return sweep_jobs(config, overrides, prepare_all(config, combinations(config, overrides), overrides))
+
+
+def sweep_of(jobs: list[Job]) -> Flow[[str, list[str]], list[str]]:
+    """`saap_sweep` for jobs that are prepared already. Its arguments are for Prefect's UI only."""
+
+    def sweep_prepared(config: str, overrides: list[str]) -> list[str]:
+        return sweep_jobs(config, overrides, jobs)
+
+    return Flow(sweep_prepared, name=saap_sweep.name, validate_parameters=False)
+
+
+def sweep_jobs(config: str, overrides: list[str], jobs: list[Job]) -> list[str]:
+    """Do the work of all jobs; each gets a flow run when it ends. Returns the ids of the completed runs."""
+    failed: list[str] = []
+    # a flow run of a moment needs no heartbeat, whose thread would end up to a second later
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), closing(run_all(jobs)) as batches:
+        for run in (run for batch in batches for run in batch):
+            _flow_of(run)(config, [*run.job.chosen, *overrides], return_state=True, wait_for=run.tickets)
+            if run.error is not None:
+                failed.append(f"{', '.join(run.job.chosen)}: {run.error}")
+    create_markdown_artifact(sweep_markdown(config, tuple(overrides)), key="sweep")
     if failed:
-        raise ConfigError(f"{len(failed)} of {len(failed) + len(run_ids)} runs failed: {'; '.join(failed)}"[:500])
-    return run_ids
+        raise ConfigError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}"[:500])
+    return [job.run_id for job in jobs]
+
+
+def _flow_of(run: Run) -> Flow[[str, list[str]], str]:
+    """A run that has ended as a flow run: it waited for its steps, shows the results, or fails as the run did."""
+
+    def end(config: str, overrides: list[str]) -> str:
+        if run.error is not None:
+            raise run.error
+        show_results(run.job)
+        return run.job.run_id
+
+    return Flow(end, name=saap_run.name, flow_run_name=title_of(run.job.settings), validate_parameters=False)

@@ -4,6 +4,7 @@
 its process lives, so a killed one can be told from a running one.
 """
 
+import contextlib
 import json
 import re
 import time
@@ -63,6 +64,7 @@ _RUN: Fields = {
     "status": lambda value: value in ("running", "completed", "failed", "killed"),
     **{"ratio": _number, "config": _is_config, "error": _text_or_none},
     **{"started_at": _time, "finished_at": lambda value: value is None or _time(value)},
+    "flow_run": _text_or_none,  # of Prefect's
 }
 _STAGE: Fields = {
     **{"position": lambda value: isinstance(value, int), "stage": _name, "key": _name},
@@ -71,7 +73,7 @@ _STAGE: Fields = {
     **{"cached": lambda value: isinstance(value, bool), "seconds": _number_or_none, "at": _time},
 }
 # what records from before there was a choice do not say
-_RUN_DEFAULTS = {"criterion": "saap", "error": None}
+_RUN_DEFAULTS = {"criterion": "saap", "error": None, "flow_run": None}
 _STAGE_DEFAULTS = {"skipped": None}
 
 
@@ -102,6 +104,10 @@ class RunRecord:
     def stage(self, position: int, **about: Any) -> None:
         """A stage's artifact is there, or why not: stage, key, variant, benchmark, cached, seconds, skipped."""
         _write(self._folder / "stages" / f"{position:04d}.json", {"position": position, **about, "at": time.time()})
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._run["status"] != "running")
 
     def finish(self, status: str, error: str | None = None) -> None:
         self._run |= {"finished_at": time.time(), "status": status, "error": error}
@@ -171,6 +177,22 @@ def mark_killed(root: Path) -> list[str]:
             if not is_alive(root, run_id):
                 move_aside(root, root / "runs" / run_id, f"runs-{run_id}", f"the record of run {run_id}", str(fault))
     return killed
+
+
+def killed_flow_runs(root: Path) -> dict[str, list[str]]:
+    """Flow run → the killed runs that it did, as long as nobody has told Prefect."""
+    found: dict[str, list[str]] = {}
+    for run_id in all_runs(root):
+        with contextlib.suppress(StorageError, FileNotFoundError):
+            run = read_run(root, run_id)
+            if run["status"] == "killed" and run["flow_run"] is not None:
+                found.setdefault(run["flow_run"], []).append(run_id)
+    return found
+
+
+def forget_flow_run(root: Path, run_id: str) -> None:
+    """Of a run whose end Prefect knows."""
+    _write(root / "runs" / run_id / "run.json", read_run(root, run_id) | {"flow_run": None})
 
 
 def _checked(content: bytes, fields: Fields, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -8,20 +8,17 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
+from tasks.how import Compute, Execute, Section, wrong_execution
 from tasks.toml import ConfigError, one_line, parse_value, read_toml, sections_of, short
-from tasks.values import Amount, Arguments, Count, Layer, Ratio, Seed, Text, distinct
+from tasks.values import Amount, Count, Layer, Ratio, Seed, Text, distinct
 
 ACCURACIES = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa")
 PERPLEXITIES = ("wikitext2", "ptb")
 Benchmark = Literal[
     "arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa", "wikitext2", "ptb"
 ]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Model(Section):
@@ -175,23 +172,6 @@ class Speed(Section):
     llama_cpp: bool = Field(False, description="time GGUF exports in llama.cpp too; needs xllamacpp")
 
 
-class Compute(Section):
-    """How the work is done. Never part of a stage key: it changes time and memory, not results."""
-
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = Field(
-        "auto", description="auto (a GPU if there is one), cpu, cuda, cuda:1 …"
-    )
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="CPU threads; all cores if absent")
-    batch_size: Count = Field(8, description="sequences at once in evaluation and statistics")
-    offload: bool = Field(
-        False, description="score and prune a model larger than the device: its layers come from disk one by one"
-    )
-    launch: Arguments | None = Field(
-        None,
-        description="train in several processes: arguments of `accelerate launch`; '--multi_gpu' or '--use_fsdp'",
-    )
-
-
 class RunConfig(Section):
     name: Annotated[Text, Field(max_length=200)] = Field(
         "run", description="what the run is called in tables and in Prefect's UI"
@@ -209,6 +189,7 @@ class RunConfig(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate)
     speed: Speed = Field(default_factory=Speed)
     compute: Compute = Field(default_factory=Compute)
+    execute: Execute = Field(default_factory=Execute)
 
 
 def load_config(file: str | Path | None, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -289,7 +270,7 @@ def _wrong_combination(config: RunConfig) -> str | None:
         )
     if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
         return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"
-    return None
+    return wrong_execution(config.compute, config.execute)
 
 
 def _explain(fault: Any) -> str:

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from storage.keys import Fingerprints, digest
-from tasks.config import ACCURACIES
 from tasks.hub import HubError, Split, commit_of, file_of, split_of, with_rows
 from tasks.rows import check_text_column, checked_rows, write_parquet
 from tasks.toml import ConfigError
@@ -26,7 +25,7 @@ class DataSet:
     hub_config: str | None = None
     hub_split: str = "test"
     hub_revision: str | None = None  # data sets that are loading scripts need the hub's own Parquet conversion
-    columns: tuple[str, ...] = ()  # of data that is read as text
+    columns: tuple[str, ...] = ()
 
 
 class MissingData(ConfigError):
@@ -34,18 +33,35 @@ class MissingData(ConfigError):
 
 
 _PARQUET = "refs/convert/parquet"
+_ARC = ("question", "choices", "answerKey")
 DATA: dict[str, DataSet] = {
     "calibration": DataSet(
         "bookcorpus_like/passages", "bookcorpus/bookcorpus", "plain_text", "train", _PARQUET, columns=("text",)
     ),
     "recovery": DataSet("alpaca/train", "tatsu-lab/alpaca", None, "train", columns=("instruction", "input", "output")),
-    "arc_easy": DataSet("arc_easy/test", "allenai/ai2_arc", "ARC-Easy"),
-    "arc_challenge": DataSet("arc_challenge/test", "allenai/ai2_arc", "ARC-Challenge"),
-    "boolq": DataSet("boolq/validation", "aps/super_glue", "boolq", "validation"),
-    "hellaswag": DataSet("hellaswag/validation", "Rowan/hellaswag", None, "validation"),
-    "piqa": DataSet("piqa/validation", "baber/piqa", None, "validation"),
-    "winogrande": DataSet("winogrande/validation", "allenai/winogrande", "winogrande_xl", "validation"),
-    "openbookqa": DataSet("openbookqa/test", "allenai/openbookqa", "main"),
+    "arc_easy": DataSet("arc_easy/test", "allenai/ai2_arc", "ARC-Easy", columns=_ARC),
+    "arc_challenge": DataSet("arc_challenge/test", "allenai/ai2_arc", "ARC-Challenge", columns=_ARC),
+    "boolq": DataSet(
+        "boolq/validation", "aps/super_glue", "boolq", "validation", columns=("question", "passage", "label")
+    ),
+    "hellaswag": DataSet(
+        "hellaswag/validation",
+        "Rowan/hellaswag",
+        None,
+        "validation",
+        columns=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    ),
+    "piqa": DataSet("piqa/validation", "baber/piqa", None, "validation", columns=("goal", "sol1", "sol2", "label")),
+    "winogrande": DataSet(
+        "winogrande/validation",
+        "allenai/winogrande",
+        "winogrande_xl",
+        "validation",
+        columns=("sentence", "option1", "option2", "answer"),
+    ),
+    "openbookqa": DataSet(
+        "openbookqa/test", "allenai/openbookqa", "main", columns=("question_stem", "choices", "answerKey")
+    ),
     "wikitext2": DataSet("wikitext2_raw/test", "Salesforce/wikitext", "wikitext-2-raw-v1", columns=("text",)),
     "ptb": DataSet(
         "ptb/validation", "ptb-text-only/ptb_text_only", "penn_treebank", "validation", _PARQUET, columns=("sentence",)
@@ -54,11 +70,7 @@ DATA: dict[str, DataSet] = {
 
 
 def columns_of(role: str) -> tuple[str, ...]:
-    """What is read of a role's data. The library knows the columns of its accuracy benchmarks."""
-    if role in ACCURACIES:
-        from saap import ACCURACY
-
-        return ACCURACY[role].columns
+    """What is read of a role's data."""
     return DATA[role].columns
 
 

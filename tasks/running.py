@@ -6,11 +6,12 @@ from importlib.metadata import version
 from typing import Any
 
 from prefect import Task, get_run_logger
-from prefect.serializers import JSONSerializer
 
 from storage.artifacts import ArtifactStore
+from tasks.compute import take_place
 from tasks.data import MissingData
-from tasks.stage import Stage
+from tasks.progress import shown_progress
+from tasks.stage import Stage, stage_named
 from tasks.step import Step
 
 PACKAGES = ("saap", "torch", "transformers", "lm-eval", "prefect")
@@ -18,29 +19,30 @@ PACKAGES = ("saap", "torch", "transformers", "lm-eval", "prefect")
 _REPEATS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 
 
-def task_of(stage: Stage) -> Task[[Step], dict[str, Any]]:
-    """The Prefect task that makes sure the store has a step's artifact.
+def task_of(stage: str) -> Task[[Step], dict[str, Any]]:
+    """The Prefect task that makes sure the store has a step's artifact, in this process or in another one.
 
     It returns {stage, key, summary}: never tensors, models or bare paths.
     """
-
-    def run(step: Step) -> dict[str, Any]:
-        reference = find_or_publish(stage, step)
-        summary = ", ".join(f"{name} {value}" for name, value in reference["summary"].items())
-        get_run_logger().info("%s: %s", step.label, summary)
-        return reference
-
     return Task(
-        run,
-        name=stage.name,
+        run_step,
+        name=stage,
         task_run_name="{step.label}",
-        cache_key_fn=cache_key,
-        persist_result=True,
-        result_serializer=JSONSerializer(),
+        persist_result=False,  # the store is what remembers
         retries=3,
         retry_delay_seconds=[2, 10, 60],
         retry_condition_fn=is_transient,
     )
+
+
+def run_step(step: Step) -> dict[str, Any]:
+    """What the task does. Twice does no harm: the second time the artifact is there."""
+    take_place(step)
+    with shown_progress(step.label):
+        reference = find_or_publish(stage_named(step.stage), step)
+    summary = ", ".join(f"{name} {value}" for name, value in reference["summary"].items())
+    get_run_logger().info("%s: %s", step.label, summary)
+    return reference
 
 
 def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:
@@ -63,11 +65,6 @@ def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:
         else:
             summary = manifest["summary"]
     return {"stage": step.stage, "key": step.key, "summary": summary}
-
-
-def cache_key(context: Any, parameters: dict[str, Any]) -> str:
-    step: Step = parameters["step"]
-    return f"{step.stage}-{step.key}"
 
 
 def is_transient(task: Any, task_run: Any, state: Any) -> bool:

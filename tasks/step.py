@@ -30,6 +30,11 @@ class Step:
     missing: str | None = None
 
     @property
+    def reference(self) -> tuple[str, str]:
+        """(stage, key): two steps with the same are one piece of work."""
+        return self.stage, self.key
+
+    @property
     def label(self) -> str:
         """What people see: 'score', 'evaluate pruned boolq'."""
         return " ".join(part for part in (self.stage, self.variant, self.benchmark) if part)

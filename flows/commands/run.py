@@ -77,20 +77,20 @@ def sweep(
 ) -> None:
     """Run every combination of the lists in the config's \\[sweep] table; what they share is computed once."""
     from flows.combinations import combinations
-    from flows.job import check_all
+    from flows.job import prepare_all
     from tasks.config import load_config
 
     overrides = _overrides(set_, store)
     runs = combinations(str(config), overrides)
     settings = load_config(config, (*runs[0], *overrides))
     _start(settings.store)
-    check_all(str(config), runs, overrides)  # before a server is started
+    jobs = prepare_all(str(config), runs, overrides)  # before a server is started
     console.print(f"{len(runs)} runs, the last of them {', '.join(runs[-1])}", highlight=False)
-    with _prefect(Path(settings.store)):
-        from flows.sweep import saap_sweep
+    with _prefect(Path(settings.store), [step for job in jobs for step in job.steps]):
+        from flows.sweep import sweep_of
 
         show_progress("verbose" if verbose else "quiet" if quiet else "normal")
-        saap_sweep(str(config.resolve()), list(overrides))
+        sweep_of(jobs)(str(config.resolve()), list(overrides))
     print_comparison(config, overrides, html=Path(settings.store) / f"{config.stem}.html")
 
 
@@ -145,12 +145,10 @@ def _start(store: str) -> None:
     quiet_settings(Path(store).resolve())
 
 
-def _prefect(store: Path, steps: Sequence[Step] = ()) -> Any:
+def _prefect(store: Path, steps: Sequence[Step]) -> Any:
+    from flows.job import work_left
     from flows.server import prefect_api
     from flows.tracebacks import hide_user_tracebacks
-    from storage.artifacts import ArtifactStore
 
     hide_user_tracebacks()
-    artifacts = ArtifactStore(store.resolve())
-    work = any(artifacts.inspect(step.stage, step.key)[0] is None for step in steps)
-    return prefect_api(store.resolve(), ("flows.run", "saap") if work else ("flows.run",))
+    return prefect_api(store.resolve(), ("flows.run", "saap") if work_left(steps) else ("flows.run",))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.models.families import Part
 from saap.models.groups import group_matrices
+from saap.progress import tqdm
 from saap.scoring.backward import input_device, is_offloaded
 
 RANK, ALPHA = 8, 16.0

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.models.families import family_of
 from saap.models.groups import discover
 from saap.models.products import FastLinears
+from saap.progress import tqdm
 from saap.pruning.plan import PROTECTED, select
 from saap.scoring.backward import frozen, input_device, is_offloaded
 from saap.scoring.statistics import output_matrices

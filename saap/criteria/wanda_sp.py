@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.models.groups import discover
+from saap.progress import tqdm
 from saap.pruning.plan import PROTECTED, select
 from saap.scoring.backward import is_offloaded
 from saap.scoring.stream import Stream

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import nn
-from tqdm.auto import tqdm
 
 from saap.evaluation.log_probs import log_probs
 from saap.models.families import family_of
 from saap.models.products import FastLinears
+from saap.progress import tqdm
 
 
 @dataclass

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.evaluation.log_probs import log_probs
 from saap.models.products import FastLinears
+from saap.progress import tqdm
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from saap.evaluation.sizes import Size
+from saap.progress import tqdm
 
 T = TypeVar("T")
 

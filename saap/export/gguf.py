@@ -7,7 +7,6 @@ from typing import Any
 
 import gguf
 from gguf import GGMLQuantizationType
-from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.export.tensors import Stored, gguf_tensors, head_size, padded
@@ -16,6 +15,7 @@ from saap.export.vocabulary import write_vocabulary
 from saap.models.checkpoint import load_config
 from saap.models.tokenizer import load_tokenizer
 from saap.models.validation import check_sizes
+from saap.progress import tqdm
 
 FLOATS = {"f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16}
 FILE_TYPES = {GGMLQuantizationType.F32: 0, GGMLQuantizationType.F16: 1, GGMLQuantizationType.Q4_1: 3}

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.models.families import family_of
 from saap.models.groups import discover
 from saap.models.products import FastLinears, product
+from saap.progress import tqdm
 from saap.scoring.backward import is_offloaded
 from saap.scoring.stream import Pass, Stream
 

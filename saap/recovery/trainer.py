@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from saap.errors import SaapError
+from saap.progress import tqdm
 from saap.recovery.loss import Student
 from saap.recovery.training import Training, last_checkpoint
 
@@ -193,7 +193,7 @@ class _Progress(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        hidden = not state.is_world_process_zero
+        hidden, self.seen = not state.is_world_process_zero, state.global_step
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="recover", unit="step", disable=hidden or None
         )
@@ -204,7 +204,8 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_s=f"{logs['tokens_per_s']:.0f}", refresh=False)
-            self.bar.update(state.global_step - self.bar.n)
+            self.bar.update(state.global_step - self.seen)
+            self.seen = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 
 from saap.models.families import family_of
 from saap.models.groups import weight_of
 from saap.models.logits import cross_entropy
 from saap.models.products import FastLinears
+from saap.progress import tqdm
 
 
 def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0, *, recompute: bool = False) -> None:

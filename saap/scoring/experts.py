@@ -6,11 +6,11 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.models.families import Experts, family_of
 from saap.models.groups import layer_parts
+from saap.progress import tqdm
 from saap.scoring.backward import backward, input_device, watch_gradients
 
 See = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.models.groups import group_matrices, weight_of
+from saap.progress import tqdm
 from saap.scoring.backward import backward, input_device, is_offloaded, watch_gradients
 from saap.scoring.salience import TILE, channel_sums
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.models.families import Part
 from saap.models.groups import group_matrices
+from saap.progress import tqdm
 from saap.scoring.backward import input_device, is_offloaded, see_gradients
 
 Structure = tuple[int, str]  # (layer, kind)

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import saap.texts
+from saap import ACCURACY
 from storage.keys import Fingerprints
 from tasks.data import (
     DATA,
@@ -249,3 +250,7 @@ def test_other_kinds_of_columns_are_no_text(tmp_path, put):
     file = put("calibration", pa.table({"text": [1, 2]}), ".parquet")
     with pytest.raises(ConfigError, match="column text: text is expected, found int64"):
         check_file(file, "calibration")
+
+
+def test_the_columns_of_a_benchmark_are_those_the_library_reads():
+    assert {name: about.columns for name, about in ACCURACY.items()} == {name: columns_of(name) for name in ACCURACY}

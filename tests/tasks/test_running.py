@@ -20,8 +20,13 @@ def step(tmp_path):
     return Step("calibrate", tmp_path.name, "{}", (), (), "{}", str(tmp_path), "run")
 
 
-def failing(errors):
+@pytest.fixture
+def failing(monkeypatch):
     """A stage that fails with each of the errors in turn, then works; and how often it was tried."""
+    return lambda errors: _failing(monkeypatch, errors)
+
+
+def _failing(monkeypatch, errors):
     tries = []
 
     @stage(version=1, publishes=Artifact, params=lambda config: {})
@@ -32,7 +37,8 @@ def failing(errors):
             raise errors.pop(0)
         return {"fine": True}
 
-    return task_of(calibrate).with_options(retry_delay_seconds=0), tries
+    monkeypatch.setattr(importlib.import_module("tasks.stages.calibrate"), "calibrate", calibrate)
+    return task_of("calibrate").with_options(retry_delay_seconds=0), tries
 
 
 def call(task, step):
@@ -43,7 +49,7 @@ def call(task, step):
     return once()
 
 
-def test_a_connection_that_fails_twice_is_tried_again_and_then_works(tmp_path, prefect_server):
+def test_a_connection_that_fails_twice_is_tried_again_and_then_works(tmp_path, prefect_server, failing):
     task, tries = failing([ConnectionError("reset"), OSError(errno.EIO, "disk hiccup")])
     assert call(task, step(tmp_path)) == {"stage": "calibrate", "key": tmp_path.name, "summary": {"fine": True}}
     assert len(tries) == 3
@@ -53,7 +59,7 @@ def test_a_connection_that_fails_twice_is_tried_again_and_then_works(tmp_path, p
 @pytest.mark.parametrize(
     "error", [StorageError("wrong"), ValueError("bug"), OSError(errno.EACCES, "no"), KeyError("x")]
 )
-def test_an_error_that_would_repeat_is_not_tried_again(tmp_path, prefect_server, error):
+def test_an_error_that_would_repeat_is_not_tried_again(tmp_path, prefect_server, failing, error):
     task, tries = failing([error])
     with pytest.raises(type(error)):
         call(task, step(tmp_path))

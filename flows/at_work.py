@@ -1,0 +1,161 @@
+"""Runs at work: their records, their pages, and how they end."""
+
+import time
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from prefect import get_run_logger, runtime
+
+from flows.graph import Graph, Outcome, Reference
+from flows.job import Job
+from flows.killed import tell_of_the_killed
+from flows.pages.write import write_report
+from flows.places import place_for
+from storage.artifacts import ArtifactStore
+from storage.runs import RunRecord
+from storage.warehouse import Warehouse
+from tasks.step import Step
+
+PAGE_SECONDS = 20.0  # between two pages of a run that goes on: one takes a second to draw
+
+
+class Run:
+    """A run: its record from its first step on, the steps it still waits for, and the error that ended it."""
+
+    def __init__(self, job: Job, store: ArtifactStore) -> None:
+        self.job, self._store = job, store
+        self.error: BaseException | None = None
+        self.tickets: list[Any] = []  # of the steps that were made for it or others of its sweep
+        self._left: dict[Reference, int] = {step.reference: at for at, step in enumerate(job.steps)}
+        self._record: RunRecord | None = None
+        self._known: dict[int, dict[str, Any]] = {}  # of the record that is not there yet
+
+    @property
+    def ended(self) -> bool:
+        return self.error is not None or not self._left
+
+    def settle(self, reference: Reference, outcome: Outcome) -> None:
+        """Take down what became of one of its steps, if it needs it."""
+        if self.ended or reference not in self._left:
+            return
+        if outcome.error is not None:
+            self.error = outcome.error
+            return
+        at = self._left.pop(reference)
+        step, manifest = self.job.steps[at], outcome.manifest
+        about: dict[str, Any] = {
+            "stage": step.stage,
+            "variant": step.variant,
+            "benchmark": step.benchmark,
+            "key": step.key,
+        }
+        if manifest is None:
+            about |= {"cached": False, "seconds": None, "skipped": outcome.skipped}
+        else:
+            cached = manifest["run_id"] != step.run_id
+            about |= {"cached": cached, "seconds": manifest["seconds"], "skipped": None}
+        if outcome.ticket is not None:
+            self.tickets.append(outcome.ticket)
+        if self._record is None:
+            self._known[at] = about
+        else:
+            self._record.stage(at, **about)
+
+    def begin(self) -> None:
+        """Write the record, and hold it."""
+        if self._record is not None:
+            return
+        settings = self.job.settings
+        self._record = RunRecord(
+            self._store.root,
+            self.job.run_id,
+            name=settings.name,
+            model=settings.model.path,
+            data=settings.data,
+            criterion=settings.criterion.name,
+            ratio=settings.prune.ratio,
+            config=settings.model_dump_json(),
+            flow_run=runtime.flow_run.id,
+        )
+        for at, about in self._known.items():
+            self._record.stage(at, **about)
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """The record's end."""
+        self.error = self.error or error
+        self.begin()
+        assert self._record is not None
+        if self.error is None:
+            self._record.finish("completed")
+        else:
+            self._record.finish("failed", str(self.error) or type(self.error).__name__)
+
+    def interrupt(self, error: BaseException) -> bool:
+        """The record's end, if it has begun and not ended. Returns whether."""
+        if self._record is None or self._record.finished:
+            return False
+        self.finish(error)
+        return True
+
+
+def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
+    """Do the work of some runs, and give those that have ended, several where they end at once.
+
+    Their records are then written, the warehouse and their pages up to date. A run that failed has its error.
+    """
+    store = ArtifactStore(jobs[0].settings.store)
+    store.prepare()
+    warehouse = Warehouse(store.root)
+    warehouse.sync()
+    tell_of_the_killed(store.root)
+    runs = {job.run_id: Run(job, store) for job in jobs}
+    graph, log, told = Graph(jobs), get_run_logger(), time.monotonic()
+
+    def begin(run_id: str) -> None:
+        if run_id in runs:  # not one that failed while others need its step
+            runs[run_id].begin()
+
+    try:
+        with place_for(jobs[0].settings.execute) as place:
+            for settled in graph.work_off(store, place, begin):
+                for step, outcome in settled:
+                    _say(log, step, outcome)
+                    for run_id in graph.needed[step.reference] & runs.keys():
+                        runs[run_id].settle(step.reference, outcome)
+                if over := [run for run in runs.values() if run.ended]:
+                    for run in over:
+                        run.finish()
+                        del runs[run.job.run_id]
+                    _tell(warehouse, [run.job.run_id for run in over])
+                    yield over
+                elif step.run_id in runs and outcome.ticket is not None and time.monotonic() - told > PAGE_SECONDS:
+                    _tell(warehouse, [step.run_id])
+                    told = time.monotonic()
+    except BaseException as error:
+        if broken := [run_id for run_id, run in runs.items() if run.interrupt(error)]:
+            _tell(warehouse, broken)
+        raise
+
+
+def _say(log: Any, step: Step, outcome: Outcome) -> None:
+    """One line for the log and the screen; flows/progress.py reads it there."""
+    if outcome.skipped is not None and outcome.error is None:
+        log.warning("%s skipped: %s", step.label, outcome.skipped)
+    elif outcome.manifest is not None:
+        summary = ", ".join(f"{name} {value}" for name, value in outcome.manifest["summary"].items())
+        made = outcome.ticket is not None
+        seconds = outcome.manifest["seconds"] if made else 0.0
+        log.info("%s: %s", step.label, summary if made else "found in the store", extra={"seconds": seconds})
+
+
+def _tell(warehouse: Warehouse, run_ids: Sequence[str]) -> None:
+    """Bring the warehouse and the pages of some runs up to date. A page that cannot be made does not end a run."""
+    if len(run_ids) == 1:
+        warehouse.load(run_ids[0])
+    else:
+        warehouse.sync()
+    for run_id in run_ids:
+        try:
+            write_report(warehouse.root, run_id)
+        except Exception as error:
+            get_run_logger().warning("no page of this run: %s: %s", type(error).__name__, error)
