@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from saap.errors import SaapError
 from saap.models.products import FastLinears
+from saap.progress import tqdm
 from saap.scoring.backward import input_device, is_offloaded
 
 AT_ONCE = 64  # sequences
