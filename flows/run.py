@@ -12,6 +12,7 @@ from flows.job import Job, prepare, title_of
 from flows.pages.write import report_file, write_report
 from flows.report import result_rows, skipped_rows
 from storage.artifacts import ArtifactStore
+from storage.remote import remote_of
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
 from tasks.config import load_config
@@ -74,6 +75,8 @@ def run_job(job: Job) -> str:
         raise
     record.finish("completed")
     _tell(warehouse, job.run_id)
+    if settings.store_remote is not None:
+        remote_of(settings.store_remote).push(store, job.run_id)
     _show_results(store, job.run_id)
     return job.run_id
 

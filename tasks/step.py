@@ -24,6 +24,7 @@ class Step:
     outside: tuple[tuple[str, str], ...]
     compute: str
     store: str
+    store_remote: str | None = None
     run_id: str = ""
     variant: str | None = None
     benchmark: str | None = None
