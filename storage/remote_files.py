@@ -48,7 +48,7 @@ class RemoteFiles:
         # s3fs answers from listings of its own for ever, and so misses what other hosts wrote
         options: dict[str, Any] = {"use_listings_cache": False}
         try:
-            self._fs, root = url_to_fs(self.url, **options)
+            self._fs, root = url_to_fs(url, **options)
         except ImportError as error:
             extra = "pip install -c constraints.txt 'saap[s3]'" if url.startswith("s3") else str(error)
             raise RemoteError(f"a package for {self.url} is not installed: {extra}") from error
