@@ -17,11 +17,15 @@ class S3:
     """before: called with method and path of every request. cut: so many downloads lose their second half."""
 
     def __init__(self):
-        self.before, self.cut = lambda method, path: None, 0
+        self.reset()
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def reset(self):
+        self.before, self.cut = lambda method, path: None, 0
+        self.check_permissions(False)
 
     def __call__(self, environ, start_response):
         self.before(environ["REQUEST_METHOD"], environ["PATH_INFO"])
