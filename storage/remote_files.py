@@ -6,8 +6,9 @@ What is wrong comes as one line. Tested with S3 (s3fs) and folders.
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from storage.artifacts import FULL
 from storage.errors import DamagedError, StorageError
 
 AT_ONCE = 8  # requests
+PATIENCE = 30.0  # seconds for the check before a run
 PIECE = 1 << 25  # bytes that one request downloads
 PROBE = ".saap"  # written by `check`, with the same content each time: not every bucket lets us delete
 _WRONG = (errno.EINVAL, errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOTDIR)  # what no waiting helps
@@ -47,11 +49,13 @@ class RemoteFiles:
             raise RemoteError("store_remote holds a password, and run records would show it: set it in the environment")
         # s3fs answers from listings of its own for ever, and so misses what other hosts wrote
         options: dict[str, Any] = {"use_listings_cache": False}
+        if url.startswith(("s3://", "s3a://")):  # each of s3fs' five tries is five of botocore's otherwise, of 15 s
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 3}}
         try:
             self._fs, root = url_to_fs(url, **options)
         except ImportError as error:
-            extra = "pip install -c constraints.txt 'saap[s3]'" if url.startswith("s3") else str(error)
-            raise RemoteError(f"a package for {self.url} is not installed: {extra}") from error
+            remedy = "pip install -c constraints.txt s3fs" if url.startswith("s3") else _short(error)
+            raise RemoteError(f"a package for {self.url} is not installed: {remedy}") from error
         except Exception as error:
             raise RemoteError(f"'{self.url}' is no place for a remote store: {_short(error)}") from error
         self._root: str = str(root).rstrip("/")
@@ -60,12 +64,32 @@ class RemoteFiles:
         self._folders = not isinstance(self._fs, AsyncFileSystem)  # object stores have none, and are asynchronous
 
     def check(self, store: Path, *, write: bool) -> None:
-        """Whether it can be listed and, with write, written. store: the local one, which must not lie in it."""
+        """Whether it can be listed and, with write, written, soon. store: the local one, which must not lie in it."""
         local = Path(self._root) if "file" in _protocols(self._fs) else None
         if local is not None and (local.resolve() in (own := store.resolve(), *own.parents) or own in local.parents):
             raise RemoteError(
                 f"the remote store {self.url} and the store {own} lie in each other: choose another place"
             )
+        answer: Future[None] = Future()
+
+        def ask() -> None:
+            try:
+                self._ask(write)
+                answer.set_result(None)
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            answer.result(timeout=PATIENCE)
+        except TimeoutError as error:
+            raise RemoteError(
+                f"the remote store {self.url} did not answer for {PATIENCE:.0f} s: "
+                "give the same command again when it does",
+                may_pass=True,
+            ) from error
+
+    def _ask(self, write: bool) -> None:
         with self._asking("read"):
             if self._folders and not self._fs.exists(self._root):
                 raise FileNotFoundError("it does not exist")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import threading
 
 import boto3
@@ -14,7 +15,10 @@ KEYS = {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAU
 
 
 class S3:
-    """before: called with method and path of every request. cut: so many downloads lose their second half."""
+    """before: called with method and path of every request; a ConnectionError there ends the connection.
+
+    cut: so many downloads lose their second half.
+    """
 
     def __init__(self):
         self.reset()
@@ -28,7 +32,11 @@ class S3:
         self.check_permissions(False)
 
     def __call__(self, environ, start_response):
-        self.before(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+        try:
+            self.before(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+        except ConnectionError:
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise
         answer = self._app(environ, start_response)
         if self.cut and environ["REQUEST_METHOD"] == "GET" and "list-type" not in environ["QUERY_STRING"]:
             self.cut -= 1

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from storage.artifacts import MANIFEST, ArtifactStore
+from storage.errors import StorageError
+from storage.remote import remote_of
 from storage.runs import all_runs, read_run, read_stages
 from tests.flows.conftest import ask, saap
 from tests.flows.test_pipeline import executed, results
@@ -91,6 +93,28 @@ def test_a_run_without_a_remote_is_pushed_later(config, store, bucket, s3, prefe
     # what was made with and without a remote has the same keys
     assert saap("run", config, "--store", store.with_name("three"), "--set", f"store_remote={url}").returncode == 0
     assert executed(stages(store.with_name("three"))) == set()
+
+
+def test_a_step_on_a_host_of_its_own_fetches_what_it_takes(url, config, store, prefect_server):
+    from flows.dag import build
+    from tasks.config import load_config
+    from tasks.running import find_or_publish
+    from tasks.stage import stage_named
+
+    assert saap("run", config).returncode == 0
+    two = ArtifactStore(store.with_name("two"))
+    two.prepare()
+
+    def step(stage, ratio):
+        settings = load_config(config, (f"store={two.root}", f"prune.ratio={ratio}"))
+        return next(step for step in build(settings, "r") if step.stage == stage)
+
+    pruned = step("prune", 0.4)
+    assert not find_or_publish(stage_named("prune"), pruned)["fetched"]
+    assert {stage for stage, _ in two.all()} == {"prune", *(stage for _, stage, _ in pruned.inputs)}
+    assert remote_of(url).find("prune", pruned.key) is not None
+    with pytest.raises(StorageError, match=r"prune/.* is neither in .*: give the same command again"):
+        find_or_publish(stage_named("recover"), step("recover", 0.45))
 
 
 def test_two_hosts_at_once_are_no_conflict(url, config, store, s3, bucket, prefect_server):

@@ -3,10 +3,14 @@
 import errno
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 from s3fs import S3FileSystem
 
+from storage import remote_files
 from storage.artifacts import MANIFEST
 from storage.errors import StorageError
 from storage.keys import digest
@@ -121,6 +125,15 @@ def test_no_network_is_a_line_and_may_pass(bucket, url, stores, monkeypatch):
     assert failed.value.may_pass
 
 
+def test_a_server_that_never_answers_is_a_line_and_may_pass(bucket, url, stores, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(remote_files, "PATIENCE", 2.0)
+        with pytest.raises(RemoteError, match="did not answer for 2 s: give the same command again") as failed:
+            Remote(url).files.check(stores[0].root, write=True)
+    assert failed.value.may_pass
+
+
 def test_a_read_only_remote_is_read_and_refused_for_writing(s3, url, bucket, stores, monkeypatch):
     one, two = stores
     publish(one)
@@ -153,6 +166,12 @@ def test_a_url_that_is_none_is_a_line(wrong, said):
     with pytest.raises(RemoteError, match=said) as failed:
         Remote(wrong)
     assert "secret" not in str(failed.value)
+
+
+def test_without_s3fs_it_is_a_line():
+    code = "import sys; sys.modules['s3fs'] = None; from storage.remote import Remote; Remote('s3://bucket/x')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "is not installed: pip install -c constraints.txt s3fs" in done.stderr.splitlines()[-1]
 
 
 def test_a_remote_inside_the_store_is_refused(tmp_path):
