@@ -24,11 +24,11 @@ class Step:
     outside: tuple[tuple[str, str], ...]
     compute: str
     store: str
-    store_remote: str | None = None
     run_id: str = ""
     variant: str | None = None
     benchmark: str | None = None
     missing: str | None = None
+    store_remote: str | None = None
 
     @property
     def label(self) -> str:
