@@ -44,7 +44,9 @@ class RemoteFiles:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         if "://" not in url and not url.startswith("/"):
-            raise RemoteError(f"'{url}' is no place for a remote store: give a URL, as s3://bucket/prefix, or a path")
+            raise RemoteError(
+                f"'{url}' is no place for a remote store: give a URL, as s3://bucket/prefix, or a whole path"
+            )
         if urlsplit(url).password:
             raise RemoteError("store_remote holds a password, and run records would show it: set it in the environment")
         # s3fs answers from listings of its own for ever, and so misses what other hosts wrote

@@ -46,12 +46,12 @@ def _name(value: Any) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    """JSON of sections, beside them the name, the store and the data."""
+    """JSON of sections, beside them the name, the stores and the data."""
     try:
         fields = json.loads(value) if _text(value) else None
     except (TypeError, ValueError, RecursionError):
         return False
-    kinds = {"name": str, "store": str, "data": str}
+    kinds = {"name": str, "store": str, "store_remote": str | None, "data": str}
     if not isinstance(fields, dict) or not _text(json.dumps(fields, ensure_ascii=False)):
         return False
     return all(isinstance(held, kinds.get(name, dict)) for name, held in fields.items())

@@ -184,8 +184,7 @@ class Compute(Section):
         False, description="score and prune a model larger than the device: its layers come from disk one by one"
     )
     launch: Arguments | None = Field(
-        None,
-        description="train in several processes: arguments of `accelerate launch`; '--multi_gpu' or '--use_fsdp'",
+        None, description="train in several processes: arguments of `accelerate launch`; '--multi_gpu', '--use_fsdp'"
     )
 
 
@@ -195,9 +194,7 @@ class RunConfig(Section):
     )
     data: Text = Field("mini", description="'mini' (embedded), 'hub', or a folder of data sets")
     store: Text = Field("saap_store", description="folder for artifacts and the warehouse")
-    store_remote: Text | None = Field(
-        None, description="where hosts share what they made: a URL like s3://bucket/prefix, or a folder"
-    )
+    store_remote: Text | None = Field(None, description="shared by hosts: a URL like s3://bucket/prefix, or a folder")
     model: Model = Field(default_factory=Model)
     calibrate: Calibrate = Field(default_factory=Calibrate)
     score: Score = Field(default_factory=Score)
