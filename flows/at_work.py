@@ -12,6 +12,8 @@ from flows.killed import tell_of_the_killed
 from flows.pages.write import write_report
 from flows.places import place_for
 from storage.artifacts import ArtifactStore
+from storage.errors import StorageError
+from storage.remote import remote_of
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
 from tasks.step import Step
@@ -90,6 +92,16 @@ class Run:
         else:
             self._record.finish("failed", str(self.error) or type(self.error).__name__)
 
+    def share(self) -> None:
+        """Copy a completed run to the remote store. Where that fails the run is complete, and its command is not."""
+        url = self.job.settings.store_remote
+        if url is None or self.error is not None:
+            return
+        try:
+            remote_of(url).push(self._store, self.job.run_id)
+        except StorageError as error:
+            self.error = error
+
     def interrupt(self, error: BaseException) -> bool:
         """The record's end, if it has begun and not ended. Returns whether."""
         if self._record is None or self._record.finished:
@@ -127,6 +139,8 @@ def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
                         run.finish()
                         del runs[run.job.run_id]
                     _tell(warehouse, [run.job.run_id for run in over])
+                    for run in over:
+                        run.share()
                     yield over
                 elif step.run_id in runs and outcome.ticket is not None and time.monotonic() - told > PAGE_SECONDS:
                     _tell(warehouse, [step.run_id])

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from tasks.config import ACCURACIES, RunConfig
@@ -29,6 +30,14 @@ class Facts:
     tokens: int
     begins: bool
     ends: bool
+
+
+def check_remote(config: RunConfig, *, look_only: bool = False) -> None:
+    """Whether the remote store can be read and, without look_only, written. Raises StorageError."""
+    if config.store_remote is not None:
+        from storage.remote import remote_of
+
+        remote_of(config.store_remote).files.check(Path(config.store), write=not look_only)
 
 
 def check_before_start(config: RunConfig, source: ModelSource) -> None:

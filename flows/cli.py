@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from flows.commands import export, hygiene, report, run, store
+from flows.commands import export, hygiene, remote, report, run, store
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +23,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(run.run, run.sweep, run.plan, run.compare, run.config),
     *(report.report, report.show, report.diff),
     *(store.sql, store.rebuild, store.verify, store.doctor),
+    *(remote.push, remote.pull),
     *(hygiene.gc, hygiene.du),
 )
 for command in COMMANDS:

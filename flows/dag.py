@@ -127,6 +127,7 @@ class Graph:
                 outside=tuple(outside.items()),
                 compute=compute_of(self.config),
                 store=str(Path(self.config.store).resolve()),
+                store_remote=self.config.store_remote,
                 run_id=self.run_id,
                 variant=variant,
                 benchmark=benchmark,

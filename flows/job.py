@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flows.checks import check_before_start
+from flows.checks import check_before_start, check_remote
 from flows.dag import build
 from storage.artifacts import ArtifactStore
 from tasks.config import ConfigError, RunConfig, load_config
@@ -36,6 +36,7 @@ def prepare(
     With look_only, as in `saap plan`, nothing is written and no model downloaded. outside: what was looked at already.
     Raises ConfigError, SaapError or StorageError.
     """
+    check_remote(settings, look_only=look_only)
     outside = outside or Outside(settings, look_only=look_only)
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     steps = build(settings, run_id, outside)  # first what needs no torch
@@ -55,10 +56,14 @@ def prepare_all(config: str, runs: Sequence[Sequence[str]], overrides: Sequence[
 
     runs: what `combinations` gives. A model and a folder of data that several runs share are looked at once.
     """
+    remotes: set[str | None] = set()
     seen: dict[tuple[str | None, ...], Outside] = {}
     jobs = []
     for chosen in runs:
         settings = load_config(config, (*chosen, *overrides))
+        if settings.store_remote not in remotes:
+            check_remote(settings)
+            remotes.add(settings.store_remote)
         places = (settings.store, settings.data, settings.model.path, settings.model.revision)
         outside = seen.setdefault(places, Outside(settings))
         try:

@@ -9,8 +9,9 @@ from tasks.step import Step
 
 
 def preview_rows(steps: list[Step]) -> list[tuple[str, str, str, str]]:
-    """(step, 'cached', 'run' or 'skip', why, key) for every step of a run."""
-    store = ArtifactStore(steps[0].store)
+    """(step, 'cached', 'fetch', 'run' or 'skip', why, key) for every step of a run."""
+    store, url = ArtifactStore(steps[0].store), steps[0].store_remote
+    there = _in_remote(url, store, steps) if url else set()
     rows, missing = [], {}
     for step in steps:
         if step.missing is not None:
@@ -19,6 +20,9 @@ def preview_rows(steps: list[Step]) -> list[tuple[str, str, str, str]]:
         manifest, fault = store.inspect(step.stage, step.key)
         if manifest is not None:
             rows.append((step.label, "cached", f"made by run {manifest['run_id']}", step.key))
+            continue
+        if (step.stage, step.key) in there:
+            rows.append((step.label, "fetch", f"it is in {url}", step.key))
             continue
         missing[step.stage, step.key] = step.label
         upstream = sorted({missing[stage, key] for _, stage, key in step.inputs if (stage, key) in missing})
@@ -30,6 +34,14 @@ def preview_rows(steps: list[Step]) -> list[tuple[str, str, str, str]]:
             why = _what_changed(store.root, step)
         rows.append((step.label, "run", why, step.key))
     return rows
+
+
+def _in_remote(url: str, store: ArtifactStore, steps: list[Step]) -> set[tuple[str, str]]:
+    """The artifacts that a run would fetch."""
+    from storage.remote import remote_of
+
+    wanted = {(step.stage, step.key) for step in steps if step.missing is None}
+    return remote_of(url).which(one for one in sorted(wanted) if store.inspect(*one)[0] is None)
 
 
 def _what_changed(root: Path, step: Step) -> str:

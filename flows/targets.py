@@ -26,9 +26,15 @@ def find_run(connection: Any, store: Path, named: str | None) -> str:
         if not found:
             raise StorageError(f"no completed run in {store.resolve()}: {ALL}")
         return str(found[0][0])
-    ids = matching_runs(connection, named)
+    return pick(matching_runs(connection, named), named, str(store.resolve()), ALL)
+
+
+def pick(run_ids: list[str], named: str, place: str, how_to_list: str) -> str:
+    """The one of these runs whose id is this, or begins or ends like it. Raises StorageError for none or several."""
+    ids = [one for one in run_ids if named and (one.startswith(named) or one.endswith(named))]
+    ids = [named] if named in ids else ids
     if not ids:
-        raise StorageError(f"no such run in {store.resolve()}: '{named}'; {ALL}")
+        raise StorageError(f"no such run in {place}: '{named}'; {how_to_list}")
     if len(ids) > 1:
         raise StorageError(f"'{named}' is {len(ids)} runs: {', '.join(ids[:5])}{' …' if len(ids) > 5 else ''}")
     return ids[0]
@@ -89,4 +95,5 @@ def _config(file: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 def _settings(config: dict[str, Any]) -> str:
     """What tells two runs apart: not the store's place, nor how the work is done."""
-    return json.dumps({k: v for k, v in config.items() if k not in ("store", "compute")}, sort_keys=True)
+    elsewhere = ("store", "store_remote", "compute")
+    return json.dumps({k: v for k, v in config.items() if k not in elsewhere}, sort_keys=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.damage import move_aside
-from storage.errors import StorageError
+from storage.errors import DamagedError, StorageError
 from storage.files import fsync, read_small
 from storage.keys import file_digest
 from storage.locks import held
@@ -82,14 +82,13 @@ class ArtifactStore:
     def read_manifest(self, stage: str, key: str) -> dict[str, Any] | None:
         """None when there is none, or it is none of ours. Says nothing of the files."""
         try:
-            manifest = json.loads(read_small(self.path(stage, key) / MANIFEST))
+            return parse_manifest(read_small(self.path(stage, key) / MANIFEST), stage, key)
         except StorageError as error:
             if isinstance(error.__cause__, PermissionError):
                 raise
             return None
-        except (OSError, ValueError, RecursionError):
+        except OSError:
             return None
-        return {**_UNSAID, **manifest} if _is_manifest(manifest, stage, key) else None
 
     @contextlib.contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
@@ -107,11 +106,8 @@ class ArtifactStore:
         `about` goes into the manifest, with the files and the seconds the block took. Hold `lock` around it.
         Raises StorageError for a full disk; what was written is removed.
         """
-        draft = self.root / stage / f".draft-{key}-{uuid.uuid4().hex[:8]}"
-        self._sweep_drafts(stage, key)
-        draft.mkdir(parents=True)
         started = time.time()
-        try:
+        with self._draft(stage, key) as draft:
             yield draft
             files = {}
             for file in sorted(p for p in draft.rglob("*") if p.is_file()):
@@ -127,6 +123,31 @@ class ArtifactStore:
             }
             (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))
             fsync(draft / MANIFEST)
+
+    @contextlib.contextmanager
+    def adopt(self, stage: str, key: str, manifest: bytes) -> Iterator[Path]:
+        """A folder to fill with the files of an artifact that another store published with this manifest.
+
+        It becomes the artifact when they are what the manifest says; else DamagedError is raised and nothing is left.
+        Hold `lock` around it.
+        """
+        with self._draft(stage, key) as draft:
+            yield draft
+            for name, about in json.loads(manifest)["files"].items():
+                if fault := _fault(draft / name, about, verify=True):
+                    raise DamagedError(f"{name} {fault}")
+                fsync(draft / name)
+            (draft / MANIFEST).write_bytes(manifest)
+            fsync(draft / MANIFEST)
+
+    @contextlib.contextmanager
+    def _draft(self, stage: str, key: str) -> Iterator[Path]:
+        """A hidden sibling of the artifact's place: renamed to it at the end of the block, removed after an error."""
+        draft = self.root / stage / f".draft-{key}-{uuid.uuid4().hex[:8]}"
+        self._sweep_drafts(stage, key)
+        draft.mkdir(parents=True)
+        try:
+            yield draft
             fsync(draft)
             draft.rename(self.path(stage, key))
             fsync(draft.parent)
@@ -158,6 +179,15 @@ class ArtifactStore:
         """Remove what killed writers of this artifact left: the lock is ours, so none of them lives."""
         for draft in (self.root / stage).glob(f".draft-{key}-*"):
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def parse_manifest(content: bytes, stage: str, key: str) -> dict[str, Any] | None:
+    """The manifest of an artifact in the content of its file; None when it is none."""
+    try:
+        manifest = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return {**_UNSAID, **manifest} if _is_manifest(manifest, stage, key) else None
 
 
 def _is_manifest(value: Any, stage: str, key: str) -> bool:

@@ -6,3 +6,7 @@ class StorageError(OSError):
 
 class BusyError(StorageError):
     """Another process keeps something for longer than we wait for it."""
+
+
+class DamagedError(StorageError):
+    """Something has other content than its manifest says."""

@@ -61,8 +61,12 @@ def select_runs(
     return [run_id for run_id in picked if not runs.is_alive(root, run_id)]
 
 
-def find_waste(store: ArtifactStore, dropped: Collection[str] = ()) -> list[Waste]:
+def find_waste(
+    store: ArtifactStore, dropped: Collection[str] = (), elsewhere: Collection[Reference] = ()
+) -> list[Waste]:
     """What can be removed with the runs in `dropped`: they, artifacts of no other run, and what dead processes left.
+
+    elsewhere: artifacts that need not be kept here, as a remote store has them.
 
     While a run is at work, artifacts and locks are left alone: it may be about to use them. They are also while the
     record of a run lies damaged in the store, as what that run refers to is not known.
@@ -86,6 +90,9 @@ def find_waste(store: ArtifactStore, dropped: Collection[str] = ()) -> list[Wast
         if (stage, key) not in used:
             path = store.path(stage, key)
             found.append(Waste("artifact", path, size(path), "no run that is kept refers to it", (stage, key)))
+        elif (stage, key) in elsewhere:
+            path = store.path(stage, key)
+            found.append(Waste("artifact", path, size(path), "whole in the remote store", (stage, key)))
     for file in sorted(root.glob("locks/*.lock")):
         if not is_held(file):
             found.append(Waste("lock", file, size(file), "nobody holds it"))

@@ -47,12 +47,12 @@ def _name(value: Any) -> bool:
 
 
 def _is_config(value: Any) -> bool:
-    """JSON of sections, beside them the name, the store and the data."""
+    """JSON of sections, beside them the name, the stores and the data."""
     try:
         fields = json.loads(value) if _text(value) else None
     except (TypeError, ValueError, RecursionError):
         return False
-    kinds = {"name": str, "store": str, "data": str}
+    kinds = {"name": str, "store": str, "store_remote": str | None, "data": str}
     if not isinstance(fields, dict) or not _text(json.dumps(fields, ensure_ascii=False)):
         return False
     return all(isinstance(held, kinds.get(name, dict)) for name, held in fields.items())
@@ -148,6 +148,37 @@ def read_stage(file: Path) -> dict[str, Any]:
 
 def read_stages(root: Path, run_id: str) -> Iterator[dict[str, Any]]:
     return (read_stage(file) for file in stage_files(root, run_id))
+
+
+def read_whole(root: Path, run_id: str) -> dict[str, Any]:
+    """{"run": its record, "stages": those of its stages}. Raises like `read_run`."""
+    return {"run": read_run(root, run_id), "stages": list(read_stages(root, run_id))}
+
+
+def parse_whole(content: bytes, run_id: str) -> dict[str, Any]:
+    """What `read_whole` returned, from JSON. Raises StorageError for a damaged one."""
+    whole = _checked(content, {"run": lambda v: isinstance(v, dict), "stages": lambda v: isinstance(v, list)}, {})
+    run = parse_run(json.dumps(whole["run"]).encode(), run_id)
+    return {"run": run, "stages": [_checked(json.dumps(s).encode(), _STAGE, _STAGE_DEFAULTS) for s in whole["stages"]]}
+
+
+def write_whole_record(root: Path, whole: dict[str, Any]) -> None:
+    """Take over the record of a run of another store, unless it is here. Killed in the middle, the run is not there."""
+    folder = root / "runs" / whole["run"]["run_id"]
+    if (folder / "run.json").exists():
+        return
+    try:
+        (folder / "stages").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write the run record {folder} ({error.strerror})") from error
+    for stage in whole["stages"]:
+        _write(folder / "stages" / f"{stage['position']:04d}.json", stage)
+    _write(folder / "run.json", whole["run"])
+
+
+def made_by(stages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(stage, key) of the artifacts of a run's stages, each once, in their order."""
+    return list(dict.fromkeys((stage["stage"], stage["key"]) for stage in stages if stage["skipped"] is None))
 
 
 def is_alive(root: Path, run_id: str) -> bool:

@@ -178,6 +178,7 @@ class RunConfig(Section):
     )
     data: Text = Field("mini", description="'mini' (embedded), 'hub', or a folder of data sets")
     store: Text = Field("saap_store", description="folder for artifacts and the warehouse")
+    store_remote: Text | None = Field(None, description="shared by hosts: a URL like s3://bucket/prefix, or a folder")
     model: Model = Field(default_factory=Model)
     calibrate: Calibrate = Field(default_factory=Calibrate)
     score: Score = Field(default_factory=Score)

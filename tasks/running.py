@@ -8,6 +8,9 @@ from typing import Any
 from prefect import Task, get_run_logger
 
 from storage.artifacts import ArtifactStore
+from storage.errors import StorageError
+from storage.remote import Remote, remote_of
+from storage.remote_files import RemoteError
 from tasks.compute import take_place
 from tasks.data import MissingData
 from tasks.progress import shown_progress
@@ -41,16 +44,27 @@ def run_step(step: Step) -> dict[str, Any]:
     with shown_progress(step.label):
         reference = find_or_publish(stage_named(step.stage), step)
     summary = ", ".join(f"{name} {value}" for name, value in reference["summary"].items())
+    if reference.pop("fetched"):
+        summary = "fetched from the remote store"
     get_run_logger().info("%s: %s", step.label, summary)
     return reference
 
 
 def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:
-    """The step's artifact, made now unless it is there; one process makes it, others wait for it."""
-    store = ArtifactStore(step.store)
+    """The step's artifact, made now unless it is there; one process makes it, others wait for it.
+
+    With a remote store it is fetched from there if it can be, and copied there if it is not.
+    """
+    store, remote = ArtifactStore(step.store), remote_of(step.store_remote) if step.store_remote else None
+    fetched = False
     with store.lock(step.stage, step.key):
         manifest = store.find(step.stage, step.key)
+        if manifest is None and remote is not None:
+            manifest = remote.fetch(store, step.stage, step.key)
+            fetched = manifest is not None
         if manifest is None:
+            if remote is not None:
+                _bring_inputs(remote, store, step)
             _quiet()
             about: dict[str, Any] = {
                 "run_id": step.run_id,
@@ -64,7 +78,19 @@ def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:
             store.drop_work(step.stage, step.key)
         else:
             summary = manifest["summary"]
-    return {"stage": step.stage, "key": step.key, "summary": summary}
+    if remote is not None and not fetched:
+        remote.upload(store, step.stage, step.key)
+    return {"stage": step.stage, "key": step.key, "summary": summary, "fetched": fetched}
+
+
+def _bring_inputs(remote: Remote, store: ArtifactStore, step: Step) -> None:
+    """Another host may have made them."""
+    for _, stage, key in step.inputs:
+        if remote.bring(store, stage, key) is None:
+            raise StorageError(
+                f"{stage}/{key}, which {step.label} takes, is neither in {store.root} nor in {remote.url}: "
+                "give the same command again"
+            )
 
 
 def is_transient(task: Any, task_run: Any, state: Any) -> bool:
@@ -74,6 +100,8 @@ def is_transient(task: Any, task_run: Any, state: Any) -> bool:
     except Exception as failure:
         # a download that failed says what to do about it, but may pass
         error = failure.__cause__ if isinstance(failure, MissingData) and failure.__cause__ else failure
+        if isinstance(error, RemoteError):
+            return error.may_pass
         if getattr(error, "exit_code", None) == 2:
             return False
         if isinstance(error, OSError):  # requests' connection errors are OSErrors too

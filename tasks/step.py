@@ -28,6 +28,7 @@ class Step:
     variant: str | None = None
     benchmark: str | None = None
     missing: str | None = None
+    store_remote: str | None = None
 
     @property
     def reference(self) -> tuple[str, str]:

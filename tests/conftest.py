@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
@@ -92,3 +93,27 @@ def prefect_server(tmp_path_factory):
     quiet_settings(home)
     with prefect_api(home) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """S3 over real connections, on loopback."""
+    from tests.s3 import S3
+
+    server = S3()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def bucket(s3, monkeypatch):
+    """The name of a bucket of this test's own; this process and its children may use it."""
+    from s3fs import S3FileSystem
+
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()  # they remember credentials
+    name = f"bucket-{uuid.uuid4().hex}"
+    s3.client().create_bucket(Bucket=name)
+    yield name
+    s3.reset()

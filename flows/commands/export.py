@@ -173,7 +173,9 @@ def find_checkpoint(source: str, variant: str | None, store: Path) -> Checkpoint
     artifacts = ArtifactStore(store)
     manifest, fault = artifacts.inspect(stage, key, verify=True)  # a damaged checkpoint must not leave the store
     if manifest is None:
-        raise ConfigError(f"the checkpoint {stage}/{key} is {'damaged: ' + fault if fault else 'gone'}; run again")
+        raise ConfigError(
+            f"the checkpoint {stage}/{key} is {'damaged: ' + fault if fault else 'gone'}; run again, or saap pull it"
+        )
     name = next((name for name, its in STAGES.items() if its == stage), None)
     return Checkpoint(artifacts.path(stage, key), manifest, artifacts.root, run_id or manifest["run_id"], name)
 

@@ -14,6 +14,10 @@ def gc(
     run: Annotated[list[str] | None, typer.Option(help="Let this run go too. May be repeated.")] = None,
     name: Annotated[list[str] | None, typer.Option(help="Let all runs of this name go too. May be repeated.")] = None,
     older: Annotated[float | None, typer.Option(min=0, help="Let runs go too that began more days ago.")] = None,
+    remote: Annotated[
+        str | None,
+        typer.Option(help="Let artifacts go that are whole in this remote store, a URL. Nothing there is touched."),
+    ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove it. Without this nothing is changed.")] = False,
 ) -> None:
     """Show what nobody needs, or remove it with --delete.
@@ -21,6 +25,9 @@ def gc(
     That is: drafts and work folders of dead runs, damaged and temporary files, locks nobody holds, and artifacts that
     no run refers to. Every run is kept but those that --run, --name or --older pick; their artifacts go unless a kept
     run has them too. What a living run uses is never touched.
+
+    With --remote the store is a cache: artifacts beyond 4 MiB that are whole there go too. Runs with store_remote, and
+    saap pull, fetch them again.
     """
     from storage.artifacts import ArtifactStore
     from storage.gc import find_waste, remove, select_runs
@@ -28,7 +35,12 @@ def gc(
     there(store)
     artifacts = ArtifactStore(store)
     dropped = select_runs(artifacts.root, ids=run or (), names=name or (), older_than_days=older)
-    waste = find_waste(artifacts, dropped)
+    elsewhere: set[tuple[str, str]] = set()
+    if remote is not None:
+        from storage.remote import remote_of
+
+        elsewhere = remote_of(remote).spares(artifacts)
+    waste = find_waste(artifacts, dropped, elsewhere)
     locks = [one for one in waste if one.kind == "lock"]
     rows = [
         (one.kind, str(one.path.relative_to(artifacts.root)), amount(one.bytes), one.why)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.combinations import combinations
+from storage.remote import Remote
 from tasks.config import load_config
 from tests.flows.pages.made import Maker
 
@@ -41,11 +42,13 @@ def mentions():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a store of one run, and mine.toml."""
+    """A folder with a store of one run, a remote one that has it too, and mine.toml."""
     maker = Maker(tmp_path_factory.mktemp("docs") / "saap_store")
     maker.run(RUN)
     maker.warehouse.rebuild()
     folder = maker.store.root.parent
+    (folder / "shared").mkdir()
+    Remote(str(folder / "shared")).push(maker.store, RUN)
     (folder / "mine.toml").write_text(f"store = '{maker.store.root}'\n")
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder
@@ -69,7 +72,7 @@ def parsed(words):
 def test_a_command_of_a_block_is_one(line, place, monkeypatch, tiny_folder):
     monkeypatch.chdir(place)
     monkeypatch.setenv("SAAP_STORE", str(place / "saap_store"))
-    for written, here in PLACES.items():
+    for written, here in {**PLACES, "s3://bucket/prefix": str(place / "shared")}.items():
         line = line.replace(written, here)
     program, *words = shlex.split(re.sub(r"/models/[^ ]+", str(tiny_folder), line), comments=True)
     if program == "saap":

@@ -42,7 +42,8 @@ def warehouse(measured, tmp_path_factory):
     store.prepare()
     warehouse = Warehouse(store.root)
     for run_id in ("r0", "r1", "r2"):
-        config = json.dumps({"name": run_id, "calibrate": {"seed": int(run_id[1])}})
+        places = {"r0": {}, "r1": {"store_remote": None}, "r2": {"store_remote": "s3://bucket/x"}}[run_id]
+        config = json.dumps({"name": run_id, **places, "calibrate": {"seed": int(run_id[1])}})
         record = RunRecord(store.root, run_id, **(ABOUT | {"config": config}))
         for position, ((_, variant, metric), values) in enumerate(
             (about, values) for about, values in measured.items() if about[0] == run_id

@@ -8,6 +8,7 @@ from prefect import flow
 
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
+from storage.remote_files import RemoteError
 from tasks.artifact import Artifact
 from tasks.running import is_transient, task_of
 from tasks.stage import stage
@@ -49,15 +50,17 @@ def call(task, step):
     return once()
 
 
-def test_a_connection_that_fails_twice_is_tried_again_and_then_works(tmp_path, prefect_server, failing):
-    task, tries = failing([ConnectionError("reset"), OSError(errno.EIO, "disk hiccup")])
+def test_a_connection_that_fails_three_times_is_tried_again_and_then_works(tmp_path, prefect_server, failing):
+    passing = [ConnectionError("reset"), OSError(errno.EIO, "disk hiccup"), RemoteError("no answer", may_pass=True)]
+    task, tries = failing(passing)
     assert call(task, step(tmp_path)) == {"stage": "calibrate", "key": tmp_path.name, "summary": {"fine": True}}
-    assert len(tries) == 3
+    assert len(tries) == 4
     assert ArtifactStore(tmp_path).find("calibrate", tmp_path.name, verify=True)["summary"] == {"fine": True}
 
 
 @pytest.mark.parametrize(
-    "error", [StorageError("wrong"), ValueError("bug"), OSError(errno.EACCES, "no"), KeyError("x")]
+    "error",
+    [StorageError("wrong"), RemoteError("no bucket"), ValueError("bug"), OSError(errno.EACCES, "no"), KeyError("x")],
 )
 def test_an_error_that_would_repeat_is_not_tried_again(tmp_path, prefect_server, failing, error):
     task, tries = failing([error])
