@@ -1,11 +1,11 @@
 """What a run would do, and why: compared with what the store holds. Imports neither torch nor Prefect."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-from storage.artifacts import MANIFEST, ArtifactStore
+from storage.artifacts import ArtifactStore
 from tasks.step import Step
+
+Manifest = dict[str, Any]
 
 
 def preview_rows(steps: list[Step]) -> list[tuple[str, str, str, str]]:
@@ -13,6 +13,7 @@ def preview_rows(steps: list[Step]) -> list[tuple[str, str, str, str]]:
     store, url = ArtifactStore(steps[0].store), steps[0].store_remote
     there = _in_remote(url, store, steps) if url else set()
     rows, missing = [], {}
+    made: dict[str, list[Manifest]] = {}
     for step in steps:
         if step.missing is not None:
             rows.append((step.label, "skip", step.missing, step.key))
@@ -31,7 +32,7 @@ def preview_rows(steps: list[Step]) -> list[tuple[str, str, str, str]]:
         elif upstream:
             why = f"after {', '.join(upstream)}"
         else:
-            why = _what_changed(store.root, step)
+            why = _what_changed(store, step, made)
         rows.append((step.label, "run", why, step.key))
     return rows
 
@@ -44,18 +45,17 @@ def _in_remote(url: str, store: ArtifactStore, steps: list[Step]) -> set[tuple[s
     return remote_of(url).which(one for one in sorted(wanted) if store.inspect(*one)[0] is None)
 
 
-def _what_changed(root: Path, step: Step) -> str:
-    """How the step differs from the newest artifact of its stage (and benchmark)."""
+def _what_changed(store: ArtifactStore, step: Step, made: dict[str, list[Manifest]]) -> str:
+    """How the step differs from the newest artifact of its stage (and benchmark).
+
+    made: stage → manifests, read once: an evaluation has dozens of steps, and a store thousands of manifests.
+    """
+    if step.stage not in made:
+        found = (store.read_manifest(step.stage, folder.name) for folder in store.root.glob(f"{step.stage}/[!.]*/"))
+        made[step.stage] = sorted((m for m in found if m is not None), key=lambda manifest: manifest["finished_at"])
     params = step.config()
-    newest: dict[str, Any] | None = None
-    for file in root.glob(f"{step.stage}/*/{MANIFEST}"):
-        try:
-            manifest = json.loads(file.read_text())
-        except (OSError, json.JSONDecodeError):
-            continue
-        same = manifest["params"].get("benchmark") == params.get("benchmark")
-        if same and (newest is None or manifest["finished_at"] > newest["finished_at"]):
-            newest = manifest
+    benchmark = params.get("benchmark")
+    newest = next((m for m in reversed(made[step.stage]) if m["params"].get("benchmark") == benchmark), None)
     if newest is None:
         return "never made"
     names = sorted(params.keys() | newest["params"].keys())

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from storage.errors import StorageError
 
 KIND = pa.dictionary(pa.int8(), pa.string())
+_ROWS_AT_ONCE = 1 << 20
 
 
 def _schema(*fields: tuple[str, pa.DataType, str]) -> pa.Schema:
@@ -222,9 +223,38 @@ def sample_writer(folder: Path, name: str, groups: Mapping[str, np.ndarray]) -> 
 
 
 def read_samples(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """What `sample_writer` wrote: layer, kind, unit (N,) and each value as (samples, N)."""
-    columns = read_table(folder, name)
-    samples = int(columns.pop("sample")[-1]) + 1
-    groups = {c: columns.pop(c).reshape(samples, -1)[0] for c in ("layer", "kind", "unit")}
-    groups["kind"] = groups["kind"].astype(str)
-    return groups | {c: values.reshape(samples, -1) for c, values in columns.items()}
+    """What `sample_writer` wrote: layer, kind, unit (N,) and each value as (samples, N).
+
+    The coordinates, which every sample repeats, are read once, and the values a million rows at a time: of a 70B they
+    are 115 million. Raises StorageError when it is not such a file.
+    """
+    path = folder / f"{name}.parquet"
+    check_table(folder, name)
+    values = [column for column in SCHEMAS[name].names if column not in ("sample", "layer", "kind", "unit")]
+    try:
+        with pq.ParquetFile(path, buffer_size=1 << 20) as parquet:
+            rows = parquet.metadata.num_rows
+            last = parquet.read_row_group(parquet.num_row_groups - 1, columns=["sample"])
+            samples = last["sample"][-1].as_py() + 1
+            groups = _first_rows(parquet, ["layer", "kind", "unit"], rows // samples)
+            found = {column: np.empty(rows, SCHEMAS[name].field(column).type.to_pandas_dtype()) for column in values}
+            at = 0
+            for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=values):
+                for column in values:
+                    found[column][at : at + len(batch)] = batch.column(column).to_numpy()
+                at += len(batch)
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    return groups | {column: array.reshape(samples, -1) for column, array in found.items()}
+
+
+def _first_rows(parquet: pq.ParquetFile, columns: list[str], count: int) -> dict[str, np.ndarray]:
+    """kind as a str array."""
+    batches: list[pa.RecordBatch] = []
+    for batch in parquet.iter_batches(_ROWS_AT_ONCE, columns=columns):
+        batches.append(batch)
+        if sum(map(len, batches)) >= count:
+            break
+    table = pa.Table.from_batches(batches).slice(0, count)
+    found = {column: table[column].to_numpy() for column in columns}
+    return found | {"kind": found["kind"].astype(str)}

@@ -4,6 +4,7 @@ import numpy as np
 
 from saap.errors import SaapError
 from saap.models.groups import Groups
+from saap.scoring.fusion import sample_mean
 
 FLUCTUATIONS = ("var_weight", "var", "cv", "mean")
 ASI_SCOPES = ("layer_kind", "kind", "global")
@@ -20,12 +21,15 @@ def fluctuation(fused: np.ndarray, weight_norm_sq: np.ndarray, *, fluctuation: s
     if len(fused) < 2 and fluctuation != "mean":
         raise SaapError("the fluctuation needs at least two calibration samples: raise calibrate.count")
     if fluctuation == "mean":
-        return fused.mean(0)
-    variance = fused.var(0, ddof=1)
+        return sample_mean(fused)
+    mean, total = sample_mean(fused), np.zeros(fused.shape[1])
+    for sample in fused:  # one by one: a 70B's are a gigabyte
+        total += (sample - mean) ** 2
+    variance = total / (len(fused) - 1)
     if fluctuation == "var":
         return variance
     if fluctuation == "cv":
-        mean = np.abs(fused.mean(0))
+        mean = np.abs(mean)
         return np.divide(np.sqrt(variance), mean, out=np.zeros_like(mean), where=mean > 0)
     return variance * weight_norm_sq
 

@@ -1,5 +1,7 @@
 """Adaptive importance fusion (SAAP eq. 4–9)."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from saap.errors import SaapError
@@ -35,23 +37,39 @@ def fuse(
     """
     if fusion not in FUSIONS or lambda_scope not in LAMBDA_SCOPES:
         raise SaapError(f"fusion must be one of {FUSIONS} and lambda_scope one of {LAMBDA_SCOPES}")
-    vector, element = vector.astype(np.float64), element.astype(np.float64)
     ones = np.ones(len(groups))
     if fusion == "vector":
-        return vector, ones, ones
+        return vector.astype(np.float64), ones, ones
     if fusion == "element":
-        return element, ones, ones
+        return element.astype(np.float64), ones, ones
     if fusion == "weighted":
-        return 0.5 * vector + 0.5 * element, ones, ones
+        return _per_sample(lambda v, e: 0.5 * v + 0.5 * e, vector, element), ones, ones
     scope = groups.scopes(lambda_scope)
     size = np.bincount(scope)
-    square1 = (np.bincount(scope, vector.mean(0)) / size)[scope]
-    square2 = (np.bincount(scope, element.mean(0)) / size)[scope]
+    square1 = (np.bincount(scope, sample_mean(vector)) / size)[scope]
+    square2 = (np.bincount(scope, sample_mean(element)) / size)[scope]
     if not (square1 > 0).all() or not (square2 > 0).all():
         dead = int(np.flatnonzero((square1 <= 0) | (square2 <= 0))[0])
         raise SaapError(
             f"layer {groups.layer[dead]}, {groups.kind[dead]} {groups.unit[dead]} has zero importance in its whole "
             f"{lambda_scope} scope: use a wider lambda_scope"
         )
-    fused = vector / (2 * square1) + element / (2 * square2) + 0.5 * np.log(square1 * square2)
+    twice1, twice2, log = 2 * square1, 2 * square2, 0.5 * np.log(square1 * square2)
+    fused = _per_sample(lambda v, e: v / twice1 + e / twice2 + log, vector, element)
     return fused, np.sqrt(square1), np.sqrt(square2)
+
+
+def sample_mean(values: np.ndarray) -> np.ndarray:
+    """float64 (N,): the mean of (D, N) over the samples, added in float64 one by one, without a copy of it all."""
+    total = np.zeros(values.shape[1])
+    for sample in values:
+        total += sample
+    return total / len(values)
+
+
+def _per_sample(combine: Callable[..., np.ndarray], vector: np.ndarray, element: np.ndarray) -> np.ndarray:
+    """float64 (D, N). All samples at once would need four more arrays of that size."""
+    found = np.empty(vector.shape)
+    for row, v, e in zip(found, vector, element, strict=True):
+        row[:] = combine(v.astype(np.float64), e.astype(np.float64))
+    return found

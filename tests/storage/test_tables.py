@@ -1,4 +1,7 @@
+import tracemalloc
+
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -26,6 +29,47 @@ def test_importance_written_in_batches_reads_back_as_samples_by_groups(tmp_path)
     table = pq.read_table(tmp_path / "importance.parquet")
     row = table.slice(3 * 5 + 2, 1).to_pylist()[0]
     assert row == {"sample": 3, "layer": 0, "kind": "mlp", "unit": 1, "vector": vector[3, 2], "element": element[3, 2]}
+
+
+def test_samples_longer_than_a_row_group_read_back_at_little_more_than_their_size(tmp_path):
+    """A 70B has 2.3 million groups; a row group holds a million rows."""
+    layers, channels, samples = 2, 530_000, 8
+    groups = {
+        "layer": np.repeat(np.arange(layers, dtype=np.int32), channels),
+        "kind": np.tile(np.where(np.arange(channels) < 9, "attention", "mlp"), layers),
+        "unit": np.tile(np.arange(channels, dtype=np.int32), layers),
+    }
+    fused = np.random.default_rng(0).random((samples, layers * channels))
+    with sample_writer(tmp_path, "fused", groups) as writer:
+        writer.write(fused=fused)
+    assert pq.read_metadata(tmp_path / "fused.parquet").num_row_groups > samples
+    tracemalloc.start()  # of numpy's arrays
+    back = read_samples(tmp_path, "fused")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert back.keys() == {*groups, "fused"}
+    for name, values in {**groups, "fused": fused}.items():
+        np.testing.assert_array_equal(back[name], values)
+    assert most < 1.05 * (fused.nbytes + back["kind"].nbytes)
+
+
+@pytest.mark.parametrize("name", ["importance", "fused"])
+def test_samples_that_are_no_such_file_are_named(tmp_path, name):
+    file = tmp_path / f"{name}.parquet"
+    with pytest.raises(StorageError, match=file.name):
+        read_samples(tmp_path, name)
+    file.write_bytes(b"not parquet")
+    with pytest.raises(StorageError, match=file.name):
+        read_samples(tmp_path, name)
+    pq.write_table(pa.table({"sample": [0]}), file)
+    with pytest.raises(StorageError, match="columns"):
+        read_samples(tmp_path, name)
+    with sample_writer(tmp_path, name, GROUPS) as writer:
+        writer.write(**{column: np.ones((3, 5)) for column in SCHEMAS[name].names[4:]})
+    whole = file.read_bytes()
+    file.write_bytes(b"PAR1" + bytes(len(whole) // 3) + whole[4 + len(whole) // 3 :])
+    with pytest.raises(StorageError, match=file.name):
+        read_samples(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from saap import SaapError, fuse
+from saap import SaapError, fluctuation, fuse
 from tests.saap.pruning.test_plan import make_groups
 
 LAYERS, HEADS, CHANNELS, SAMPLES = 3, 2, 5, 7
@@ -79,3 +79,20 @@ def test_a_scope_without_any_importance_is_an_error_that_names_it(zeroed):
 def test_unknown_switches_are_refused(switch):
     with pytest.raises(SaapError):
         fuse(*importances(), GROUPS, **switch)
+
+
+def test_sample_by_sample_gives_the_bits_of_all_at_once():
+    rng = np.random.default_rng(3)
+    groups = make_groups(40, 8, 500)
+    vector, element = rng.lognormal(-6, 3, (2, 50, len(groups))).astype(np.float32)
+    v, e = vector.astype(float), element.astype(float)
+    fused, lambda1, lambda2 = fuse(vector, element, groups, lambda_scope="layer_kind")
+    scope = groups.scopes("layer_kind")
+    size = np.bincount(scope)
+    square1, square2 = ((np.bincount(scope, x.mean(0)) / size)[scope] for x in (v, e))
+    assert np.array_equal(fused, v / (2 * square1) + e / (2 * square2) + 0.5 * np.log(square1 * square2))
+    assert np.array_equal(lambda1**2, np.sqrt(square1) ** 2)
+    assert np.array_equal(lambda2**2, np.sqrt(square2) ** 2)
+    assert np.array_equal(fuse(vector, element, groups, fusion="weighted")[0], 0.5 * v + 0.5 * e)
+    assert np.array_equal(fluctuation(fused, np.ones(len(groups))), fused.var(0, ddof=1))
+    assert np.array_equal(fluctuation(fused, lambda1, fluctuation="mean"), fused.mean(0))
