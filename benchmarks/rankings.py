@@ -2,6 +2,7 @@
 
     python benchmarks/rankings.py                            # the embedded SmolLM2-135M, 4 and 12 samples of 128 tokens
     python benchmarks/rankings.py --model /models/llama      # any local folder of a family we know
+    python benchmarks/rankings.py --dtypes                   # the last two rows only: bfloat16 against float32
 
 Scores the model once for each setting, each in a process of its own, because torch reads the settings when it starts.
 Instruction sets that PyTorch and oneDNN may use stand in for other processors. Prints a table and, as its last line,
@@ -64,12 +65,13 @@ def removed(found: Scores, groups: saap.Groups, norms: np.ndarray, ratio: float)
     return ~saap.select(saap.asi(saap.fluctuation(fused, norms), groups), groups, ratio)
 
 
-def compare(folder: Path) -> list[dict[str, object]]:
+def compare(folder: Path, settings: list[str]) -> list[dict[str, object]]:
     model = saap.load(folder)
     groups, norms = saap.discover(model), saap.weight_norms(model)
     rows: list[dict[str, object]] = []
     reference: Scores | None = None
-    for setting, (_, samples, _) in SETTINGS.items():
+    for setting in settings:
+        samples = SETTINGS[setting][1]
         found = scores(folder, setting)
         if setting.startswith("float32"):
             reference = found
@@ -89,6 +91,7 @@ def compare(folder: Path) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--dtypes", action="store_true", help="only bfloat16 against float32")
     parser.add_argument("--measure", nargs=3, metavar=("DTYPE", "SAMPLES", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -96,7 +99,7 @@ def main() -> None:
         measure(arguments.model, dtype, int(samples), Path(file))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        rows = compare(arguments.model or embedded(Path(temporary)))
+        rows = compare(arguments.model or embedded(Path(temporary)), [*SETTINGS][-2 if arguments.dtypes else 0 :])
     print(json.dumps({"machine": processor(), "rows": rows}))
 
 

@@ -9,7 +9,7 @@ set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT; cd "$folder"
 python3 -m venv env
 env/bin/pip install -q huggingface_hub==2.4.0 httpx==0.28.1 requests
-HF_HOME=$folder/home env/bin/python - 2>/dev/null <<'PY'
+HF_HOME=$folder/home env/bin/python - 2> log <<'PY' || { cat log; exit 1; }
 import socket
 from importlib.metadata import version
 

@@ -254,4 +254,4 @@ class _Examples(torch.utils.data.Dataset):
 
 
 def _inputs(example: dict[str, Any]) -> dict[str, Any]:
-    return {name: example[name] for name in ("input_ids", "labels")}
+    return {name: list(example[name]) for name in ("input_ids", "labels")}

@@ -209,3 +209,11 @@ def test_the_leaderboard_has_a_row_for_each_different_result_best_first(tmp_path
     found = ask(Warehouse(store.root), "select run_id, variant, criterion, ratio, wikitext2, runs from leaderboard")
     assert found == [("r2", "dense", None, None, 1 / 0.75, 2), ("r2", "pruned", "saap", 0.2, 4.0, 2)]
     assert len(ask(Warehouse(store.root), "from results")) == 5
+
+
+def test_a_second_reader_of_a_process_sees_what_was_loaded_since_the_first_one(tmp_path):
+    warehouse = fill(tmp_path, "r1")
+    with warehouse.reading() as first:
+        fill(tmp_path, "r2").load("r2")
+        assert ask(warehouse, "select count(*) from runs") == [(2,)]
+        assert first.execute("select count(*) from runs").fetchall() == [(1,)]

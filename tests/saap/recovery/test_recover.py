@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from saap import (
     recover,
     to_groupwise,
 )
-from saap.recovery.trainer import OneDevice
+from saap.recovery.recover import _examples
+from saap.recovery.trainer import OneDevice, _inputs
+from saap.texts import alpaca_example
 from tasks.config import Recover
 
 RECIPE = Groupwise(rank=8, alpha=16.0)
@@ -245,3 +248,16 @@ def test_a_run_is_told_what_the_library_does_by_itself():
     for made in (Training(), Groupwise()):
         for field in fields(made):
             assert getattr(made, field.name) == getattr(Recover(), field.name), field.name
+
+
+def test_two_hundred_thousand_rows_take_megabytes(tiny_tokenizer):
+    """Ten bytes a token: a list of numbers takes 16 to 36 for each of tokens and labels."""
+    row = {"instruction": "say it again", "input": "", "output": "a b c d e f g h " * 60}
+    tracemalloc.start()
+    learnt, held_out = _examples([row] * 300, tiny_tokenizer, Training(max_length=400))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert {len(example["input_ids"]) for example in (*learnt, *held_out)} == {400}
+    assert held < 10 * 400 * 300
+    expected = alpaca_example(row, tiny_tokenizer, 400)
+    assert _inputs(learnt[7]) == {name: expected[name] for name in ("input_ids", "labels")}
