@@ -133,7 +133,7 @@ class Slot:
 
     def start(self, step: Step, after: list[Any]) -> PrefectFuture[Any]:
         if self._runner is None:
-            self._runner = ProcessPoolTaskRunner(max_workers=1, initializer=worker_starts)
+            self._runner = ProcessPoolTaskRunner(max_workers=1, initializer=worker_starts, initargs=(os.getpid(),))
             self._runner.__enter__()
         self.step, self.model = step, model_of(step) or self.model
         share = None if step.stage in ALONE else max(1, len(os.sched_getaffinity(0)) // self._count)
@@ -193,10 +193,12 @@ def task_named(stage: str) -> Task[[Step], dict[str, Any]]:
     return task_of(stage)
 
 
-def worker_starts() -> None:
+def worker_starts(parent: int) -> None:
     """In a worker process, before its first step: it dies with this process, and leaves the screen to it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died while this process started
+            os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     atexit.register(os._exit, 0)  # the last one to be called: DuckDB would complain of what is left
     os.environ["TQDM_DISABLE"] = "1"

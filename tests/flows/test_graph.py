@@ -1,5 +1,6 @@
 """A sweep as one graph, run in one process and in several: the same results, and failures that stay where they are."""
 
+import contextlib
 import json
 import os
 import re
@@ -223,12 +224,28 @@ def test_a_worker_that_dies_fails_its_step_and_the_same_command_goes_on(config, 
     assert manifests(store).items() >= made.items(), "what was made is made again"
 
 
+def starting_in(sweep):
+    """Until there is a worker process, which is not ready yet."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        for child in psutil.Process(sweep.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any("spawn_main" in word for word in child.cmdline()):
+                    return
+        time.sleep(0.02)
+    raise AssertionError("no worker starts")
+
+
 @pytest.mark.slow
-def test_a_killed_sweep_takes_its_workers_with_it(config, store, prefect_server):
+@pytest.mark.parametrize("when", ["starting", "at work"])
+def test_a_killed_sweep_takes_its_workers_with_it(config, store, prefect_server, when):
     swept(config, '{ "prune.ratio" = [0.2, 0.3] }')
     sweep = start("sweep", config, "--set", "recover.epochs=1000", *(w for o in PROCESSES for w in ("--set", o)))
-    at_work_in(store, "recover")
+    if when == "starting":
+        starting_in(sweep)
+    else:
+        at_work_in(store, "recover")
     workers = psutil.Process(sweep.pid).children(recursive=True)
     sweep.kill()
     sweep.communicate(timeout=60)
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
