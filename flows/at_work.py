@@ -157,9 +157,12 @@ def _say(log: Any, step: Step, outcome: Outcome) -> None:
         log.warning("%s skipped: %s", step.label, outcome.skipped)
     elif outcome.manifest is not None:
         summary = ", ".join(f"{name} {value}" for name, value in outcome.manifest["summary"].items())
-        made = outcome.ticket is not None
-        seconds = outcome.manifest["seconds"] if made else 0.0
-        log.info("%s: %s", step.label, summary if made else "found in the store", extra={"seconds": seconds})
+        seconds = outcome.manifest["seconds"]
+        if outcome.ticket is None:
+            summary, seconds = "found in the store", 0.0
+        elif step.store_remote is not None and outcome.manifest["run_id"] != step.run_id:
+            summary, seconds = "fetched from the remote store", 0.0
+        log.info("%s: %s", step.label, summary, extra={"seconds": seconds})
 
 
 def _tell(warehouse: Warehouse, run_ids: Sequence[str]) -> None:
