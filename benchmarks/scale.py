@@ -36,19 +36,10 @@ def nothing(folder: Path, size: int) -> None:
     assert SCHEMAS
 
 
-def coordinates() -> dict[str, np.ndarray]:
-    layer = HEADS + CHANNELS
-    return {
-        "layer": np.repeat(np.arange(LAYERS, dtype=np.int32), layer),
-        "kind": np.tile(np.repeat(["attention", "mlp"], [HEADS, CHANNELS]), LAYERS),
-        "unit": np.tile(np.concatenate([np.arange(HEADS), np.arange(CHANNELS)]).astype(np.int32), LAYERS),
-    }
-
-
 def groups_of_70b() -> "saap.Groups":  # type: ignore[name-defined] # noqa: F821
     import saap
 
-    where = coordinates()
+    where = scale_store.coordinates(LAYERS, HEADS, CHANNELS)
     parameters = np.where(where["kind"] == "mlp", 3 * 8192, 8192 * 128 * 18).astype(np.int64)
     return saap.Groups(**where, parameters=parameters)
 
@@ -57,7 +48,7 @@ def write(folder: Path, samples: int) -> None:
     from storage.tables import sample_writer
 
     rng = np.random.default_rng(0)
-    where = coordinates()
+    where = scale_store.coordinates(LAYERS, HEADS, CHANNELS)
     with sample_writer(folder, "importance", where) as writer:
         for _ in range(samples):
             vector, element = rng.lognormal(-6, 2, (2, 1, len(where["layer"]))).astype(np.float32)

@@ -26,18 +26,17 @@ STAGES: tuple[tuple[str, str | None, str | None], ...] = (
 )
 
 
-def groups() -> dict[str, np.ndarray]:
-    layer = HEADS + CHANNELS
+def coordinates(layers: int, heads: int, channels: int) -> dict[str, np.ndarray]:
     return {
-        "layer": np.repeat(np.arange(LAYERS, dtype=np.int32), layer),
-        "kind": np.tile(np.repeat(["attention", "mlp"], [HEADS, CHANNELS]), LAYERS),
-        "unit": np.tile(np.concatenate([np.arange(HEADS), np.arange(CHANNELS)]).astype(np.int32), LAYERS),
+        "layer": np.repeat(np.arange(layers, dtype=np.int32), heads + channels),
+        "kind": np.tile(np.repeat(["attention", "mlp"], [heads, channels]), layers),
+        "unit": np.tile(np.concatenate([np.arange(heads), np.arange(channels)]).astype(np.int32), layers),
     }
 
 
 def body(folder: Path, stage: str, benchmark: str | None, rng: np.random.Generator) -> None:
     """What the stage publishes, small."""
-    where = groups()
+    where = coordinates(LAYERS, HEADS, CHANNELS)
     count = len(where["layer"])
     if stage == "score":
         values = rng.lognormal(size=(2, SAMPLES, count)).astype(np.float32)

@@ -16,6 +16,7 @@ from storage.errors import StorageError
 from storage.remote import remote_of
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
+from tasks.running import what_came
 from tasks.step import Step
 
 PAGE_SECONDS = 20.0  # between two pages of a run that goes on: one takes a second to draw
@@ -156,12 +157,12 @@ def _say(log: Any, step: Step, outcome: Outcome) -> None:
     if outcome.skipped is not None and outcome.error is None:
         log.warning("%s skipped: %s", step.label, outcome.skipped)
     elif outcome.manifest is not None:
-        summary = ", ".join(f"{name} {value}" for name, value in outcome.manifest["summary"].items())
-        seconds = outcome.manifest["seconds"]
         if outcome.ticket is None:
             summary, seconds = "found in the store", 0.0
-        elif step.store_remote is not None and outcome.manifest["run_id"] != step.run_id:
-            summary, seconds = "fetched from the remote store", 0.0
+        else:
+            fetched = step.store_remote is not None and outcome.manifest["run_id"] != step.run_id
+            summary = what_came(outcome.manifest["summary"], fetched)
+            seconds = 0.0 if fetched else outcome.manifest["seconds"]
         log.info("%s: %s", step.label, summary, extra={"seconds": seconds})
 
 

@@ -69,11 +69,6 @@ DATA: dict[str, DataSet] = {
 }
 
 
-def columns_of(role: str) -> tuple[str, ...]:
-    """What is read of a role's data."""
-    return DATA[role].columns
-
-
 def mini_folder() -> Path:
     """The folder of the embedded mini pack."""
     return Path(__file__).parent / "mini"
@@ -128,7 +123,7 @@ def data_name(data: str) -> str:
 
 def check_file(file: Path, role: str) -> int:
     """How many rows a data file has. Raises ConfigError when one is not as the role needs it: before anything runs."""
-    columns = columns_of(role)
+    columns = DATA[role].columns
     if file.suffix == ".parquet" and role == "calibration":  # too large to be read
         return check_text_column(file, role, columns[0])
     return sum(1 for _ in checked_rows(file, role, columns))
@@ -139,7 +134,7 @@ def read_data(data: str, role: str) -> list[dict[str, Any]]:
 
     Raises MissingData when the hub's cannot be downloaded.
     """
-    columns = columns_of(role)
+    columns = DATA[role].columns
     rows = (row for file in _files(data, role) for row in checked_rows(file, role, columns))
     return [{column: row[column] for column in columns} for row in rows]
 
@@ -147,7 +142,7 @@ def read_data(data: str, role: str) -> list[dict[str, Any]]:
 @contextmanager
 def benchmark_file(data: str, role: str) -> Iterator[Path]:
     """A Parquet file with all rows of a benchmark in the official form, as long as the context lasts."""
-    columns = columns_of(role)
+    columns = DATA[role].columns
     rows = [row for file in _files(data, role) for row in checked_rows(file, role, columns)]
     with TemporaryDirectory() as folder:
         yield write_parquet(rows, columns, Path(folder) / f"{role}.parquet")

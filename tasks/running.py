@@ -43,11 +43,15 @@ def run_step(step: Step) -> dict[str, Any]:
     take_place(step)
     with shown_progress(step.label):
         reference = find_or_publish(stage_named(step.stage), step)
-    summary = ", ".join(f"{name} {value}" for name, value in reference["summary"].items())
-    if reference.pop("fetched"):
-        summary = "fetched from the remote store"
-    get_run_logger().info("%s: %s", step.label, summary)
+    get_run_logger().info("%s: %s", step.label, what_came(reference["summary"], reference.pop("fetched")))
     return reference
+
+
+def what_came(summary: dict[str, Any], fetched: bool) -> str:
+    """The words for a step that was made or fetched."""
+    if fetched:
+        return "fetched from the remote store"
+    return ", ".join(f"{name} {value}" for name, value in summary.items())
 
 
 def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:

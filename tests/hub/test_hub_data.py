@@ -3,7 +3,7 @@
 import json
 import re
 
-from tasks.data import DATA, columns_of
+from tasks.data import DATA
 from tests.hub.conftest import SHARDS
 
 READ = """
@@ -42,7 +42,7 @@ def test_every_set_is_read_in_the_layout_of_its_repository_once_and_then_from_th
             role, place, rows = json.loads(line)
             commit = hub.repositories[f"datasets/{DATA[role].hub}"].branches[DATA[role].hub_revision or "main"]
             assert place == f"hub@{commit}"
-            assert rows == [{column: row[column] for column in columns_of(role)} for row in mini(DATA[role].place)]
+            assert rows == [{column: row[column] for column in DATA[role].columns} for row in mini(DATA[role].place)]
         asked, hub.requests = hub.requests, []
     assert asked == [], "asked while offline"
 

@@ -15,7 +15,6 @@ from tasks.data import (
     benchmark_file,
     calibration_texts,
     check_file,
-    columns_of,
     data_file,
     find_data,
 )
@@ -62,7 +61,7 @@ def put(tmp_path):
 def test_the_mini_pack_has_every_role_as_it_should_be(role, mini):
     rows = mini(DATA[role].place)
     assert check_file(data_file("mini", role), role) == len(rows)
-    assert read("mini", role) == [{column: row[column] for column in columns_of(role)} for row in rows]
+    assert read("mini", role) == [{column: row[column] for column in DATA[role].columns} for row in rows]
 
 
 def test_the_limit_that_changes_a_key_is_the_librarys():
@@ -167,7 +166,7 @@ def test_a_row_that_cannot_be_used_is_named_before_anything_runs(tmp_path, put, 
 @pytest.mark.parametrize("statistics", [True, False])
 @pytest.mark.parametrize("role", ["calibration", "ptb"])
 def test_a_null_in_parquet_is_found_whether_or_not_the_file_counts_them(tmp_path, put, role, statistics):
-    (column,) = columns_of(role)
+    (column,) = DATA[role].columns
     file = put(role, [ROWS[role]], ".parquet")
     table = pa.table({"other": [1] * 50, column: ["a"] * 41 + [None] + ["b"] * 8})
     pq.write_table(table, file, row_group_size=10, write_statistics=statistics)
@@ -209,7 +208,7 @@ def test_a_parquet_file_that_is_damaged_or_has_other_columns_is_one_line(tmp_pat
 
 @pytest.mark.parametrize("role", ["recovery", "wikitext2", "arc_easy"])
 def test_text_that_is_no_utf8_is_one_line(tmp_path, put, role):
-    columns = columns_of(role)
+    columns = DATA[role].columns
     bad = pa.Array.from_buffers(
         pa.string(), 1, [None, pa.array([0, 2], pa.int32()).buffers()[1], pa.py_buffer(b"\xff\xfe")]
     )
@@ -231,8 +230,8 @@ def test_half_of_a_surrogate_pair_is_one_line(tmp_path, put):
 
 @pytest.mark.parametrize("role", ["calibration", "ptb", "recovery", "boolq"])
 def test_a_column_that_is_there_twice_is_one_line(tmp_path, put, role):
-    column = columns_of(role)[-1]
-    names = [*columns_of(role), column]
+    column = DATA[role].columns[-1]
+    names = [*DATA[role].columns, column]
     put(role, pa.Table.from_arrays([pa.array(["a"])] * len(names), names=names), ".parquet")
     with pytest.raises(ConfigError, match=f"has the column {column} 2 times: leave one"):
         find_data(str(tmp_path), role, Fingerprints(tmp_path))
@@ -253,4 +252,4 @@ def test_other_kinds_of_columns_are_no_text(tmp_path, put):
 
 
 def test_the_columns_of_a_benchmark_are_those_the_library_reads():
-    assert {name: about.columns for name, about in ACCURACY.items()} == {name: columns_of(name) for name in ACCURACY}
+    assert {name: about.columns for name, about in ACCURACY.items()} == {name: DATA[name].columns for name in ACCURACY}
