@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 COUNT, LENGTH = 50, 128
+GROUPS = (1 << 20, 1000)  # rows in a row group
 WORDS = 5000
 
 
@@ -54,7 +55,7 @@ def make_tokenizer(folder: Path) -> None:
 
 def measure(way: str, file: Path, seed: int) -> dict[str, Any]:
     """Draw in this process. way: 'drawn', or 'all' for every row as a dict first."""
-    from benchmarks.common import held, most_held
+    from common import held, most_held
     from saap import ParquetTexts, load_tokenizer, sample_tokens
 
     words = load_tokenizer(file.parent)
@@ -90,7 +91,7 @@ def read_everything(file: Path) -> list[str]:
 
 def apart(way: str, file: Path, seed: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", way, str(file), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -109,6 +110,23 @@ def report(name: str, found: list[dict[str, Any]]) -> None:
     )
 
 
+def compare(file: Path, rows: int, group: int, rounds: int) -> dict[str, float]:
+    """Draw from a set and read all of it, in turn: how many times longer and larger reading all is."""
+    make(file, rows, group)
+    drawn, everything = [], []
+    for seed in range(rounds):
+        drawn.append(apart("drawn", file, seed))
+        everything.append(apart("all", file, seed))
+    report(f"{rows:,} rows in groups of {group:,}, drawn", drawn)
+    report(f"{rows:,} rows in groups of {group:,}, all read", everything)
+    pairs = list(zip(drawn, everything, strict=True))
+    ratios = {
+        name: statistics.median(whole[field] / one[field] for one, whole in pairs)
+        for name, field in (("ratio", "seconds"), ("cpu_ratio", "cpu_seconds"), ("memory_ratio", "peak_mb"))
+    }
+    return {name: round(ratio, 1) for name, ratio in ratios.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=74_004_228, help="of the large set; BookCorpus has 74,004,228")
@@ -125,23 +143,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "texts.parquet"
         make_tokenizer(file.parent)
-        for group in (1 << 20, 1000):
+        for group in GROUPS:
             make(file, options.rows, group)
             found = [apart("drawn", file, seed) for seed in range(options.rounds)]
             report(f"{options.rows:,} rows in groups of {group:,}, drawn", found)
             large.append(found)
         assert [one["rows"] for one in large[0]] == [one["rows"] for one in large[1]], "the row groups are seen"
-        make(file, options.compared, 1 << 20)
-        drawn, everything = [], []
-        for seed in range(options.rounds):
-            drawn.append(apart("drawn", file, seed))
-            everything.append(apart("all", file, seed))
-    report(f"{options.compared:,} rows, drawn", drawn)
-    report(f"{options.compared:,} rows, all read", everything)
-    ratios = {
-        field: statistics.median(b[field] / a[field] for a, b in zip(drawn, everything, strict=True))
-        for field in ("seconds", "cpu_seconds")
-    }
+        ratios = {group: compare(file, options.compared, group, options.rounds) for group in GROUPS}
     print(
         json.dumps(
             {
@@ -150,9 +158,7 @@ def main() -> None:
                 "cpu_seconds": round(max(middle(found, "cpu_seconds") for found in large), 2),
                 "peak_mb": round(max(middle(found, "peak_mb") for found in large)),
                 "process_mb": round(max(middle(found, "process_mb") for found in large)),
-                "ratio_to_read_all": round(ratios["seconds"], 1),
-                "cpu_ratio_to_read_all": round(ratios["cpu_seconds"], 1),
-                "memory_ratio_to_read_all": round(middle(drawn, "peak_mb") / middle(everything, "peak_mb"), 3),
+                **{f"{name}_to_read_all": {g: ratios[g][name] for g in GROUPS} for name in ratios[GROUPS[0]]},
                 "rounds": options.rounds,
             }
         )

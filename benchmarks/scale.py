@@ -180,7 +180,7 @@ def hash_tokenizer(folder: Path, tokens: int) -> None:
 
 
 def embed(folder: Path, _: int) -> None:
-    from benchmarks.common import embedded
+    from common import embedded
 
     (folder / "model").mkdir(exist_ok=True)
     embedded(folder / "model")
