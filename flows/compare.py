@@ -179,12 +179,33 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     for row in comparison.rows:
         cells = [*row.chosen, f"{row.ratio:g}" if row.ratio else "", row.variant, str(row.runs)]
         cells += [_cell(row.mean(m), row.spread(m), _COLUMNS[m][1]) for m in shown]
-        cells.append("" if row.variant == "dense" else _cell(row.seconds, None, 1.0))
+        cells.append("" if row.variant == "dense" else _cell(row.seconds))
         if published:
             numbers = ", ".join(f"{_COLUMNS[m][0]} {v * _COLUMNS[m][1]:g}" for m, v in row.published.items())
             cells.append(numbers + (" (misprint)" if row.misprint else ""))
         rows.append(cells)
     return [*columns, "s to rank", *([f"paper, {PAPER_MODEL}"] if published else [])], rows
+
+
+def headlines(comparison: Comparison) -> list[str]:
+    """A line a variant and ratio: which setting has the lowest perplexity, beside the highest and the dense model."""
+    dense = next((row for row in comparison.rows if row.variant == "dense"), None)
+    lines = []
+    for variant, ratio in dict.fromkeys((row.variant, row.ratio) for row in comparison.rows if row is not dense):
+        rows = [r for r in comparison.rows if (r.variant, r.ratio) == (variant, ratio) and "wikitext2" in r.means]
+        if dense is None or "wikitext2" not in dense.means or len(rows) < 2:
+            continue
+        best, worst = (of(rows, key=lambda row: row.means["wikitext2"]) for of in (min, max))
+        line = f"{variant} at {ratio:g}: {', '.join(best.chosen)} is best on WikiText-2, {_cell(best.means['wikitext2'])}"
+        line += f", where {', '.join(worst.chosen)} has {_cell(worst.means['wikitext2'])}"
+        line += f" and the dense model {_cell(dense.means['wikitext2'])}"
+        sizes, speeds = ([row.means.get(m) for row in (best, dense)] for m in ("weight_bytes", "tokens_per_s"))
+        if sizes[0] and sizes[1]:
+            line += f"; {sizes[0] / sizes[1]:.0%} of its bytes"
+        if speeds[0] and speeds[1]:
+            line += f", {speeds[0] / speeds[1]:.1f} times its speed"
+        lines.append(line)
+    return lines
 
 
 def axis_name(path: str) -> str:
@@ -193,7 +214,7 @@ def axis_name(path: str) -> str:
     return section if last in ("name", "path") else last
 
 
-def _cell(mean: float | None, spread: float | None, scale: float) -> str:
+def _cell(mean: float | None, spread: float | None = None, scale: float = 1.0) -> str:
     if mean is None:
         return "–"
     digits = 0 if abs(mean * scale) >= 1000 else 1

@@ -3,24 +3,24 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from duckdb import DuckDBPyConnection
+
 from flows.compare import compare, table
 from flows.pages.run_head import checkpoints
 from flows.pages.section import ask
 from flows.pages.write import report_file
 from flows.report import result_rows
 from storage.artifacts import ArtifactStore
-from storage.warehouse import Warehouse
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 _WIDTHS = "select kind, kept, units from widths where run_id = ? order by kind, layer"
 
 
-def run_markdown(store: Path, run_id: str) -> str:
+def run_markdown(store: Path, connection: DuckDBPyConnection, run_id: str) -> str:
     """Results, what stays layer by layer, and where the checkpoints and the page lie."""
-    parts = [f"# Run {run_id}", _table(*result_rows(store, run_id))]
-    with Warehouse(store).reading() as connection:
-        rows = ask(connection, _WIDTHS, run_id)
-        folders = checkpoints(ArtifactStore(store), connection, run_id)
+    parts = [f"# Run {run_id}", _table(*result_rows(connection, run_id))]
+    rows = ask(connection, _WIDTHS, run_id)
+    folders = checkpoints(ArtifactStore(store), connection, run_id)
     if rows:
         kinds = dict.fromkeys(row["kind"] for row in rows)
         shares = {kind: [row["kept"] / row["units"] for row in rows if row["kind"] == kind] for kind in kinds}

@@ -18,12 +18,14 @@ _NUMBER = re.compile(r"(-?[\d.,]+(e[+-]\d+)?( ?[M×%]| MB)?|–)?")
 def print_run(store: Path, run_id: str, data: str, page: Path | None) -> None:
     """The closing lines of a run: results, seconds a stage, where its files and its page lie."""
     from flows.report import result_rows, skipped_rows, stage_rows
+    from storage.warehouse import Warehouse
 
-    columns, rows = result_rows(store, run_id)
+    with Warehouse(store).reading() as connection:
+        columns, rows = result_rows(connection, run_id)
+        skipped, stages = skipped_rows(connection, run_id), stage_rows(connection, run_id)
     print_table(columns, rows, title=f"run {run_id}")
-    for benchmark, why in skipped_rows(store, run_id):
+    for benchmark, why in skipped:
         console.print(f"skipped {benchmark}: {why}", style="yellow", highlight=False, soft_wrap=True)
-    stages = stage_rows(store, run_id)
     spent = ", ".join(
         f"{stage} {seconds:.0f} s"
         if cached == 0
@@ -36,6 +38,13 @@ def print_run(store: Path, run_id: str, data: str, page: Path | None) -> None:
     console.print(
         "accuracies in %, the papers' metric of each task; perplexities (↓) at 128 tokens", style="dim", highlight=False
     )
+    _say_what_data_is_for(data)
+    for what, where in (("files", store), ("page", page)):
+        if where is not None:
+            console.print(f"{what}: {where.resolve()}", highlight=False, soft_wrap=True)
+
+
+def _say_what_data_is_for(data: str) -> None:
     if data == "mini":
         console.print(
             "The mini pack is for seeing the pipeline work: 36 items a benchmark, standard errors near 8 points. "
@@ -43,16 +52,14 @@ def print_run(store: Path, run_id: str, data: str, page: Path | None) -> None:
             style="yellow",
             highlight=False,
         )
-    for what, where in (("files", store), ("page", page)):
-        if where is not None:
-            console.print(f"{what}: {where.resolve()}", highlight=False, soft_wrap=True)
 
 
 def print_comparison(
     config: Path, overrides: tuple[str, ...], figure: Path | None = None, html: Path | None = None
 ) -> None:
-    """The table of a sweep, its picture and its page where they are asked for."""
-    from flows.compare import compare, table
+    """The table of a sweep and what to see in it, its picture and its page where they are asked for."""
+    from flows.compare import compare, headlines, table
+    from tasks.config import load_config
 
     found = compare(str(config), overrides)
     print_table(*table(found), title=config.stem)
@@ -61,6 +68,9 @@ def print_comparison(
         style="dim",
         highlight=False,
     )
+    for line in headlines(found):
+        console.print(line, highlight=False)
+    _say_what_data_is_for(load_config(config, overrides).data)
     if found.missing:
         console.print(f"{found.missing} of {found.runs} runs are not complete: saap sweep {config}", highlight=False)
     if figure is not None:

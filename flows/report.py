@@ -1,8 +1,7 @@
 """What a run found, as rows for a table."""
 
-from pathlib import Path
+from duckdb import DuckDBPyConnection
 
-from storage.warehouse import Warehouse
 from tasks.config import ACCURACIES, PERPLEXITIES
 
 SHORT = {
@@ -18,18 +17,17 @@ SHORT = {
 }
 
 
-def result_rows(store: Path, run_id: str) -> tuple[list[str], list[list[str]]]:
+def result_rows(connection: DuckDBPyConnection, run_id: str) -> tuple[list[str], list[list[str]]]:
     """One row a variant: the nine benchmarks, the average of the seven accuracies, parameters, memory, tokens/s.
 
     Accuracies in percent, the papers' metric of each; the average only when all seven are there.
     """
-    with Warehouse(store).reading() as connection:
-        metrics = connection.execute(
-            "select variant, benchmark, value from metrics where run_id = ? and papers", [run_id]
-        ).fetchall()
-        speed = connection.execute(
-            "select variant, parameters, weight_bytes, tokens_per_s, decode_ratio from speed where run_id = ?", [run_id]
-        ).fetchall()
+    metrics = connection.execute(
+        "select variant, benchmark, value from metrics where run_id = ? and papers", [run_id]
+    ).fetchall()
+    speed = connection.execute(
+        "select variant, parameters, weight_bytes, tokens_per_s, decode_ratio from speed where run_id = ?", [run_id]
+    ).fetchall()
     values = {(variant, benchmark): value for variant, benchmark, value in metrics}
     speeds = {row[0]: row[1:] for row in speed}
     present = {variant for variant, _ in values} | set(speeds)
@@ -50,24 +48,22 @@ def result_rows(store: Path, run_id: str) -> tuple[list[str], list[list[str]]]:
     return [*columns, "params", "weights", "tok/s", "speed"], rows
 
 
-def stage_rows(store: Path, run_id: str) -> list[tuple[str, int, int, float]]:
+def stage_rows(connection: DuckDBPyConnection, run_id: str) -> list[tuple[str, int, int, float]]:
     """(stage, steps, of which cached, seconds computing in this run) in the order of the run."""
-    with Warehouse(store).reading() as connection:
-        return connection.execute(
-            "select stage, count(*), count(*) filter (cached), coalesce(sum(seconds) filter (not cached), 0) "
-            "from stage_runs where run_id = ? and skipped is null group by stage order by min(position)",
-            [run_id],
-        ).fetchall()
+    return connection.execute(
+        "select stage, count(*), count(*) filter (cached), coalesce(sum(seconds) filter (not cached), 0) "
+        "from stage_runs where run_id = ? and skipped is null group by stage order by min(position)",
+        [run_id],
+    ).fetchall()
 
 
-def skipped_rows(store: Path, run_id: str) -> list[tuple[str, str]]:
+def skipped_rows(connection: DuckDBPyConnection, run_id: str) -> list[tuple[str, str]]:
     """(benchmark, why and what helps) of the benchmarks that were not run because their data is missing."""
-    with Warehouse(store).reading() as connection:
-        return connection.execute(
-            "select benchmark, skipped from stage_runs where run_id = ? and skipped is not null "
-            "group by all order by min(position)",
-            [run_id],
-        ).fetchall()
+    return connection.execute(
+        "select benchmark, skipped from stage_runs where run_id = ? and skipped is not null "
+        "group by all order by min(position)",
+        [run_id],
+    ).fetchall()
 
 
 def _percent(value: float | None) -> str:

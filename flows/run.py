@@ -11,6 +11,7 @@ from flows.markdown import run_markdown
 from flows.pages.write import report_file
 from flows.report import result_rows, skipped_rows
 from storage.artifacts import ArtifactStore
+from storage.warehouse import Warehouse
 from tasks.config import load_config
 
 
@@ -49,10 +50,12 @@ def run_job(job: Job) -> str:
 def show_results(job: Job) -> None:
     """The result table and the run's page as artifacts in Prefect's UI."""
     store = ArtifactStore(job.settings.store)
-    columns, rows = result_rows(store.root, job.run_id)
-    skipped = "".join(f"\n\nSkipped {benchmark}: {why}" for benchmark, why in skipped_rows(store.root, job.run_id))
+    with Warehouse(store.root).reading() as connection:
+        columns, rows = result_rows(connection, job.run_id)
+        skipped = "".join(f"\n\nSkipped {benchmark}: {why}" for benchmark, why in skipped_rows(connection, job.run_id))
+        about = run_markdown(store.root, connection, job.run_id)
     create_table_artifact(
         [dict(zip(columns, row, strict=True)) for row in rows], key="results", description=f"Run {job.run_id}{skipped}"
     )
-    create_markdown_artifact(run_markdown(store.root, job.run_id), key="run")
+    create_markdown_artifact(about, key="run")
     create_link_artifact(report_file(store.root, job.run_id).as_uri(), link_text="report", key="report")

@@ -89,7 +89,8 @@ def sweep(
     with _prefect(Path(settings.store), [step for job in jobs for step in job.steps]):
         from flows.sweep import sweep_of
 
-        show_progress("verbose" if verbose else "quiet" if quiet else "normal")
+        steps = {step.reference for job in jobs for step in job.steps}
+        show_progress("verbose" if verbose else "quiet" if quiet else "normal", len(steps))
         sweep_of(jobs)(str(config.resolve()), list(overrides))
     print_comparison(config, overrides, html=Path(settings.store) / f"{config.stem}.html")
 

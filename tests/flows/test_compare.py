@@ -122,6 +122,28 @@ def test_the_command_prints_the_table_and_draws_a_figure_with_every_setting(swep
         assert f"<!-- {label} -->" in text, label
 
 
+def test_the_lines_below_the_table_name_the_best_and_the_worst(swept):
+    file, store = swept
+    dense = ask(store, "select any_value(wikitext2) from leaderboard where variant = 'dense'")[0][0]
+    found = ask(
+        store,
+        "select ratio, min_by(criterion, wikitext2), min(wikitext2), max_by(criterion, wikitext2), max(wikitext2) "
+        "from criteria group by ratio order by ratio",
+    )
+    wanted = [
+        f"pruned at {ratio:g}: {best} is best on WikiText-2, {_short(low)}, where {worst} has {_short(high)} "
+        f"and the dense model {_short(dense)}"
+        for ratio, best, low, worst, high in found
+    ]
+    printed = saap("compare", file).stdout.replace("\n", " ")
+    assert len(wanted) == 2
+    assert all(line in printed for line in wanted), printed
+
+
+def _short(perplexity):
+    return f"{perplexity:.{0 if perplexity >= 1000 else 1}f}" if perplexity < 1e5 else f"{perplexity:.2e}"
+
+
 def test_the_page_of_the_sweep_says_what_the_table_says(swept, tmp_path):
     file, _ = swept
     page = tmp_path / "criteria.html"
