@@ -12,6 +12,7 @@ from importlib.resources import as_file, files
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from storage.artifacts import ArtifactStore
@@ -154,8 +155,8 @@ class _Loader:
                 if rows is not None:
                     found.append((table, owner, rows))
         for table, owner, rows in found:
-            for column, value in reversed(owner.items()):
-                rows = rows.add_column(0, column, pa.array([value] * rows.num_rows, pa.string()))
+            columns = [_repeated(value, rows.num_rows) for value in owner.values()]
+            rows = pa.Table.from_arrays([*columns, *rows.columns], [*owner, *rows.schema.names])
             self._owners.add((table, *owner.values()))
             self._batches[table].append(rows)
             self._waiting += rows.num_rows
@@ -197,25 +198,26 @@ class _Loader:
 
     def flush(self) -> None:
         """Insert what waits."""
-        tables = {
-            table: pa.table(
-                [pa.array(column) for column in zip(*rows, strict=True)], [f"c{i}" for i in range(len(rows[0]))]
-            )
-            for table, rows in self._rows.items()
-        }
-        for table, batch in tables.items():
-            self._insert(table, batch, "")
+        for table, rows in self._rows.items():  # as lists: see _repeated
+            columns = [list(column) for column in zip(*rows, strict=True)]
+            self._connection.execute(f"insert into {table} select {', '.join(['unnest(?)'] * len(columns))}", columns)
         for table, batches in self._batches.items():
-            self._insert(table, pa.concat_tables(batches), "by name")
+            self._connection.register("batch", pa.concat_tables(batches))
+            self._connection.execute(f"insert into {table} by name from batch")
+            self._connection.unregister("batch")
         self._rows.clear()
         self._batches.clear()
         self._owners.clear()
         self._waiting = 0
 
-    def _insert(self, table: str, batch: pa.Table, how: str) -> None:
-        self._connection.register("batch", batch)
-        self._connection.execute(f"insert into {table} {how} from batch")
-        self._connection.unregister("batch")
+
+def _repeated(value: str | None, count: int) -> pa.Array:
+    """A column of one text. Of buffers, since pa.array and pa.scalar import pandas, for half a second."""
+    if value is None:
+        return pa.nulls(count, pa.string())
+    text = value.encode()
+    ends = np.arange(count + 1, dtype=np.int32) * np.int32(len(text))
+    return pa.StringArray.from_buffers(count, pa.py_buffer(ends), pa.py_buffer(text * count))
 
 
 def _timestamp(seconds: float | None) -> datetime.datetime | None:
