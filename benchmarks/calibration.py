@@ -56,6 +56,7 @@ def make_tokenizer(folder: Path) -> None:
 def measure(way: str, file: Path, seed: int) -> dict[str, Any]:
     """Draw in this process. way: 'drawn', or 'all' for every row as a dict first."""
     from common import held, most_held
+
     from saap import ParquetTexts, load_tokenizer, sample_tokens
 
     words = load_tokenizer(file.parent)

@@ -195,9 +195,9 @@ def headlines(comparison: Comparison) -> list[str]:
         rows = [r for r in comparison.rows if (r.variant, r.ratio) == (variant, ratio) and "wikitext2" in r.means]
         if dense is None or "wikitext2" not in dense.means or len(rows) < 2:
             continue
-        best, worst = (of(rows, key=lambda row: row.means["wikitext2"]) for of in (min, max))
-        line = f"{variant} at {ratio:g}: {', '.join(best.chosen)} is best on WikiText-2, {_cell(best.means['wikitext2'])}"
-        line += f", where {', '.join(worst.chosen)} has {_cell(worst.means['wikitext2'])}"
+        best, *_, worst = sorted(rows, key=lambda row: row.means["wikitext2"])
+        (first, low), (last, high) = ((", ".join(r.chosen), _cell(r.means["wikitext2"])) for r in (best, worst))
+        line = f"{variant} at {ratio:g}: {first} is best on WikiText-2, {low}, where {last} has {high}"
         line += f" and the dense model {_cell(dense.means['wikitext2'])}"
         sizes, speeds = ([row.means.get(m) for row in (best, dense)] for m in ("weight_bytes", "tokens_per_s"))
         if sizes[0] and sizes[1]:

@@ -163,7 +163,7 @@ class ArtifactStore:
     def all(self) -> Iterator[tuple[str, str]]:
         """(stage, key) of every artifact folder, whole or not."""
         for folder in sorted(self.root.glob("*/[!.]*/")):
-            if folder.parent.name not in ("damaged", "locks", "prefect", "runs", "work", "fingerprints"):
+            if folder.parent.name not in ("damaged", "locks", "prefect", "runs", "work", "fingerprints", "pages"):
                 yield folder.parent.name, folder.name
 
     def work(self, stage: str, key: str) -> Path:

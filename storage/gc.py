@@ -23,6 +23,7 @@ _TEMPORARY = (
     "runs/*/*.tmp",
     "runs/*/stages/*.tmp",
     "fingerprints/*.tmp",
+    "pages/*.tmp",
 )
 log = logging.getLogger("saap.storage")
 _SETTLED = 3600.0  # seconds: a temporary file of a living process is younger
@@ -171,7 +172,7 @@ def by_stage(store: ArtifactStore) -> list[tuple[str, int, int]]:
         found[stage].append(size(store.path(stage, key)))
     for path in store.root.glob("*/.draft-*"):
         found["(drafts)"].append(size(path))
-    for name in ("work", "damaged", "runs", "locks", "fingerprints", "prefect"):
+    for name in ("work", "damaged", "runs", "locks", "fingerprints", "pages", "prefect"):
         for path in store.root.glob(f"{name}/*"):
             found[f"({name})"].append(size(path))
     for path in store.root.glob("warehouse.*"):

@@ -57,6 +57,7 @@ def _run_page(store: Path, connection: Any, run: dict[str, Any]) -> str:
         run_head.versions(artifacts, connection, run_id),
     ]
     return page(
+        store,
         f"{run['name']}: {run['model']}",
         sections,
         kind="run",
@@ -99,6 +100,7 @@ def write_sweep(store: Path, title: str, run_ids: list[str], file: Path, missing
         f"{len(run_ids)} runs: {_count(models, 'model')}, {_count(ratios, 'ratio')}, {_count(labels[1:], 'setting')}."
     )
     text = page(
+        store,
         title,
         sections,
         kind="sweep",

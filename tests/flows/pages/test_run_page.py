@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 
+from flows.pages.render import _library
 from flows.pages.write import write_report
 from storage.errors import StorageError
 from tests.flows.pages.conftest import HALF, HOSTILE, MODEL, RUN, rows_in
@@ -21,6 +22,16 @@ def test_it_opens_without_an_error_or_a_request_and_holds_everything(run_store, 
     assert charts == seen.page.locator(".chart svg.marks").count() == 11
     for figure in seen.page.locator("section:has(.chart)").all():
         assert figure.locator("table").count() == figure.locator("button.csv").count() == 1
+
+
+def test_the_charting_library_is_made_once_and_a_damaged_copy_is_not_taken(tmp_path):
+    made = _library.__wrapped__(tmp_path)
+    (kept,) = (tmp_path / "pages").iterdir()
+    changed = kept.stat().st_mtime_ns
+    assert _library.__wrapped__(tmp_path) == made
+    assert kept.stat().st_mtime_ns == changed
+    kept.write_text(made[: len(made) // 2])
+    assert _library.__wrapped__(tmp_path) == made == kept.read_text()
 
 
 def test_the_browser_itself_would_refuse_a_request(run_store, look):
