@@ -23,6 +23,7 @@ from tasks.stages.own_text import own_text
 from tasks.stages.prune import prune, prune_params
 from tasks.stages.rank import rank
 from tasks.stages.recover import recover
+from tasks.stages.recovery_text import recovery_text, shares
 from tasks.stages.score import score
 from tasks.stages.speed import speed
 from tasks.step import Step
@@ -47,8 +48,7 @@ def build(config: RunConfig, run_id: str = "", outside: Outside | None = None) -
     pruned = _prune(graph, dense, calibration)
     variants = {"dense": dense, "pruned": pruned}
     if config.recover.recipe != "none":
-        teacher = dense if config.recover.distill > 0 else None
-        variants["recovered"] = graph.add(recover, teacher=teacher, checkpoint=pruned, data=graph.data("recovery"))
+        variants["recovered"] = _recover(graph, dense, pruned)
     for variant in (name for name in variants if name in config.evaluate.variants):
         for benchmark in config.evaluate.benchmarks:
             graph.add(evaluate, variant, benchmark, checkpoint=variants[variant], data=graph.data(benchmark))
@@ -81,6 +81,26 @@ def _prune(graph: "Graph", dense: Source, calibration: Source) -> Source:
         groups=groups,
         activations=statistic("activations") if compensation == "bias" else None,
         calibration=calibration if compensation == "least_squares" else None,
+    )
+
+
+def _recover(graph: "Graph", dense: Source, pruned: Source) -> Source:
+    settings = graph.config.recover
+    count = shares(settings) if settings.prose or settings.own else {"prose": 0, "own": 0}
+    text = None
+    if any(count.values()):
+        text = graph.add(
+            recovery_text,
+            tokenizer=dense,
+            model=dense if count["own"] else None,
+            data=graph.data("calibration") if count["prose"] else None,
+        )
+    return graph.add(
+        recover,
+        teacher=dense if settings.distill > 0 else None,
+        checkpoint=pruned,
+        data=graph.data("recovery") if sum(count.values()) != settings.examples else None,
+        text=text,
     )
 
 

@@ -142,3 +142,10 @@ def alpaca_example(row: dict[str, str], tokenizer: Any, max_length: int, whole_t
     unlabelled = 1 if whole_text else len(head)
     labels = ([-100] * unlabelled + (head + tail)[unlabelled:])[:max_length]
     return {"input_ids": ids, "labels": labels, "length": len(ids)}
+
+
+def token_example(tokens: list[int], tokenizer: Any, max_length: int) -> dict[str, Any]:
+    """A sequence of prose as an example: behind BOS where the tokenizer puts one, loss on all of it but the first."""
+    begin = tokenizer("a")["input_ids"][:1]
+    ids = ([*begin, *tokens] if begin == [tokenizer.bos_token_id] else list(tokens))[:max_length]
+    return {"input_ids": ids, "labels": [-100, *ids[1:]], "length": len(ids)}

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from tasks.how import Compute, Execute, Section, wrong_execution
 from tasks.toml import ConfigError, one_line, parse_value, read_toml, sections_of, short
-from tasks.values import Amount, Count, Layer, Ratio, Seed, Text, distinct
+from tasks.values import Amount, Count, Layer, Ratio, Seed, Share, Text, distinct
 
 ACCURACIES = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa")
 PERPLEXITIES = ("wikitext2", "ptb")
@@ -111,6 +111,8 @@ class Recover(Section):
         "groupwise", description="group-wise codes that merge exactly; peft's LoRA; LoRA over NF4; or no recovery"
     )
     examples: Amount | None = Field(None, description="instruction rows to train on, the first so many; all if absent")
+    prose: Share = Field(0.0, description="share of the examples that is prose of the calibration set instead")
+    own: Share = Field(0.0, description="share of the examples that the dense model writes itself instead")
     bits: Annotated[int, Field(ge=2, le=8)] = Field(4, description="of a groupwise code")
     group_size: Annotated[Count, Field(ge=2)] = Field(32, description="inputs that share a scale and a zero")
     groups: Count | None = Field(
@@ -133,7 +135,7 @@ class Recover(Section):
         "bfloat16", description="of the arithmetic in training; float16 on a GPU only"
     )
     gradient_checkpointing: bool = Field(False, description="less memory for activations, a third more time; in no key")
-    distill: Annotated[float, Field(ge=0, le=1)] = Field(
+    distill: Share = Field(
         0.0, description="share in the loss of KL(dense model ‖ this one); 0: plain cross-entropy, no dense model held"
     )
     held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -248,6 +250,10 @@ def _wrong_recovery(recover: Recover) -> str | None:
         return "recover.batch_size must be a multiple of recover.micro_batch_size"
     if recover.recipe == "none":
         return None
+    if recover.prose + recover.own > 1:
+        return "recover.prose and recover.own are shares of the examples: together at most 1"
+    if recover.prose + recover.own > 0 and recover.examples is None:
+        return "recover.prose and recover.own are shares of recover.examples: set that too"
     held_out = None if recover.examples is None else min(int(recover.examples * recover.held_out), 128)
     if recover.patience is not None and (not recover.held_out or held_out == 0):
         return "recover.patience needs a held-out part: raise recover.held_out or recover.examples"

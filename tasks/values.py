@@ -34,5 +34,6 @@ Arguments = Annotated[Text, AfterValidator(_arguments)]  # of a command line
 Count = Annotated[int, Field(ge=1, le=1_000_000)]  # of examples, tokens, steps, channels: more than any real use
 Amount = Annotated[int, Field(ge=1, le=10**12)]  # of the first so many of what there is
 Ratio = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Layer = Annotated[int, Field(ge=-4096, lt=4096)]

@@ -26,7 +26,7 @@ class Job:
     checkpoint: str
     tokenizer: str
     teacher: str | None
-    rows: list[dict[str, str]]
+    rows: list[dict[str, Any]]
     work: str
     output: str
     recipe: str

@@ -12,14 +12,14 @@ from saap.errors import SaapError
 from saap.recovery.loss import Student
 from saap.recovery.recipes import Groupwise, Recipe
 from saap.recovery.training import Training, TrainingStep
-from saap.texts import alpaca_example
+from saap.texts import alpaca_example, token_example
 
 HELD_OUT_AT_MOST = 128  # rows: to tell checkpoints apart; 4 % of Alpaca every 50 steps takes longer than training on it
 
 
 def recover(
     model: nn.Module,
-    rows: list[dict[str, str]],
+    rows: list[dict[str, Any]],
     tokenizer: Any,
     work: str | Path,
     recipe: Recipe | None = None,
@@ -28,11 +28,11 @@ def recover(
     *,
     fsdp: bool = False,
 ) -> tuple[nn.Module, list[TrainingStep]]:
-    """Prepare a model by the recipe (default: Groupwise()), train its adapters on Alpaca rows, and merge them.
+    """Prepare a model by the recipe (default: Groupwise()), train its adapters on the rows, and merge them.
 
     Args:
         model: a float model. It is used up: keep no other use for it.
-        rows: instruction, input, output.
+        rows: instruction, input, output; or tokens, those of a sequence of prose.
         work: folder for the trainer's checkpoints. When it holds one of an interrupted call with the same arguments,
             training goes on from there, with the same data order, optimiser and random state.
         teacher: the dense model; needed exactly when training.distill is not 0.
@@ -79,7 +79,7 @@ def recover(
 
 
 def _examples(
-    rows: list[dict[str, str]], tokenizer: Any, training: Training
+    rows: list[dict[str, Any]], tokenizer: Any, training: Training
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows to train on, and the last rows, which are held out. Rows whose answer is cut off are left out.
 
@@ -87,7 +87,10 @@ def _examples(
     """
     examples = []
     for row in rows:
-        example = alpaca_example(row, tokenizer, training.max_length, training.loss_on == "text")
+        if "tokens" in row:
+            example = token_example(row["tokens"], tokenizer, training.max_length)
+        else:
+            example = alpaca_example(row, tokenizer, training.max_length, training.loss_on == "text")
         if any(label != -100 for label in example["labels"]):
             compact = {name: array("i", example[name]) for name in ("input_ids", "labels")}
             examples.append({**example, **compact})

@@ -1,35 +1,63 @@
 """Train the pruned model back, by one of the recipes."""
 
+import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from storage.artifacts import ArtifactStore
 from storage.keys import digest
 from storage.tables import write_table
 from tasks.artifact import Source
 from tasks.compute import MEMORY, compute_settings
+from tasks.config import RunConfig
 from tasks.data import read_data
 from tasks.inputs import Checkpoint, Data, forget_model
 from tasks.model_card import write_card
 from tasks.outside import Outside
 from tasks.stage import Summary, dtype_of, stage
+from tasks.stages.calibrate import Calibration
 from tasks.step import Step
 
 
+def _params(config: RunConfig) -> dict[str, object]:
+    unused = () if config.recover.prose or config.recover.own else ("prose", "own")
+    return config.recover.model_dump(exclude={*MEMORY, *unused}) | dtype_of(config)
+
+
 def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
-    return digest([outside.model.weights if "teacher" in inputs else None, outside.data("recovery")])
+    teacher = outside.model.weights if "teacher" in inputs else None
+    return digest([teacher, outside.data("recovery") if "data" in inputs else None])
+
+
+def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[str, Any]]:
+    """Alpaca's rows, with those of tokens among them."""
+    config = step.config()
+    tokens = [] if text is None else text.read().tolist()
+    count = None if config["examples"] is None else config["examples"] - len(tokens)
+    rows = [] if data is None else read_data(data.name, "recovery")[:count]
+    if tokens:
+        rows += [{"tokens": ids} for ids in tokens]
+        random.Random(config["seed"]).shuffle(rows)  # the last ones are held out
+    return rows
 
 
 @stage(
     version=5,
     publishes=Checkpoint,
-    params=lambda config: config.recover.model_dump(exclude=set(MEMORY)) | dtype_of(config),
+    params=_params,
     fingerprint=_fingerprint,
 )
 def recover(
-    step: Step, folder: Path, *, teacher: Checkpoint | None = None, checkpoint: Checkpoint, data: Data
+    step: Step,
+    folder: Path,
+    *,
+    teacher: Checkpoint | None = None,
+    checkpoint: Checkpoint,
+    data: Data | None = None,
+    text: Calibration | None = None,
 ) -> Summary:
     from saap import RECIPES, Training
     from saap.recovery.launch import Job, run, run_launched
@@ -41,7 +69,7 @@ def recover(
         checkpoint=str(checkpoint.place),
         tokenizer=str(step.place("tokenizer")),
         teacher=None if teacher is None else str(teacher.place),
-        rows=read_data(data.name, "recovery")[: config["examples"]],
+        rows=_rows(step, data, text),
         work=str(ArtifactStore(step.store).work(step.stage, step.key)),
         output=str(folder),
         recipe=config["recipe"],
