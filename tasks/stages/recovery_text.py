@@ -22,7 +22,8 @@ OTHER_SEED = 1_000_003  # added: not the sequences that the same seed calibrates
 def shares(recover: Recover) -> dict[str, int]:
     """How many of the examples are prose, and how many the model's own."""
     assert recover.examples is not None
-    return {name: round(getattr(recover, name) * recover.examples) for name in ("prose", "own")}
+    prose = round(recover.prose * recover.examples)
+    return {"prose": prose, "own": round((recover.prose + recover.own) * recover.examples) - prose}
 
 
 def _params(config: RunConfig) -> dict[str, object]:

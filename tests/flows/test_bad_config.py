@@ -135,6 +135,8 @@ TOGETHER = [
     (["recover.micro_batch_size=5"], ["recover.batch_size", "multiple"]),
     (["recover.examples=4"], ["recover.examples = 4", "recover.micro_batch_size"]),
     (["recover.examples=10", "recover.held_out=0.5"], ["recover.examples = 10", "recover.micro_batch_size"]),
+    (["recover.own=0.5"], ["recover.own", "recover.examples"]),
+    (["recover.own=0.5", "recover.prose=0.6", "recover.examples=99"], ["recover.own", "recover.prose", "at most 1"]),
     (["recover.patience=2", "recover.held_out=0"], ["recover.patience", "recover.held_out"]),
     (["recover.patience=2", "recover.examples=20"], ["recover.patience", "recover.held_out"]),
     (["criterion.name=saap_plus", "prune.kinds=mlp"], ["saap_plus", "prune.kinds", "criterion.cuts = []"]),

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from saap import SaapError, read_rows, sample_tokens
-from saap.texts import alpaca_example
+from saap.texts import alpaca_example, token_example
 
 LENGTH = 20
 
@@ -171,3 +171,10 @@ def test_a_later_line_that_lacks_the_column_is_refused(tmp_path, line):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' + line + "\n")
     with pytest.raises(SaapError, match=r"rows\.jsonl"):
         read_rows(tmp_path / "rows.jsonl", ("text",))
+
+
+def test_prose_is_learned_whole_behind_bos_where_the_tokenizer_puts_one(tiny_tokenizer, numbers):
+    found = token_example([5, 6, 7, 8], tiny_tokenizer, 3)
+    assert found == {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3}
+    found = token_example([5, 6], numbers, 9)
+    assert found == {"input_ids": [1, 5, 6], "labels": [-100, 5, 6], "length": 3}

@@ -1,0 +1,75 @@
+"""Rows of a recovery that are not Alpaca's."""
+
+import json
+
+import pytest
+
+import saap
+from tasks.config import load_config
+from tasks.data import calibration_texts
+from tasks.how import Compute
+from tasks.inputs import Checkpoint, Data, Tokenizer, forget_model
+from tasks.stages.calibrate import Calibration
+from tasks.stages.recover import _rows, recover
+from tasks.stages.recovery_text import OTHER_SEED, recovery_text, shares
+from tasks.step import Step
+
+SETS = ("recover.examples=12", "recover.prose=0.25", "recover.own=0.5", "recover.max_length=10", "recover.seed=3")
+
+
+@pytest.fixture
+def step(tiny_folder, tmp_path):
+    def of(stage, *sets):
+        outside = tuple((name, str(tiny_folder)) for name in ("model", "tokenizer"))
+        params = json.dumps(stage.params(load_config(None, (*SETS, *sets))))
+        return Step(stage.name, "key", params, (), outside, Compute().model_dump_json(), str(tmp_path))
+
+    yield of
+    forget_model()
+
+
+@pytest.fixture
+def text(step, tiny_folder, tmp_path):
+    found = recovery_text.make(
+        step(recovery_text),
+        tmp_path,
+        tokenizer=Tokenizer(tiny_folder),
+        model=Checkpoint(tiny_folder),
+        data=Data("mini"),
+    )
+    assert found == {"prose": 3, "own": 6}
+    return Calibration(tmp_path)
+
+
+def test_prose_is_drawn_from_the_calibration_set_and_the_rest_written_by_the_model(text, tiny_folder, tiny_tokenizer):
+    about = {"length": 10, "seed": 3 + OTHER_SEED}
+    drawn, rows = saap.sample_tokens(calibration_texts("mini"), tiny_tokenizer, count=3, **about)
+    written = saap.own_text(saap.load(tiny_folder), tiny_tokenizer, count=6, **about)
+    assert text.read().tolist() == [*drawn.tolist(), *written.tolist()]
+
+
+def test_the_rows_are_as_many_as_asked_for_and_mixed(text, step):
+    rows = _rows(step(recover), Data("mini"), text)
+    kinds = ["tokens" in row for row in rows]
+    assert (len(rows), sum(kinds)) == (12, 9)
+    assert kinds not in (sorted(kinds), sorted(kinds, reverse=True))
+    assert sorted(row["tokens"] for row in rows if "tokens" in row) == sorted(text.read().tolist())
+    assert _rows(step(recover), Data("mini"), text) == rows
+    assert _rows(step(recover, "recover.seed=4"), Data("mini"), text) != rows
+    assert len(_rows(step(recover), None, text)) == 9
+
+
+def test_counts_never_exceed_the_examples():
+    for examples in range(1, 60):
+        for prose in (0.0, 0.125, 0.25, 0.5):
+            settings = load_config(
+                None,
+                (
+                    f"recover.examples={examples}",
+                    f"recover.prose={prose}",
+                    f"recover.own={1 - prose}",
+                    "recover.held_out=0",
+                    "recover.micro_batch_size=1",
+                ),
+            ).recover
+            assert sum(shares(settings).values()) == examples
