@@ -124,6 +124,9 @@ class Recover(Section):
         (), description='layers with an adapter, e.g. ["q_proj", "v_proj"]; all if empty'
     )
     epochs: Annotated[float, Field(gt=0, le=10_000)] = Field(1.0, description="passes over the rows")
+    minutes: Annotated[float, Field(gt=0, le=100_000)] | None = Field(
+        None, description="train for so long in place of epochs; the first steps say how many there will be"
+    )
     batch_size: Count = Field(8, description="examples an optimiser step")
     micro_batch_size: Count = Field(8, description="examples at once on a device; in no key")
     learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(1e-3, description="AdamW")

@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from saap.errors import SaapError
 from saap.progress import tqdm
+from saap.recovery.budget import UNPLANNED, Budget
 from saap.recovery.loss import Student
 from saap.recovery.training import Training, last_checkpoint
 
@@ -61,6 +62,9 @@ def train(
     trainer.student = student
     trainer.held_out = [_inputs(e) for e in sorted(held_out, key=lambda e: e["length"])]
     trainer.order = _Order([e["length"] for e in examples], training.batch_size, training.seed)
+    if training.minutes is not None:
+        trainer.budget = Budget(training, work, len(held_out))
+        trainer.add_callback(trainer.budget)
     trainer.add_callback(_Progress(trainer))
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(work)
@@ -77,6 +81,7 @@ def _arguments(work: Path, training: Training, device: torch.device, held_out: b
         own_device=str(device),
         output_dir=str(work),
         num_train_epochs=training.epochs,
+        max_steps=-1 if training.minutes is None else UNPLANNED,
         per_device_train_batch_size=training.micro_batch_size,
         learning_rate=training.learning_rate,
         warmup_steps=training.warmup_steps,
@@ -142,6 +147,7 @@ class _AdapterTrainer(Trainer):
     student: Student
     held_out: list[dict[str, Any]]
     order: "_Order"
+    budget: Budget | None = None
     tokens: Any = 0
     began = 0.0
 
@@ -157,6 +163,14 @@ class _AdapterTrainer(Trainer):
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.budget is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.budget.rate)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order
@@ -204,6 +218,7 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_s=f"{logs['tokens_per_s']:.0f}", refresh=False)
+            self.bar.total = state.max_steps
             self.bar.update(state.global_step - self.seen)
             self.seen = state.global_step
 

@@ -16,7 +16,7 @@ class Training:
     distill: share of KL(teacher ‖ model) in the loss. held_out: share of the rows, the last ones and 128 at most, that
     the held-out loss is measured on every save_steps steps and at the end; the best of these checkpoints is what comes
     back.
-    patience: stop when it has not fallen so many times in a row.
+    patience: stop when it has not fallen so many times in a row. minutes: train for so long in place of epochs.
     """
 
     epochs: float = 1.0
@@ -32,6 +32,7 @@ class Training:
     distill: float = 0.0
     held_out: float = 0.04
     patience: int | None = None
+    minutes: float | None = None
     save_steps: int = 50
     seed: int = 0
 

@@ -23,7 +23,7 @@ from tasks.step import Step
 
 
 def _params(config: RunConfig) -> dict[str, object]:
-    unused = () if config.recover.prose or config.recover.own else ("prose", "own")
+    unused = {name for name in ("prose", "own", "minutes") if not getattr(config.recover, name)}
     return config.recover.model_dump(exclude={*MEMORY, *unused}) | dtype_of(config)
 
 
@@ -63,6 +63,7 @@ def recover(
     from saap.recovery.launch import Job, run, run_launched
 
     config, compute = step.config(), compute_settings(step)
+    settings = config | {name: compute[name] for name in MEMORY}
     forget_model()
     recipe = RECIPES[config["recipe"]]
     job = Job(
@@ -74,7 +75,7 @@ def recover(
         output=str(folder),
         recipe=config["recipe"],
         options={f.name: config[f.name] for f in fields(recipe)},
-        training={f.name: (compute if f.name in MEMORY else config)[f.name] for f in fields(Training)},
+        training={f.name: settings[f.name] for f in fields(Training) if f.name in settings},
         dtype=config["dtype"],
         device=compute["device"],
     )

@@ -43,7 +43,7 @@ def text(step, tiny_folder, tmp_path):
 
 def test_prose_is_drawn_from_the_calibration_set_and_the_rest_written_by_the_model(text, tiny_folder, tiny_tokenizer):
     about = {"length": 10, "seed": 3 + OTHER_SEED}
-    drawn, rows = saap.sample_tokens(calibration_texts("mini"), tiny_tokenizer, count=3, **about)
+    drawn, _ = saap.sample_tokens(calibration_texts("mini"), tiny_tokenizer, count=3, **about)
     written = saap.own_text(saap.load(tiny_folder), tiny_tokenizer, count=6, **about)
     assert text.read().tolist() == [*drawn.tolist(), *written.tolist()]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import TrainingArguments
 
 from saap import (
@@ -23,6 +24,7 @@ from saap import (
     recover,
     to_groupwise,
 )
+from saap.recovery.budget import TIMED
 from saap.recovery.recover import _examples
 from saap.recovery.trainer import OneDevice, _inputs
 from saap.texts import alpaca_example
@@ -242,6 +244,38 @@ def test_a_model_on_the_second_gpu_is_trained_there(tiny_folder, tiny_tokenizer,
     model, steps = recover(model, rows, tiny_tokenizer, tmp_path, RECIPE, Training(**SETTINGS))
     assert {tensor.device for tensor in model.state_dict().values()} == {torch.device("cuda:1")}
     assert [s.loss for s in steps] == pytest.approx([s.loss for s in undisturbed[1]], rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_training_of_minutes_ends_where_it_planned_to_and_anneals_to_there(
+    tiny_folder, tiny_tokenizer, rows, tmp_path, schedule
+):
+    training = Training(**(SETTINGS | {"minutes": 0.04, "schedule": schedule, "save_steps": 5}))
+    _, steps = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, training)
+    planned = json.loads((tmp_path / "steps.json").read_text())
+    assert [s.step for s in steps] == list(range(1, planned + 1))
+    assert steps[-1].held_out_loss is not None
+    # the first seven rates are given before it is planned
+    annealed = transformers.get_scheduler(
+        "constant_with_warmup" if schedule == "constant" else schedule,
+        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]),
+        num_warmup_steps=2,
+        num_training_steps=planned,
+    ).lr_lambdas[0]
+    expected = [min(done / 2, 1.0) if done <= TIMED else annealed(done) for done in range(planned)]
+    assert [s.learning_rate / 2e-2 for s in steps] == pytest.approx(expected)
+
+
+def test_a_training_of_minutes_that_goes_on_keeps_its_plan(
+    interrupted, tiny_folder, tiny_tokenizer, rows, undisturbed, tmp_path
+):
+    work = shutil.copytree(interrupted, tmp_path / "work")
+    (work / "steps.json").write_text("9")
+    training = Training(**(SETTINGS | {"minutes": 100.0}))
+    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, RECIPE, training)
+    assert [untimed(s) for s in steps] == [untimed(s) for s in undisturbed[1]]
+    for name, tensor in undisturbed[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_a_run_is_told_what_the_library_does_by_itself():
