@@ -1,7 +1,8 @@
 """float32 matrix products on x86 CPUs by the faster of two libraries: oneDNN, or MKL, which PyTorch uses.
 
 Which one is faster depends on the processor: on an AMD Zen 5 oneDNN is more than twice as fast, on others they are
-equal. So it is measured, once a process.
+equal. So it is measured, once a process: in the processor's time, so that other work on the machine does not decide it,
+since the two round differently and what a run finds should not depend on that.
 """
 
 import platform
@@ -35,15 +36,15 @@ def by_onednn() -> bool:
 
 @lru_cache
 def _onednn_is_faster(threads: int) -> bool:
-    """Whether oneDNN is faster by a tenth: the best of five products each of a linear layer's shape, 0.1 s in all."""
+    """Whether oneDNN is faster by a tenth: the best of ten products each of a linear layer's shape, 0.1 s in all."""
     a, b = torch.ones(256, 1024), torch.ones(1024, 1024)
     taken = {F.linear: float("inf"), _onednn: float("inf")}
     with torch.no_grad():
-        for _ in range(6):  # one more, as each side's first call sets it up
+        for _ in range(11):  # one more, as each side's first call sets it up
             for multiply in taken:
-                start = time.perf_counter()
+                start = time.process_time()
                 multiply(a, b)
-                taken[multiply] = min(taken[multiply], time.perf_counter() - start)
+                taken[multiply] = min(taken[multiply], time.process_time() - start)
     return taken[_onednn] < 0.9 * taken[F.linear]
 
 

@@ -1,6 +1,7 @@
 """transformers' Trainer, set to save adapters only, to keep one data order, and to show and log what we want."""
 
 import pickle
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def train(
     Returns the trainer's log: entries with loss, learning_rate and tokens_per_s, and entries with eval_loss.
     """
     arguments = _arguments(work, training, device, bool(held_out))
-    callbacks: list[TrainerCallback] = [_Finish(bool(held_out))]
+    callbacks: list[TrainerCallback] = [_Finish(bool(held_out)), _Rising()]
     if training.patience is not None:
         if not held_out:
             raise SaapError("patience needs a held-out part: raise recover.held_out or give more examples")
@@ -235,6 +236,19 @@ class _Finish(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.held_out and state.global_step >= state.max_steps:
             control.should_evaluate = True
+
+
+class _Rising(TrainerCallback):
+    """Ends a training whose loss has risen: the last ten steps' mean is 1.3 times that of the first ten."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        first, last = (statistics.mean(part) for part in (losses[:10], losses[-10:])) if losses else (0.0, 0.0)
+        if logs and "loss" in logs and len(losses) >= 20 and last > 1.3 * first:
+            raise SaapError(
+                f"the training loss has risen from {first:.2f} to {last:.2f} in {len(losses)} steps: "
+                "lower recover.learning_rate"
+            )
 
 
 class _Order(torch.utils.data.Sampler):

@@ -246,6 +246,12 @@ def test_a_model_on_the_second_gpu_is_trained_there(tiny_folder, tiny_tokenizer,
     assert [s.loss for s in steps] == pytest.approx([s.loss for s in undisturbed[1]], rel=1e-3)
 
 
+def test_a_training_whose_loss_rises_ends_with_the_remedy(tiny_folder, tiny_tokenizer, rows, tmp_path):
+    training = Training(**(SETTINGS | {"learning_rate": 1e4, "epochs": 10, "warmup_steps": 12, "held_out": 0.0, "schedule": "constant"}))
+    with pytest.raises(SaapError, match=r"has risen from \d.* in 2\d steps: lower recover.learning_rate"):
+        recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, training)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_a_training_of_minutes_ends_where_it_planned_to_and_anneals_to_there(
     tiny_folder, tiny_tokenizer, rows, tmp_path, schedule
