@@ -239,14 +239,13 @@ class _Finish(TrainerCallback):
 
 
 class _Rising(TrainerCallback):
-    """Ends a training whose loss has risen: the last ten steps' mean is 1.3 times that of the first ten."""
+    """Ends a training whose loss has risen: the last ten steps' mean is 1.5 times what it began with."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        first, last = (statistics.mean(part) for part in (losses[:10], losses[-10:])) if losses else (0.0, 0.0)
-        if logs and "loss" in logs and len(losses) >= 20 and last > 1.3 * first:
+        if logs and "loss" in logs and len(losses) >= 20 and (last := statistics.mean(losses[-10:])) > 1.5 * losses[0]:
             raise SaapError(
-                f"the training loss has risen from {first:.2f} to {last:.2f} in {len(losses)} steps: "
+                f"the training loss has risen from {losses[0]:.2f} to {last:.2f} in {len(losses)} steps: "
                 "lower recover.learning_rate"
             )
 
