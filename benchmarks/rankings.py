@@ -2,7 +2,8 @@
 
     python benchmarks/rankings.py                            # the embedded SmolLM2-135M, 4 and 12 samples of 128 tokens
     python benchmarks/rankings.py --model /models/llama      # any local folder of a family we know
-    python benchmarks/rankings.py --dtypes                   # the last two rows only: bfloat16 against float32
+    python benchmarks/rankings.py --dtypes                   # the last three rows only: half precision against float32
+    python benchmarks/rankings.py --settings "float32" "no oneDNN"
 
 Scores the model once for each setting, each in a process of its own, because torch reads the settings when it starts.
 Instruction sets that PyTorch and oneDNN may use stand in for other processors. Prints a table and, as its last line,
@@ -31,8 +32,10 @@ SETTINGS: dict[str, tuple[str, int, dict[str, str]]] = {
     "4 threads": ("float32", FEW, {"OMP_NUM_THREADS": "4"}),
     "AVX2": ("float32", FEW, AVX2),
     "no vector instructions": ("float32", FEW, {"ATEN_CPU_CAPABILITY": "default"}),
+    "no oneDNN": ("float32", FEW, {"NO_ONEDNN": "1"}),  # ours: torch has no variable for it
     "float32, more samples": ("float32", MORE, {}),
     "bfloat16": ("bfloat16", MORE, {}),
+    "float16": ("float16", MORE, {}),
 }
 RATIOS = (0.2, 0.5)
 Scores = tuple[np.ndarray, np.ndarray]
@@ -41,6 +44,7 @@ Scores = tuple[np.ndarray, np.ndarray]
 def measure(folder: Path, dtype: str, samples: int, file: Path) -> None:
     """In a process of its own: the importances of the model in `folder`, into a file."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    torch.backends.mkldnn.set_flags("NO_ONEDNN" not in os.environ)
     rows = saap.read_rows(Path(__file__).parents[1] / "tasks/mini/bookcorpus_like/passages.jsonl", ("text",))
     tokens, _ = saap.sample_tokens(
         [row["text"] for row in rows], saap.load_tokenizer(folder), count=MORE, length=128, seed=0
@@ -91,7 +95,8 @@ def compare(folder: Path, settings: list[str]) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--dtypes", action="store_true", help="only bfloat16 against float32")
+    parser.add_argument("--dtypes", action="store_true", help="only half precision against float32")
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS], help="only these; a float32 one comes first")
     parser.add_argument("--measure", nargs=3, metavar=("DTYPE", "SAMPLES", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -99,7 +104,8 @@ def main() -> None:
         measure(arguments.model, dtype, int(samples), Path(file))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        rows = compare(arguments.model or embedded(Path(temporary)), [*SETTINGS][-2 if arguments.dtypes else 0 :])
+        settings = arguments.settings or [*SETTINGS][-3 if arguments.dtypes else 0 :]
+        rows = compare(arguments.model or embedded(Path(temporary)), settings)
     print(json.dumps({"machine": processor(), "rows": rows}))
 
 

@@ -11,6 +11,7 @@ from storage.tables import sample_writer, write_table
 from storage.warehouse import Warehouse
 
 LAYERS, HEADS, CHANNELS, SAMPLES, ITEMS, STEPS = 4, 4, 60, 4, 100, 50
+CRITERIA = str(Path(__file__).parents[1] / "configs/criteria.toml"), ("data='mini'",)
 METRIC = {"metric": "acc", "value": 0.5, "stderr": 0.1, "n": ITEMS, "protocol": "p", "papers": True, "data": "mini"}
 STAGES: tuple[tuple[str, str | None, str | None], ...] = (
     ("calibrate", None, None),
@@ -92,6 +93,30 @@ def fill(folder: Path, count: int) -> None:
         add_run(store, number).finish("completed")
 
 
+def fill_sweep(folder: Path, _: int) -> None:
+    """The 72 runs of configs/criteria.toml, by the keys that its steps have."""
+    from flows.combinations import combinations
+    from flows.dag import build
+    from tasks.config import load_config
+    from tasks.outside import Outside
+
+    store, outside = ArtifactStore(folder), None
+    for number, chosen in enumerate(combinations(*CRITERIA)):
+        settings = load_config(CRITERIA[0], (*chosen, *CRITERIA[1], f"store='{folder}'"))
+        outside = outside or Outside(settings)
+        about = {"name": "criteria", "model": settings.model.path, "data": "mini", "ratio": settings.prune.ratio}
+        about |= {"criterion": settings.criterion.name, "config": settings.model_dump_json()}
+        record = RunRecord(store.root, f"2026-02-01-{number:06d}", **about)
+        for position, step in enumerate(build(settings, record.run_id, outside)):
+            cached = store.inspect(*step.reference)[0] is not None
+            if not cached:
+                with store.lock(*step.reference), store.publish(*step.reference, run_id=record.run_id) as artifact:
+                    body(artifact, step.stage, step.benchmark, np.random.default_rng(number))
+            place = {"stage": step.stage, "key": step.key, "variant": step.variant, "benchmark": step.benchmark}
+            record.stage(position, **place, cached=cached, seconds=1.0)
+        record.finish("completed")
+
+
 def first_load(folder: Path, _: int) -> None:
     Warehouse(folder).sync()
 
@@ -146,6 +171,20 @@ def show(folder: Path, _: int) -> None:
     _saap("show", "--store", str(folder))
 
 
+def report(folder: Path, _: int) -> None:
+    """The newest run: its table and its page."""
+    _saap("report", "--store", str(folder))
+
+
+def report_sweep(folder: Path, _: int) -> None:
+    """The page of a hundred runs."""
+    _saap("report", "sweep0", "--html", str(folder / "sweep0.html"), "--store", str(folder))
+
+
+def compare(folder: Path, _: int) -> None:
+    _saap("compare", CRITERIA[0], "--set", *CRITERIA[1], "--store", str(folder))
+
+
 def gc(folder: Path, _: int) -> None:
     _saap("gc", "--store", str(folder))
 
@@ -168,6 +207,6 @@ def rebuild(folder: Path, _: int) -> None:
 
 
 ACTIONS = (
-    *(fill, first_load, plan, start, run, leaderboard, importance, significance),
-    *(show, gc, gc_older, du, verify, rebuild),
+    *(fill, fill_sweep, first_load, plan, start, run, leaderboard, importance, significance),
+    *(show, report, report_sweep, compare, gc, gc_older, du, verify, rebuild),
 )

@@ -1,5 +1,6 @@
 """Runs at work: their records, their pages, and how they end."""
 
+import os
 import time
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -103,6 +104,22 @@ class Run:
         except StorageError as error:
             self.error = error
 
+    def track(self) -> None:
+        """Log a completed run to MLflow, where MLFLOW_TRACKING_URI says which. Where that fails it is complete too."""
+        if self.error is None and os.environ.get("MLFLOW_TRACKING_URI"):
+            from flows.tracking import log_run
+
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's 7 take four minutes
+            try:
+                there = log_run(self._store.root, self.job.run_id)
+            except Exception as error:
+                why = str(error).partition("\n")[0] or type(error).__name__
+                get_run_logger().warning(
+                    "the run is complete, but not in MLflow: %s; saap export mlflow %s", why, self.job.run_id
+                )
+            else:
+                get_run_logger().info("logged to MLflow as run %s", there)
+
     def interrupt(self, error: BaseException) -> bool:
         """The record's end, if it has begun and not ended. Returns whether."""
         if self._record is None or self._record.finished:
@@ -142,6 +159,7 @@ def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
                     _tell(warehouse, [run.job.run_id for run in over])
                     for run in over:
                         run.share()
+                        run.track()
                     yield over
                 elif step.run_id in runs and outcome.ticket is not None and time.monotonic() - told > PAGE_SECONDS:
                     _tell(warehouse, [step.run_id])

@@ -13,8 +13,8 @@ from flows.combinations import combinations
 from flows.dag import build
 from storage.artifacts import ArtifactStore
 from storage.warehouse import Warehouse
-from tasks.config import load_config
-from tasks.outside import Outside
+from tasks.config import RunConfig, load_config
+from tasks.outside import SharedOutside
 from tasks.toml import parse_value
 
 MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
@@ -69,7 +69,8 @@ def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     names = [choice.partition("=")[0] for choice in sweep[0]]
     axes = [name for name in names if name not in ("prune.ratio", "calibrate.seed")]
     store = Path(load_config(config, overrides).store)
-    wanted = [_combination(config, chosen, overrides, axes) for chosen in sweep]
+    outside = SharedOutside(look_only=True)
+    wanted = [_combination(load_config(config, (*chosen, *overrides)), chosen, axes, outside) for chosen in sweep]
     if Warehouse(store).is_empty():
         return Comparison(axes, [], len(sweep), len(sweep))
     with Warehouse(store).reading() as connection:
@@ -78,10 +79,9 @@ def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     return Comparison(axes, rows, len(sweep) - len(runs), len(sweep))
 
 
-def _combination(config: str, chosen: list[str], overrides: tuple[str, ...], axes: list[str]) -> _Combination:
+def _combination(settings: RunConfig, chosen: list[str], axes: list[str], outside: SharedOutside) -> _Combination:
     values = {path: str(parse_value(text)) for path, _, text in (choice.partition("=") for choice in chosen)}
-    settings = load_config(config, (*chosen, *overrides))
-    steps = build(settings, outside=Outside(settings, look_only=True))
+    steps = build(settings, outside=outside.of(settings))
     cut = next(step for step in steps if step.stage == "prune")
     manifest, _ = ArtifactStore(settings.store).inspect(cut.stage, cut.key)
     parameters = manifest["summary"].get("parameters") if manifest else None
@@ -111,8 +111,9 @@ def _rows(
     places: dict[tuple[tuple[str, ...], float], list[int]] = {}
     for number in sorted(runs):
         places.setdefault((wanted[number].chosen, wanted[number].ratio), []).append(number)
-    for (chosen, ratio), numbers in places.items():
-        for row in _means(connection, [runs[number] for number in numbers], axes):
+    means = _means(connection, [[runs[number] for number in numbers] for numbers in places.values()], axes)
+    for ((chosen, ratio), numbers), here in zip(places.items(), means, strict=True):
+        for row in here:
             row.chosen, row.ratio = chosen, ratio
             if row.variant == "dense":
                 model = wanted[numbers[0]].model
@@ -126,38 +127,46 @@ def _rows(
     return sorted(rows.values(), key=lambda row: (order[row.variant], row.ratio))
 
 
-def _means(connection: duckdb.DuckDBPyConnection, runs: list[str], axes: list[str]) -> list[Row]:
-    """A row a variant: what the view `criteria` says, of these runs alone."""
-    columns = ", ".join(f"avg({m}), stddev_samp({m})" for m in MEASURES)
+def _means(connection: duckdb.DuckDBPyConnection, places: list[list[str]], axes: list[str]) -> list[list[Row]]:
+    """For each place in the table, given by its runs, a row a variant: what `criteria` says, of these runs alone."""
+    columns = ", ".join(f"avg({m} order by run_id), stddev_samp({m} order by run_id)" for m in MEASURES)
     found = connection.execute(
-        f"select variant, settings, count(*), avg(seconds_to_rank), {columns} from ablations "
-        "where list_contains(?, run_id) group by variant, settings",
-        [runs],
+        "with places as (select unnest(range(len($runs))) as place, unnest($runs) as runs), "
+        "mine as (select place, unnest(runs) as run_id from places) "
+        f"select place, variant, settings, count(*), avg(seconds_to_rank order by run_id), {columns} "
+        "from mine join ablations using (run_id) group by place, variant, settings order by all",
+        {"runs": places},
     ).fetchall()
-    rows = []
-    for variant, settings, count, seconds, *numbers in found:
+    published = _published(connection, list({settings for _, _, settings, *_ in found}), axes)
+    rows: list[list[Row]] = [[] for _ in places]
+    for place, variant, settings, count, seconds, *numbers in found:
         row = Row((), 0.0, variant, runs=count, seconds=seconds)
         for measure, mean, spread in zip(MEASURES, numbers[::2], numbers[1::2], strict=True):
             scale = 100 if measure == "average" else 1
             row.means |= {} if mean is None else {measure: mean * scale}
             row.spreads |= {} if spread is None else {measure: spread * scale}
-        row.published, row.misprint = _published(connection, settings, variant, axes)
-        rows.append(row)
+        row.published, row.misprint = published.get((settings, variant), ({}, False))
+        rows[place].append(row)
     return rows
 
 
 def _published(
-    connection: duckdb.DuckDBPyConnection, settings: str, variant: str, axes: list[str]
-) -> tuple[dict[str, float], bool]:
-    """The paper's numbers for LLaMA-7B that match a setting, and whether they are marked as misprints."""
+    connection: duckdb.DuckDBPyConnection, settings: list[str], axes: list[str]
+) -> dict[tuple[str, str], tuple[dict[str, float], bool]]:
+    """(settings, variant) → the paper's numbers for LLaMA-7B that match it, and whether they are marked misprints."""
     found = connection.execute(
-        "select setting, benchmark, published, misprint from criteria_published "
-        "where settings = ? and variant = ? and list_contains(?, setting)",
-        [settings, variant, [axis_name(axis) for axis in axes]],
+        "select settings, variant, setting, benchmark, published, misprint from criteria_published "
+        "where list_contains($settings, settings) and list_contains($axes, setting)",
+        {"settings": settings, "axes": [axis_name(axis) for axis in axes]},
     ).fetchall()
-    if len({setting for setting, *_ in found}) != 1:
-        return {}, False
-    return {benchmark: value for _, benchmark, value, _ in found}, any(misprint for *_, misprint in found)
+    matches: dict[tuple[str, str], list[tuple[str, str, float, bool]]] = {}
+    for one, variant, *match in found:
+        matches.setdefault((one, variant), []).append(tuple(match))
+    return {
+        place: ({benchmark: value for _, benchmark, value, _ in its}, any(misprint for *_, misprint in its))
+        for place, its in matches.items()
+        if len({setting for setting, *_ in its}) == 1
+    }
 
 
 _COLUMNS = {

@@ -9,7 +9,7 @@ from flows.checks import check_before_start, check_remote
 from flows.dag import build
 from storage.artifacts import ArtifactStore
 from tasks.config import ConfigError, RunConfig, load_config
-from tasks.outside import Outside
+from tasks.outside import Outside, SharedOutside
 from tasks.step import Step
 
 
@@ -57,17 +57,15 @@ def prepare_all(config: str, runs: Sequence[Sequence[str]], overrides: Sequence[
     runs: what `combinations` gives. A model and a folder of data that several runs share are looked at once.
     """
     remotes: set[str | None] = set()
-    seen: dict[tuple[str | None, ...], Outside] = {}
+    outside = SharedOutside()
     jobs = []
     for chosen in runs:
         settings = load_config(config, (*chosen, *overrides))
         if settings.store_remote not in remotes:
             check_remote(settings)
             remotes.add(settings.store_remote)
-        places = (settings.store, settings.data, settings.model.path, settings.model.revision)
-        outside = seen.setdefault(places, Outside(settings))
         try:
-            jobs.append(prepare(settings, outside=outside, chosen=tuple(chosen)))
+            jobs.append(prepare(settings, outside=outside.of(settings), chosen=tuple(chosen)))
         except ValueError as error:  # ConfigError, SaapError
             if getattr(error, "exit_code", None) is None:
                 raise

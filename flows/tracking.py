@@ -51,13 +51,16 @@ def log_run(store: Path, run_id: str, uri: str | None = None) -> str:
 
 
 def _metrics(connection: Any, run_id: str) -> dict[str, float]:
-    """'pruned/wikitext2' and the like; what is not the metric that the papers show says which it is."""
+    """'pruned/wikitext2' and the like; what is not the metric that the papers show says which it is.
+
+    No name goes on where another ends: MLflow's file store has a file for the one and a folder for the other.
+    """
     found: dict[str, float] = {}
     for row in ask(connection, _MEASURED, run_id):
-        name = f"{row['variant']}/{row['benchmark']}" + ("" if row["papers"] else f"/{row['metric']}")
+        name = f"{row['variant']}/{row['benchmark']}" + ("" if row["papers"] else f"_{row['metric']}")
         if row["papers"] or name not in found:
             found[name] = row["value"]
-            found |= {} if row["stderr"] is None else {f"{name}/stderr": row["stderr"]}
+            found |= {} if row["stderr"] is None else {f"{name}_stderr": row["stderr"]}
     for row in ask(connection, _SPEEDS, run_id):
         variant = row.pop("variant")
         found |= {f"{variant}/{name}": float(value) for name, value in row.items() if value is not None}

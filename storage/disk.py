@@ -5,6 +5,8 @@ and time of its record and of its artifact's tables.
 """
 
 import hashlib
+import os
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ class Disk:
     def __init__(self, store: ArtifactStore) -> None:
         self.store = store
         self.records: dict[tuple[str, str], dict[str, Any]] = {}  # (run, part) → what was read along the way
+        self._contents: dict[str, bytes] = {}  # of run.json, as compared
         self._tables: dict[tuple[str, str], str] = {}
 
     def changes(self, known: dict[str, Parts], only: str | None) -> dict[str, tuple[Parts, Parts]]:
@@ -57,8 +60,10 @@ class Disk:
     def _parts(self, run_id: str, known: Parts) -> Parts:
         root = self.store.root
         try:
-            content = read_small(root / "runs" / run_id / "run.json")
-            self.records[run_id, ""] = runs.parse_run(content, run_id)
+            content = self._contents[run_id] = read_small(root / "runs" / run_id / "run.json")
+            digest = Part(hashlib.sha256(content).hexdigest())
+            if known.get("") != digest:  # the same content was whole when it was loaded
+                self.run(run_id)
         except FileNotFoundError:
             return {}
         except StorageError as fault:
@@ -67,20 +72,29 @@ class Disk:
             if not runs.is_alive(root, run_id):
                 move_aside(root, root / "runs" / run_id, f"runs-{run_id}", f"the record of run {run_id}", str(fault))
             return {}
-        parts = {"": Part(hashlib.sha256(content).hexdigest())}
-        for file in runs.stage_files(root, run_id):
+        parts = {"": digest}
+        folder = root / "runs" / run_id / "stages"
+        for name in runs.stage_names(folder):
+            position = name.removesuffix(".json")
             try:
-                record = _signature(file)
-                before = known.get(file.stem)
+                record = _signature(f"{folder}/{name}")
+                before = known.get(position)
                 if before is None or before.record != record:
-                    stage = self.records[run_id, file.stem] = runs.read_stage(file)
+                    stage = self.records[run_id, position] = runs.read_stage(folder / name)
                     before = Part(record, stage["stage"], stage["key"])
-                parts[file.stem] = replace(before, tables=self.tables_of(before.stage, before.key))
+                tables = self.tables_of(before.stage, before.key)
+                parts[position] = before if before.tables == tables else replace(before, tables=tables)
             except FileNotFoundError:
                 continue
             except OSError as fault:
-                self._set_stage_aside(file, run_id, fault)
+                self._set_stage_aside(folder / name, run_id, fault)
         return parts
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """The record of a run, as it was compared. Raises StorageError for a damaged one."""
+        if (run_id, "") not in self.records:
+            self.records[run_id, ""] = runs.parse_run(self._contents[run_id], run_id)
+        return self.records[run_id, ""]
 
     def stage(self, run_id: str, name: str) -> dict[str, Any] | None:
         """The record of a stage; None when it went in this moment: the next comparison sees that."""
@@ -103,10 +117,12 @@ class Disk:
     def tables_of(self, stage: str, key: str) -> str:
         tables = STAGE_TABLES.get(stage, ())
         if tables and (stage, key) not in self._tables:
-            folder = self.store.path(stage, key)
+            folder = f"{self.store.root}/{stage}/{key}"  # text, not Path: there may be tens of thousands
             try:
-                found = [_signature(folder / MANIFEST)]
-                found += [_signature(file) if (file := folder / f"{t}.parquet").is_file() else ABSENT for t in tables]
+                found = [
+                    _signature(f"{folder}/{MANIFEST}"),
+                    *(_signature_or_absent(f"{folder}/{t}.parquet") for t in tables),
+                ]
                 self._tables[stage, key] = " ".join(found)
             except PermissionError:
                 raise
@@ -115,6 +131,20 @@ class Disk:
         return self._tables.get((stage, key), "")
 
 
-def _signature(file: Path) -> str:
-    stat = file.stat()
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
+def _signature(file: str) -> str:
+    return _of(os.stat(file))
+
+
+def _signature_or_absent(file: str) -> str:
+    """ABSENT where there is no regular file. Raises PermissionError."""
+    try:
+        found = os.stat(file)
+    except PermissionError:
+        raise
+    except OSError:
+        return ABSENT
+    return _of(found) if stat.S_ISREG(found.st_mode) else ABSENT
+
+
+def _of(found: os.stat_result) -> str:
+    return f"{found.st_size}:{found.st_mtime_ns}"

@@ -126,7 +126,7 @@ class _Loader:
 
     def load(self, run_id: str, there: Parts, wanted: Parts) -> None:
         """Add the parts that are not there yet; the row of the run itself anew."""
-        run = self._disk.records[run_id, ""]
+        run = self._disk.run(run_id)
         self._connection.execute("delete from runs where run_id = ?", [run_id])
         self._connection.execute("delete from loading.parts where run_id = ? and part = ''", [run_id])
         about = [run[column] for column in ("run_id", "name", "model", "data", "criterion", "ratio")]

@@ -15,6 +15,9 @@ _READS = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.Stat
 # the one way to write where reading is allowed, into the importance Parquet: it may hide in an EXPLAIN ANALYZE
 _COPIES = re.compile(r"\b(copy|export|import)\b", re.IGNORECASE)
 
+# its files are compared with their manifests before it is shown: a second for each thousand of them
+_MAY_NAME_IMPORTANCE = re.compile("importance|show|describe|summarize|duckdb_|schema|query", re.IGNORECASE)
+
 
 def ask(root: Path, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
     """(columns, rows) of a query. Raises StorageError with one line for what is wrong."""
@@ -28,7 +31,10 @@ def ask(root: Path, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
                 raise StorageError(f"queries are read-only, this is none: {' '.join(statement.query.split())[:80]}")
         if len(statements) > 1:
             raise StorageError(f"one query at a time, these are {len(statements)}: ask for each on its own")
-        with Warehouse(root).reading() as connection:
+        warehouse = Warehouse(root)
+        with warehouse.reading() as connection:
+            if _MAY_NAME_IMPORTANCE.search(query):
+                warehouse.show_importance(connection)
             result = connection.execute(query)
             return [column[0] for column in result.description or []], result.fetchall()
     except duckdb.Error as error:

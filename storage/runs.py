@@ -22,7 +22,10 @@ from storage.locks import is_held
 
 def _text(value: Any) -> bool:
     """One that UTF-8 can hold: JSON can spell halves of characters."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _text_or_none(value: Any) -> bool:
@@ -58,6 +61,7 @@ def _is_config(value: Any) -> bool:
     return all(isinstance(held, kinds.get(name, dict)) for name, held in fields.items())
 
 
+_STAGE_FILE = re.compile(r"[0-9]{4}\.json")
 Fields = dict[str, Callable[[Any], bool]]
 _RUN: Fields = {
     **dict.fromkeys(("run_id", "name", "model", "data", "criterion"), _text),
@@ -135,7 +139,12 @@ def parse_run(content: bytes, run_id: str) -> dict[str, Any]:
 def stage_files(root: Path, run_id: str) -> list[Path]:
     """The files of a run's stages, in the order of the run."""
     folder = root / "runs" / run_id / "stages"
-    return [folder / name for name in sorted(listed(folder)) if re.fullmatch(r"[0-9]{4}\.json", name)]
+    return [folder / name for name in stage_names(folder)]
+
+
+def stage_names(folder: Path) -> list[str]:
+    """The names of those files in their folder."""
+    return sorted(name for name in listed(folder) if _STAGE_FILE.fullmatch(name))
 
 
 def read_stage(file: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import logging
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import duckdb
@@ -23,7 +23,7 @@ from storage.artifacts import FULL, ArtifactStore
 from storage.damage import move_aside
 from storage.database import VERSION, attached, fault_of, is_current, quoted, seal
 from storage.errors import BusyError, StorageError
-from storage.files import fsync, remove
+from storage.files import fsync, listed, remove
 from storage.loading import create_tables, follow_disk, follows_disk, sql_type
 from storage.locks import held
 from storage.tables import SCHEMAS, check_table
@@ -73,25 +73,25 @@ class Warehouse:
     def reading(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection to a snapshot of the file, brought up to date with the disk first.
 
-        It can read nothing else but the importance Parquet of the store, and write nothing. Raises StorageError when
-        there is no warehouse yet and no run to make it of, and when a query fails of something damaged: that is then
-        made again or set aside.
+        It can read nothing else but the importance Parquet of the store, which `show_importance` adds, and write
+        nothing. Raises StorageError when there is no warehouse yet and no run to make it of, and when a query fails of
+        something damaged: that is then made again or set aside.
         """
         if self.is_empty():
             raise StorageError(
                 f"no warehouse in {self.root}: run something first (saap run …), or name another --store"
             )
-        with contextlib.suppress(StorageError):  # a store to read only
-            runs.mark_killed(self.root)
         with contextlib.ExitStack() as stack:
             file, connection = self.file, stack.enter_context(attached(self.file))
-            if connection is None or not follows_disk(connection, self._store):
+            if connection is None or not self._is_up_to_date(connection):
                 stack.close()
+                with contextlib.suppress(StorageError):  # a store to read only
+                    runs.mark_killed(self.root)
                 file = stack.enter_context(self._snapshot(usable=connection is not None))
                 connection = stack.enter_context(attached(file))
             if connection is None:
                 raise StorageError(f"{self.file} cannot be read")
-            self._importance_view(connection)
+            connection.execute(f"set allowed_paths = [{', '.join(map(quoted, self._scored()))}]")
             # what spills from memory must not go into the current folder; nothing is made before it is needed
             spill = Path(tempfile.gettempdir()) / f"saap-{uuid.uuid4().hex[:8]}.tmp"
             connection.execute(f"set temp_directory = {quoted(spill)}")
@@ -104,6 +104,36 @@ class Warehouse:
                 if remedy := self._mended(error, file):
                     raise StorageError(remedy) from error
                 raise
+
+    def show_importance(self, connection: duckdb.DuckDBPyConnection, keys: Collection[str] | None = None) -> None:
+        """Add the view `importance` to a connection: of all scores, or of those with these keys.
+
+        It is over the whole artifacts only, each of which is compared with its manifest now: one damaged file must not
+        take the others with it.
+        """
+        columns = ", ".join(SCHEMAS["importance"].names)
+        ((allowed,),) = connection.execute("select current_setting('allowed_paths')").fetchall()
+        files = self._whole(file for file in sorted(map(Path, allowed)) if keys is None or file.parent.name in keys)
+        if files:
+            source = (
+                f"select parse_filename(parse_dirpath(filename)) as key, {columns} "
+                f"from read_parquet([{', '.join(map(quoted, files))}], filename = true)"
+            )
+        else:
+            empty = ", ".join(f"null::{sql_type(f.type)} as {f.name}" for f in SCHEMAS["importance"])
+            source = f"select null::varchar as key, {empty} limit 0"
+        connection.execute(f"create or replace temp view importance as {source}")
+
+    def _is_up_to_date(self, connection: duckdb.DuckDBPyConnection) -> bool:
+        """Whether the tables hold what the disk holds, and no run that they call running has died."""
+        if not follows_disk(connection, self._store):
+            return False
+        running = connection.execute("select run_id from runs where status = 'running'").fetchall()
+        if all(runs.is_alive(self.root, run_id) for (run_id,) in running):
+            return True
+        with contextlib.suppress(StorageError):  # a store to read only
+            return not runs.mark_killed(self.root)
+        return True
 
     def _lock(self, timeout: float) -> contextlib.AbstractContextManager[None]:
         return held(self.root / "warehouse.lock", "the warehouse", timeout)
@@ -185,35 +215,24 @@ class Warehouse:
             return
         yield self.file
 
-    def _importance_view(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Over the whole artifacts only: one damaged file must not take the others with it."""
-        columns = ", ".join(SCHEMAS["importance"].names)
-        files = self._importance_files()
-        if files:
-            listed = ", ".join(map(quoted, files))
-            source = (
-                f"select parse_filename(parse_dirpath(filename)) as key, {columns} "
-                f"from read_parquet([{listed}], filename = true)"
-            )
-            connection.execute(f"set allowed_paths = [{listed}]")
-        else:
-            empty = ", ".join(f"null::{sql_type(f.type)} as {f.name}" for f in SCHEMAS["importance"])
-            source = f"select null::varchar as key, {empty} limit 0"
-        connection.execute(f"create temp view importance as {source}")
+    def _scored(self) -> list[Path]:
+        """The importance files of all artifacts, whole or not."""
+        folder = self.root / "score"
+        return [folder / key / "importance.parquet" for key in sorted(listed(folder)) if not key.startswith(".")]
 
-    def _importance_files(self, *, verify: bool = False) -> list[Path]:
-        """Those of the whole artifacts; a damaged one is set aside, as one that a run meets."""
-        files = []
-        for folder in sorted(self.root.glob("score/[!.]*")):
-            file, key = folder / "importance.parquet", folder.name
+    def _whole(self, files: Iterable[Path], *, verify: bool = False) -> list[Path]:
+        """Those importance files whose artifact is whole; a damaged one is set aside, as one that a run meets."""
+        whole = []
+        for file in files:
+            key = file.parent.name
             if self._store.find("score", key, verify=verify) is None:
                 continue
             try:
                 check_table(file.parent, "importance")  # large files are compared by size alone
-                files.append(file)
+                whole.append(file)
             except StorageError as fault:
                 self._store.set_aside("score", key, str(fault))
-        return files
+        return whole
 
     def _mended(self, error: duckdb.Error, file: Path) -> str | None:
         """Whether a query failed of something damaged: what to tell of it, or None. It is made again or set aside."""
@@ -228,7 +247,7 @@ class Warehouse:
             return f"{self.file} was damaged ({fault}) and has been made again: give the command again"
         if names_something:
             return None
-        lost = {*self._importance_files()} - {*self._importance_files(verify=True)}
+        lost = {*self._whole(self._scored())} - {*self._whole(self._scored(), verify=True)}
         for file in sorted(lost):
             if file.exists():
                 return f"{file} is damaged, and cannot be set aside in a store that cannot be written: saap verify"

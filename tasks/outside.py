@@ -53,3 +53,17 @@ class Outside:
         except MissingData as missing:
             return str(missing)
         return None
+
+
+class SharedOutside:
+    """The model and data sets of many configurations: those that several have in common are looked at once."""
+
+    def __init__(self, *, look_only: bool = False) -> None:
+        self._look_only = look_only
+        self._seen: dict[tuple[str | None, ...], Outside] = {}
+
+    def of(self, config: RunConfig) -> Outside:
+        places = (config.store, config.data, config.model.path, config.model.revision)
+        if places not in self._seen:
+            self._seen[places] = Outside(config, look_only=self._look_only)
+        return self._seen[places]

@@ -28,12 +28,15 @@ def write_report(store: Path, run_id: str, file: Path | None = None) -> Path:
 
     Raises StorageError when there is no such run, or the file cannot be written.
     """
-    with Warehouse(store).reading() as connection:
+    warehouse = Warehouse(store)
+    with warehouse.reading() as connection:
         found = ask(connection, "select * from runs where run_id = ?", run_id)
         if not found:
             raise StorageError(
                 f"no run {run_id} in {store.resolve()}: saap sql 'select run_id, name, status from runs'"
             )
+        scored = ask(connection, "select key from stage_runs where run_id = ? and stage = 'score'", run_id)
+        warehouse.show_importance(connection, {row["key"] for row in scored})
         text = _run_page(store, connection, found[0])
     return write(file or report_file(store, run_id), text)
 

@@ -160,12 +160,27 @@ def _matrix(linear: GroupwiseLinear, dtype: torch.dtype, constant: torch.Tensor 
 
 
 def _decode(linear: GroupwiseLinear, dtype: torch.dtype, minus: int) -> torch.Tensor:
-    """code − minus, (out, in): all codes of a byte in one look-up, where a byte holds whole codes."""
+    """code − minus, (out, in): all codes of a byte in one look-up, where a byte holds whole codes.
+
+    An exported graph has arithmetic in its place.
+    """
     codes: torch.Tensor = linear.codes  # type: ignore[assignment]
+    if torch.compiler.is_exporting():
+        return _by_arithmetic(linear).to(dtype) - minus
     if 8 % linear.bits or dtype.itemsize * 8 // linear.bits > 8:
         return linear.unpacked().to(dtype).sub_(minus)
     table = _table(linear.bits, minus, dtype, codes.device)
     return table.index_select(0, codes.int().flatten()).view(dtype).view(len(codes), -1)[:, : linear.in_features]
+
+
+def _by_arithmetic(linear: GroupwiseLinear) -> torch.Tensor:
+    """The codes, int32, without what ONNX and ExecuTorch do not have: shifts, and bytes read as another dtype."""
+    codes: torch.Tensor = linear.codes  # type: ignore[assignment]
+    step = linear.bits if 8 % linear.bits == 0 else 1
+    parts = linear.bits // step
+    powers = 2 ** torch.arange(0, 8, step, dtype=torch.int32, device=codes.device)
+    stream = (codes.int().unsqueeze(-1) // powers % 2**step).flatten(1)[:, : linear.in_features * parts]
+    return (stream.unflatten(1, (linear.in_features, parts)) * powers[:parts]).sum(-1, dtype=torch.int32)
 
 
 @lru_cache

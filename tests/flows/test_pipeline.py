@@ -50,6 +50,7 @@ def results(store):
         "select sample, layer, kind, unit, vector, element from importance",
     ]
     with Warehouse(store).reading() as connection:
+        Warehouse(store).show_importance(connection)
         return [sorted(connection.execute(query).fetchall()) for query in queries]
 
 

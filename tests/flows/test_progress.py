@@ -22,6 +22,7 @@ def test_a_run_prints_a_line_a_stage_and_all_of_prefect_where_asked(config, pref
     assert [stage for _, stage in found] == STAGES
     assert [int(number) for number, _ in found] == [1, 2, 3, 4, 5, 6, 8, 10, 12, 13]
     assert "Finished in state" not in done.stderr
+    assert not re.search(r"\r|%\||it/s", done.stderr)  # nobody's progress bars in a pipe
     assert "page: " in done.stdout
     assert "Finished in state" in saap("run", config, "-v").stderr
 

@@ -4,6 +4,8 @@ import pytest
 
 from flows.tracking import log_run
 from storage.errors import StorageError
+from storage.runs import all_runs
+from storage.warehouse import Warehouse
 from tests.flows.conftest import saap
 from tests.flows.pages.made import Maker
 from tests.flows.test_cli import refused
@@ -62,3 +64,29 @@ def test_the_command_logs_the_run_it_is_told(logged):
     uri = logged[1].tracking_uri
     done = saap("export", "mlflow", "0aa001", "--store", logged[0].root, "--uri", uri)
     assert (done.returncode, done.stdout) == (0, f"{RUN}: run {logged[2][0]} of MLflow\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_is_logged_at_its_end_and_not_lost_with_the_server(config, store, prefect_server, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = saap("run", config, environment=away)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "MLflow" in line)
+    assert "the run is complete, but not in MLflow: cannot log to MLflow at http://127.0.0.1:9" in line
+    (run_id,) = all_runs(store)
+    assert f"saap export mlflow {run_id}" in line
+
+    uri = (tmp_path / "mlruns").as_uri()
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    done = saap("run", config, environment={"MLFLOW_TRACKING_URI": uri})
+    assert (done.returncode, "MLflow" in done.stderr) == (0, False), done.stderr
+    run_id = all_runs(store)[-1]
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("saap").experiment_id])
+    assert (run.info.status, run.data.tags["saap.run_id"]) == ("FINISHED", run_id)
+    assert run.data.params["recover.rank"] == "4"
+    for variant, value in ask(Warehouse(store), "select variant, value from metrics where benchmark = 'wikitext2'"):
+        assert run.data.metrics[f"{variant}/wikitext2"] == pytest.approx(value)
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.html"]

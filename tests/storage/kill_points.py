@@ -219,6 +219,7 @@ def tables(house):
         query = "select schema_name || '.' || table_name from duckdb_tables() where database_name = 'warehouse'"
         names = connection.execute(query).fetchall()
         found = {name: sorted(map(str, connection.execute(f"from {name}").fetchall())) for (name,) in names}
+        house.show_importance(connection)
         found["importance"] = sorted(map(str, connection.execute("from importance").fetchall()))
     return found
 

@@ -200,7 +200,7 @@ def test_what_may_not_be_read_is_neither_damaged_nor_absent(root, finished, name
 
     def look():
         with pytest.raises(OSError, match=r"[Pp]ermission denied"):
-            ask(root, "from runs")
+            ask(root, "from importance" if name.startswith("score") else "from runs")
 
     assert without_rights_over_files(look) == 0
     (root / name).chmod(0o755 if (root / name).is_dir() else 0o644)
@@ -251,6 +251,16 @@ def test_a_large_importance_file_with_a_hole_is_told_and_set_aside(root):
     with pytest.raises(StorageError, match=r"importance\.parquet was damaged and is set aside: give the command again"):
         ask(root, SUM)
     assert ask(root, SUM)[1][0][0] == 10
+
+
+def test_importance_is_compared_with_its_manifest_by_those_who_ask_for_it(root):
+    zeroed(0)(root / "score" / "kNone" / "importance.parquet")
+    assert ask(root, "select count(*) from runs")[1] == [(2,)]
+    assert not (root / "damaged").exists()
+    assert ask(root, "select count(*) from Importance")[1] == [(0,)]
+    assert [one.name[:11] for one in (root / "damaged").iterdir()] == ["score-kNone"]
+    for query in ("show tables", "from duckdb_views()", "select table_name from information_schema.tables"):
+        assert "importance" in str(ask(root, query)[1])
 
 
 def test_views_take_every_seed_that_a_configuration_may_have(root):

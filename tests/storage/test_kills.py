@@ -47,6 +47,7 @@ def goes_on(root, house):
     """The next run finds and adds what is to be there."""
     run(root, "r9")
     with house.reading() as connection:
+        house.show_importance(connection)
         stages = "(select count(*) from stage_runs where run_id = 'r9')"
         query = f"select {stages}, (select count(*) from items), (select count(*) from importance)"
         assert connection.execute(query).fetchall() == [(len(STEPS), 4, 10)]

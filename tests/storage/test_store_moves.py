@@ -35,6 +35,7 @@ def root(finished, tmp_path):
 def counts(root):
     names = ("runs", "stage_runs", "widths", "metrics", "items", "importance")
     with Warehouse(root).reading() as connection:
+        Warehouse(root).show_importance(connection)
         return {name: connection.execute(f"select count(*) from {name}").fetchone()[0] for name in names}
 
 

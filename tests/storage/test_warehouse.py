@@ -43,6 +43,7 @@ def fill(root, run_id, benchmarks=("boolq", "piqa")):
 
 def ask(warehouse, query, *values):
     with warehouse.reading() as connection:
+        warehouse.show_importance(connection)
         return connection.execute(query, values).fetchall()
 
 
@@ -175,6 +176,23 @@ def test_a_run_whose_process_was_killed_is_told_from_a_living_one(tmp_path):
     assert mark_killed(tmp_path) == ["dead"]
     assert read_run(tmp_path, "dead")["status"] == "killed"
     assert read_run(tmp_path, "living")["status"] == "running"
+    living.finish("completed")
+
+
+def test_a_run_that_died_after_it_was_loaded_is_killed_for_the_next_reader(tmp_path):
+    code = (
+        "import os, signal; from pathlib import Path; from storage.runs import RunRecord\n"
+        "from storage.warehouse import Warehouse\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        f"RunRecord(root, 'dead', **{ABOUT!r}); Warehouse(root).load('dead')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    living = RunRecord(tmp_path, "living", **ABOUT)
+    assert ask(Warehouse(tmp_path), "select run_id, status from runs order by 1") == [
+        ("dead", "killed"),
+        ("living", "running"),
+    ]
     living.finish("completed")
 
 

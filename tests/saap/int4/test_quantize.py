@@ -273,3 +273,16 @@ def test_layers_the_kernel_cannot_run_are_left_as_they_are(width, out, group_siz
     model = nn.Sequential(filled(256, 32, 32), filled(width, out, group_size, bits=bits))
     assert use_int4_kernels(model) == 1
     assert [type(m) for m in model] == [Int4Linear, GroupwiseLinear]
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_an_exported_graph_gives_the_same_and_has_only_what_other_runtimes_have(tiny_llama, bits):
+    """ONNX and ExecuTorch have neither shifts nor bytes that are read as another dtype."""
+    model = to_groupwise(tiny_llama(), 32, bits=bits)
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,))
+        assert torch.equal(exported.module()(x), layer(x))
+    names = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert not [name for name in names if "shift" in name or "view.dtype" in name], names

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from transformers import AutoModelForCausalLM
 
-from saap import SaapError, load, prune, save, score, weight_norms
+from saap import SaapError, load, prune, save, score, to_groupwise, weight_norms
 from saap.scoring.backward import is_offloaded
 from tests.saap.models.families import CASES, IDS, build, publish_baichuan, random_keep
 
@@ -89,3 +90,18 @@ def test_a_model_larger_than_the_memory_it_may_take_is_scored(tiny_llama, tmp_pa
     offloaded, whole, *_ = json.loads(done.stdout.splitlines()[-1])
     assert whole > weights
     assert offloaded < weights / 2, f"{offloaded / 1e6:.0f} of {weights / 1e6:.0f} MB"
+
+
+def test_codes_stay_in_memory_unless_buffers_are_left_on_disk_too(tiny_llama, tmp_path):
+    """accelerate leaves parameters on disk, and codes are buffers: the table of traps says what to ask for."""
+    save(to_groupwise(tiny_llama(), 32), tmp_path / "int4")
+    tokens = torch.arange(3, 19)[None]
+    whole = load(tmp_path / "int4")(tokens).logits
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{layer}": "cpu" if layer < 3 else "disk" for layer in range(6)}
+    for buffers, device in ((False, "cpu"), (True, "meta")):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "int4", device_map=places, offload_folder=tmp_path / "off", offload_buffers=buffers
+        )
+        assert model.model.layers[5].mlp.up_proj.codes.device.type == device
+        assert torch.equal(model(tokens).logits, whole)
