@@ -10,7 +10,8 @@ authors. Texts are either held out, windows of the last quarter of the novels, t
 of Alpaca's instructions and answers: choices are made by the geometric mean of their perplexities. Or they are the
 test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held, the model in it, are those of all
 statistics a row needs, of ranking and of cutting (on a CPU that of the process, which keeps what rows before it
-needed). Prints a table and, as its last line, one JSON object.
+needed). Below a row stands how its perplexities differ from those of the first row at its ratio, paired window by
+window, with a standard error. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import embedded, most_held, where
-from pruning_peers import PEERS, mean_loss
+from pruning_peers import PEERS, losses
 
 import saap
 from saap.models.groups import layer_parts
@@ -133,6 +135,13 @@ def kept(small: Any, model: Any) -> tuple[int, int, int]:
     return counts["attention"], counts["mlp"], parameters
 
 
+def difference(own: np.ndarray, first: np.ndarray) -> tuple[float, float]:
+    """(how much higher the perplexity is, its standard error) as shares, from the losses of the same windows."""
+    paired = own - first
+    ratio = math.exp(paired.mean())
+    return ratio - 1, ratio * float(paired.std(ddof=1)) / math.sqrt(len(paired))
+
+
 def texts_of(which: str, data: str, tokenizer: Any, windows: int, length: int) -> tuple[list[str], dict[str, Any]]:
     """(texts to calibrate on, name → windows int64 (n, length) to measure on)."""
     novels = [row["text"] for row in read_data(data, "calibration")]
@@ -182,16 +191,23 @@ def main() -> None:
         tokens = torch.cat([tokens, own])
     cost = Cost(arguments.device)
     figures: dict[str, Any] = {}
+    firsts: dict[float, list[np.ndarray]] = {}
 
     def measure(row: str, ratio: float, small: Any, seconds: float, peak: int) -> None:
         heads, channels, layers = kept(small, model)
-        found = {name: math.exp(mean_loss(small, windows)) for name, windows in texts.items()}
+        own = [losses(small, windows) for windows in texts.values()]
+        found = {name: math.exp(of_windows.mean()) for name, of_windows in zip(texts, own, strict=True)}
         mean = math.exp(sum(map(math.log, found.values())) / len(found))
         all_of_it = saap.size_of(small).parameters
         shown = "".join(f"{value:>11.1f}" for value in (*found.values(), mean))
         shape = f"{ratio:>6g}{heads:>7}{channels:>10}{layers / 1e6:>10.2f}{all_of_it / 1e6:>8.1f}"
         print(f"{row:<44}{shape}{seconds:>7.0f}{peak / 1e9:>7.2f}{shown}", flush=True)
+        against = [difference(*pair) for pair in zip(own, firsts.setdefault(ratio, own), strict=True)]
+        if own is not firsts[ratio]:
+            said = (f"{name} {more:+.1%} ± {error:.1%}" for name, (more, error) in zip(texts, against, strict=True))
+            print("    against the first row: " + ", ".join(said), flush=True)
         figures[f"{row}, {ratio:g}"] = {
+            "against_first": dict(zip(texts, against, strict=True)),
             **{name: round(value, 2) for name, value in (*found.items(), ("mean", mean))},
             **{"kv_heads": heads, "channels": channels, "block_parameters": layers, "parameters": all_of_it},
             **{"seconds": round(seconds, 1), "peak_bytes": peak},
