@@ -5,13 +5,13 @@
     python benchmarks/criteria.py --data FOLDER --criteria saap_plus:cuts=[] llm_pruner:kinds=mlp:align=32+least_squares
 
 A row is a criterion, or one of `pruning_peers.py`. After a colon come its options and those of the plan (`cuts`,
-`variant`, `query_heads`, `search`, `kinds`, `align`), after a plus the compensation; left out, they are those of its
-authors. Texts are either held out, windows of the last quarter of the novels, the others being for calibration, and
-of Alpaca's instructions and answers: choices are made by the geometric mean of their perplexities. Or they are the
-test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held, the model in it, are those of all
-statistics a row needs, of ranking and of cutting (on a CPU that of the process, which keeps what rows before it
-needed). Below a row stands how its perplexities differ from those of the first row at its ratio, paired window by
-window, with a standard error. Prints a table and, as its last line, one JSON object.
+`heads`, `variant`, `query_heads`, `search`, `kinds`, `align`, `ridge`), after a plus the compensation; left out, they
+are those of its authors. Texts are either held out, windows of the last quarter of the novels, the others being for
+calibration, and of Alpaca's instructions and answers: choices are made by the geometric mean of their perplexities. Or
+they are the test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held, the model in it, are
+those of all statistics a row needs, of ranking and of cutting (on a CPU that of the process, which keeps what rows
+before it needed). Below a row stands how its perplexities differ from those of the first row at its ratio, paired
+window by window, with a standard error. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from pruning_peers import PEERS, losses
 import saap
 from saap.models.groups import layer_parts
 from saap.pruning.plan import PROTECTED
-from tasks.config import Criterion
+from tasks.config import Criterion, Prune
 from tasks.criteria import NEEDS, SAAP
 from tasks.data import read_data
 
@@ -92,9 +92,9 @@ def cut(
     statistics = ("score",) if name == "saap" else needs.statistics
     makers = statistics_of(model, tokens)
     known = {statistic: cost.make(statistic, makers[statistic]) for statistic in statistics}
-    settings = {**Criterion().model_dump(), "ratio": ratio, "kinds": "pooled", "protect": PROTECTED, "seed": seed}
-    settings |= {"align": align, "search": needs.search, **options}
-    settings["cuts"] = [value for value in settings["cuts"] if value < ratio]
+    settings = {**Criterion().model_dump(), "ridge": Prune().ridge, "kinds": "pooled", "protect": PROTECTED}
+    settings |= {"ratio": ratio, "seed": seed, "align": align, "search": needs.search, **options}
+    settings["cuts"] = Criterion(cuts=settings["cuts"], heads=settings["heads"]).cuts_for(ratio)
     compensation = compensation or needs.compensation
     if compensation == "bias":
         cost.make("activations", makers["activations"])
@@ -113,7 +113,7 @@ def cut(
         if compensation == "bias":
             saap.add_mean_bias(small, model, keep, cost.known["activations"])
         elif compensation == "least_squares":
-            saap.refit(small, model, keep, tokens)
+            saap.refit(small, model, keep, tokens, ridge=settings["ridge"])
         return small
 
     small = cost.make(f"{row} {ratio}", ranked_and_cut)
