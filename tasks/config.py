@@ -107,7 +107,7 @@ class Prune(Section):
         "auto",
         description="for what was removed: its mean as a bias, a refit of what stays, nothing, or the criterion's",
     )
-    ridge: Annotated[float, Field(gt=0)] | Literal["held_out"] = Field(
+    ridge: Annotated[float, Field(gt=0, le=1e6)] | Literal["held_out"] = Field(
         1.0, description="least_squares: how much the refit holds on to the weights; or the best on text held back"
     )
     protect: Annotated[tuple[Layer, ...], AfterValidator(distinct)] = Field(

@@ -162,7 +162,7 @@ class _Gates:
 def _divergence_gradient(model: nn.Module, states: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     """∂/∂states of the mean over the tokens of KL(p(dense) ‖ p(states)), p from the model's logits; (tokens, H)."""
     found = []
-    step = max(1, LOGITS // model.get_output_embeddings().out_features)
+    step = max(1, LOGITS // model.get_output_embeddings().out_features)  # type: ignore[operator]
     for own, wanted in zip(states.split(step), dense.split(step), strict=True):
         with torch.enable_grad():
             leaf = own.detach().requires_grad_()

@@ -1,6 +1,7 @@
 """saap_plus: groups ranked by the rise of the loss per parameter, the lowest removed first. Our own criterion."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -53,12 +54,12 @@ def saap_plus(
         raise SaapError("heads = 'measured' needs the ratio of the plan among the cuts, and at least two sequences")
     groups = discover(model)
     score, keep = fisher / groups.costs, np.ones(len(groups), bool)
-    limits = {"protect": tuple(protect), "align": align}
+    planned = partial(select, groups=groups, protect=tuple(protect), align=align)
     for cut in sorted(cuts):
-        plans = [select(score, groups, cut, **limits)]
+        plans = [planned(score, ratio=cut)]
         if heads == "measured":
             spared = np.where(keep & (groups.kind == "attention"), score.max() + 1, score)
-            plans.append(select(spared, groups, cut, **limits))
+            plans.append(planned(spared, ratio=cut))
         keep, small = _nearest(model, plans, tokens, ridge)
         again = np.full(len(groups), -1.0)  # below all that stays
         last = heads == "measured" and cut == max(cuts)

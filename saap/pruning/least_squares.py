@@ -133,12 +133,12 @@ def _fit(
     if not all(torch.isfinite(each).all() for part in parts for each in part):
         raise SaapError("an activation is not finite: load the model in float32")
     fitted, *held_back = [(gram.double(), cross.double()) for gram, cross in parts]
-    if ridge == HELD_OUT:
+    if held_back:
         (gram, cross), changes = held_back[0], {each: _solved(*fitted, each) for each in RIDGES}
         # Σ over the tokens held back of ‖h − h' − Δx‖² / ‖h‖², less what does not depend on Δ
         ridge = min(RIDGES, key=lambda each: (changes[each] @ gram - 2 * cross).mul_(changes[each]).sum().item())
         fitted = fitted[0] + gram, fitted[1] + cross
-    change = _solved(*fitted, ridge).to(linear.weight.dtype)
+    change = _solved(*fitted, float(ridge)).to(linear.weight.dtype)
     linear.weight += change
     return change
 
