@@ -5,12 +5,13 @@
     python benchmarks/criteria.py --data FOLDER --criteria saap_plus:cuts=[] llm_pruner:kinds=mlp:align=32+least_squares
 
 A row is a criterion, or one of `pruning_peers.py`. After a colon come its options and those of the plan (`cuts`,
-`variant`, `query_heads`, `search`, `kinds`, `align`), after a plus the compensation; left out, they are those of its
-authors. Texts are either held out, windows of the last quarter of the novels, the others being for calibration, and
-of Alpaca's instructions and answers: choices are made by the geometric mean of their perplexities. Or they are the
-test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held, the model in it, are those of all
-statistics a row needs, of ranking and of cutting (on a CPU that of the process, which keeps what rows before it
-needed). Prints a table and, as its last line, one JSON object.
+`heads`, `variant`, `query_heads`, `search`, `kinds`, `align`, `ridge`), after a plus the compensation; left out, they
+are those of its authors. Texts are either held out, windows of the last quarter of the novels, the others being for
+calibration, and of Alpaca's instructions and answers: choices are made by the geometric mean of their perplexities. Or
+they are the test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held, the model in it, are
+those of all statistics a row needs, of ranking and of cutting (on a CPU that of the process, which keeps what rows
+before it needed). Below a row stands how its perplexities differ from those of the first row at its ratio, paired
+window by window, with a standard error. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -22,14 +23,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import embedded, most_held, where
-from pruning_peers import PEERS, mean_loss
+from pruning_peers import PEERS, losses
 
 import saap
 from saap.models.groups import layer_parts
 from saap.pruning.plan import PROTECTED
-from tasks.config import Criterion
+from tasks.config import Criterion, Prune
 from tasks.criteria import NEEDS, SAAP
 from tasks.data import read_data
 
@@ -90,9 +92,9 @@ def cut(
     statistics = ("score",) if name == "saap" else needs.statistics
     makers = statistics_of(model, tokens)
     known = {statistic: cost.make(statistic, makers[statistic]) for statistic in statistics}
-    settings = {**Criterion().model_dump(), "ratio": ratio, "kinds": "pooled", "protect": PROTECTED, "seed": seed}
-    settings |= {"align": align, "search": needs.search, **options}
-    settings["cuts"] = [value for value in settings["cuts"] if value < ratio]
+    settings = {**Criterion().model_dump(), "ridge": Prune().ridge, "kinds": "pooled", "protect": PROTECTED}
+    settings |= {"ratio": ratio, "seed": seed, "align": align, "search": needs.search, **options}
+    settings["cuts"] = Criterion(cuts=settings["cuts"], heads=settings["heads"]).cuts_for(ratio)
     compensation = compensation or needs.compensation
     if compensation == "bias":
         cost.make("activations", makers["activations"])
@@ -111,7 +113,7 @@ def cut(
         if compensation == "bias":
             saap.add_mean_bias(small, model, keep, cost.known["activations"])
         elif compensation == "least_squares":
-            saap.refit(small, model, keep, tokens)
+            saap.refit(small, model, keep, tokens, ridge=settings["ridge"])
         return small
 
     small = cost.make(f"{row} {ratio}", ranked_and_cut)
@@ -131,6 +133,13 @@ def kept(small: Any, model: Any) -> tuple[int, int, int]:
                 parameters += weight.numel()
                 counts[kind] += weight.shape[1] // part.width if part.axis == 1 else 0
     return counts["attention"], counts["mlp"], parameters
+
+
+def difference(own: np.ndarray, first: np.ndarray) -> tuple[float, float]:
+    """(how much higher the perplexity is, its standard error) as shares, from the losses of the same windows."""
+    paired = own - first
+    ratio = math.exp(paired.mean())
+    return ratio - 1, ratio * float(paired.std(ddof=1)) / math.sqrt(len(paired))
 
 
 def texts_of(which: str, data: str, tokenizer: Any, windows: int, length: int) -> tuple[list[str], dict[str, Any]]:
@@ -182,16 +191,23 @@ def main() -> None:
         tokens = torch.cat([tokens, own])
     cost = Cost(arguments.device)
     figures: dict[str, Any] = {}
+    firsts: dict[float, list[np.ndarray]] = {}
 
     def measure(row: str, ratio: float, small: Any, seconds: float, peak: int) -> None:
         heads, channels, layers = kept(small, model)
-        found = {name: math.exp(mean_loss(small, windows)) for name, windows in texts.items()}
+        own = [losses(small, windows) for windows in texts.values()]
+        found = {name: math.exp(of_windows.mean()) for name, of_windows in zip(texts, own, strict=True)}
         mean = math.exp(sum(map(math.log, found.values())) / len(found))
         all_of_it = saap.size_of(small).parameters
         shown = "".join(f"{value:>11.1f}" for value in (*found.values(), mean))
         shape = f"{ratio:>6g}{heads:>7}{channels:>10}{layers / 1e6:>10.2f}{all_of_it / 1e6:>8.1f}"
         print(f"{row:<44}{shape}{seconds:>7.0f}{peak / 1e9:>7.2f}{shown}", flush=True)
+        against = [difference(*pair) for pair in zip(own, firsts.setdefault(ratio, own), strict=True)]
+        if own is not firsts[ratio]:
+            said = (f"{name} {more:+.1%} ± {error:.1%}" for name, (more, error) in zip(texts, against, strict=True))
+            print("    against the first row: " + ", ".join(said), flush=True)
         figures[f"{row}, {ratio:g}"] = {
+            "against_first": dict(zip(texts, against, strict=True)),
             **{name: round(value, 2) for name, value in (*found.items(), ("mean", mean))},
             **{"kv_heads": heads, "channels": channels, "block_parameters": layers, "parameters": all_of_it},
             **{"seconds": round(seconds, 1), "peak_bytes": peak},

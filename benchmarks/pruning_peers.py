@@ -40,8 +40,8 @@ def shortgpt(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
 def shortened_llama(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
     """Shortened LLaMA (arXiv 2402.02834), PPL: layers whose absence raises the perplexity least go, all at once."""
     layers = len(saap.family_of(model.config).layers(model))
-    losses = [mean_loss(without_layers(model, [layer]), tokens) for layer in range(layers)]
-    return without_layers(model, np.argsort(losses, kind="stable")[: round(ratio * layers)])
+    means = [losses(without_layers(model, [layer]), tokens).mean() for layer in range(layers)]
+    return without_layers(model, np.argsort(means, kind="stable")[: round(ratio * layers)])
 
 
 def without_layers(model: Any, gone: Any) -> Any:
@@ -58,13 +58,13 @@ def without_layers(model: Any, gone: Any) -> Any:
 
 
 @torch.no_grad()
-def mean_loss(model: Any, tokens: torch.Tensor) -> float:
-    """Mean next-token cross-entropy, nats a token."""
-    total = 0.0
+def losses(model: Any, tokens: torch.Tensor) -> np.ndarray:
+    """float64 (D,): mean next-token cross-entropy of each sequence, nats a token."""
+    found = []
     for batch in tokens.to(model.device).split(8):
         logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).item() * len(batch)
-    return total / len(tokens)
+        found += F.cross_entropy(logits.mT, batch[:, 1:], reduction="none").mean(1).tolist()
+    return np.array(found)
 
 
 def torch_pruning(model: Any, tokens: torch.Tensor, ratio: float) -> Any:

@@ -80,6 +80,13 @@ class Criterion(Section):
     cuts: Annotated[tuple[Ratio, ...], AfterValidator(distinct)] = Field(
         (0.1, 0.2, 0.35), description="ratios below prune.ratio after which saap_plus ranks what is left again"
     )
+    heads: Literal["pooled", "measured"] = Field(
+        "pooled", description="saap_plus: heads go as the order has it, or where a measured loss says so, at each cut"
+    )
+
+    def cuts_for(self, ratio: float) -> list[float]:
+        """Where saap_plus cuts as it ranks: below the plan's ratio, and at that too if heads are measured."""
+        return [cut for cut in sorted(self.cuts) if cut < ratio] + [ratio] * (self.heads == "measured")
 
 
 class Prune(Section):
@@ -99,6 +106,9 @@ class Prune(Section):
     compensation: Literal["auto", "none", "bias", "least_squares"] = Field(
         "auto",
         description="for what was removed: its mean as a bias, a refit of what stays, nothing, or the criterion's",
+    )
+    ridge: Annotated[float, Field(gt=0, le=1e6)] | Literal["held_out"] = Field(
+        1.0, description="least_squares: how much the refit holds on to the weights; or the best on text held back"
     )
     protect: Annotated[tuple[Layer, ...], AfterValidator(distinct)] = Field(
         (0, 1, 2, -1), description="layers left whole; negative: from the end"
@@ -272,11 +282,12 @@ def _wrong_combination(config: RunConfig) -> str | None:
     if config.store.startswith("~"):
         return f"store = '{config.store}': '~' is a shell's word and would be a folder of that name; write the path out"
     cut = config.prune
-    again = config.criterion.name == "saap_plus" and any(at < cut.ratio for at in config.criterion.cuts)
+    again = config.criterion.name == "saap_plus" and config.criterion.cuts_for(config.prune.ratio)
     if again and (cut.search not in ("auto", "global") or cut.direction != "lowest" or cut.kinds != "pooled"):
         return (
             "saap_plus ranks again after cuts of the lowest of all kinds in one order, whatever prune.search, "
-            "prune.direction and prune.kinds say: leave them as they are, or set criterion.cuts = []"
+            "prune.direction and prune.kinds say: leave them as they are, or set criterion.cuts = [] "
+            "and criterion.heads = 'pooled'"
         )
     if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
         return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"

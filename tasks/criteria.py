@@ -19,7 +19,10 @@ class Needs:
 SAAP = Needs(search="global")  # its statistics go through fuse and fluctuation
 NEEDS: dict[str, Needs] = {
     "saap_plus": Needs(
-        ("fisher", "tokens"), ("cuts", "protect", "align"), search="global", compensation="least_squares"
+        ("fisher", "tokens"),
+        ("cuts", "heads", "ridge", "protect", "align"),
+        search="global",
+        compensation="least_squares",
     ),
     "saap_gates": Needs(("fisher", "tokens"), ("ratio", "seed", "protect"), search="global"),
     "llm_pruner": Needs(("gradients",), ("variant", "query_heads"), search="uniform_down"),

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from saap.errors import SaapError
-from saap.models.families import family_of
 from saap.models.groups import discover
+from saap.models.logits import logits_of
 from saap.models.products import FastLinears
 from saap.progress import tqdm
 from saap.pruning.plan import PROTECTED, select
@@ -161,20 +161,13 @@ class _Gates:
 @torch.no_grad()
 def _divergence_gradient(model: nn.Module, states: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     """∂/∂states of the mean over the tokens of KL(p(dense) ‖ p(states)), p from the model's logits; (tokens, H)."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    scale, cap = family_of(model.config).logits(model.config)
-
-    def logits(final: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = head(final).float() * scale
-        return cap * torch.tanh(found / cap) if cap else found
-
     found = []
-    step = max(1, LOGITS // head.out_features)
+    step = max(1, LOGITS // model.get_output_embeddings().out_features)  # type: ignore[operator]
     for own, wanted in zip(states.split(step), dense.split(step), strict=True):
         with torch.enable_grad():
             leaf = own.detach().requires_grad_()
-            output = logits(leaf)
-        difference = output.detach().softmax(-1) - logits(wanted).softmax(-1)
+            output = logits_of(model, leaf)
+        difference = output.detach().softmax(-1) - logits_of(model, wanted).softmax(-1)
         found.append(torch.autograd.grad(output, leaf, difference / len(states))[0])
     return torch.cat(found)
 

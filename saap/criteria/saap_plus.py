@@ -1,16 +1,21 @@
 """saap_plus: groups ranked by the rise of the loss per parameter, the lowest removed first. Our own criterion."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
+from saap.errors import SaapError
 from saap.models.groups import discover
-from saap.pruning.least_squares import refit
+from saap.pruning.least_squares import HELD_BACK, RIDGE, refit
 from saap.pruning.plan import PROTECTED, select
 from saap.pruning.surgery import prune
+from saap.scoring.divergence import divergence
 from saap.scoring.fisher import mask_fisher
+
+HEADS = ("pooled", "measured")
 
 
 def saap_plus(
@@ -18,6 +23,8 @@ def saap_plus(
     fisher: np.ndarray,
     tokens: torch.Tensor,
     cuts: Sequence[float] = (),
+    heads: str = "pooled",
+    ridge: float | str = RIDGE,
     protect: Sequence[int] = PROTECTED,
     align: int = 32,
 ) -> np.ndarray:
@@ -29,15 +36,45 @@ def saap_plus(
     standardised. It goes with `search = "global"` and `compensation = "least_squares"` (`saap.refit`).
 
     The worth of a group changes once others are gone. So at each of `cuts`, shares of the prunable parameters, the
-    model is cut (`protect` and `align` as in `saap.select`) and refitted, and what is left is ranked again. Groups that
-    an earlier cut removed stay first in the order. With cuts the score is the place in the order: whole numbers from 0.
+    model is cut (`protect` and `align` as in `saap.select`) and refitted (with `ridge`), and what is left is ranked
+    again. Groups that an earlier cut removed stay first in the order. With cuts the score is the place in the order:
+    whole numbers from 0.
+
+    heads = "measured": the estimate takes no notice of the refit, which makes up for channels better than for heads. So
+    at each cut there are two plans, one as the order has it, one that takes no further head. Both are made and refitted
+    without a fifth of the sequences, and the one nearer to the dense model on that fifth (`saap.divergence`) is cut.
+    The last of the cuts is then the ratio that the plan is for: what goes there is first in the order.
+
+    Raises:
+        SaapError: a cut out of reach, a value that is not finite, or heads measured on fewer than two sequences.
     """
+    if heads not in HEADS:
+        raise SaapError(f"heads must be one of {HEADS}, got {heads!r}")
+    if heads == "measured" and (not cuts or len(tokens) < 2):
+        raise SaapError("heads = 'measured' needs the ratio of the plan among the cuts, and at least two sequences")
     groups = discover(model)
-    score = fisher / groups.costs
+    score, keep = fisher / groups.costs, np.ones(len(groups), bool)
+    planned = partial(select, groups=groups, protect=tuple(protect), align=align)
     for cut in sorted(cuts):
-        keep = select(score, groups, cut, protect=tuple(protect), align=align)
-        small = refit(prune(model, keep), model, keep, tokens)
+        plans = [planned(score, ratio=cut)]
+        if heads == "measured":
+            spared = np.where(keep & (groups.kind == "attention"), score.max() + 1, score)
+            plans.append(planned(spared, ratio=cut))
+        keep, small = _nearest(model, plans, tokens, ridge)
         again = np.full(len(groups), -1.0)  # below all that stays
-        again[keep] = mask_fisher(small, tokens) / groups.parameters[keep]
+        last = heads == "measured" and cut == max(cuts)
+        again[keep] = 0 if last else mask_fisher(small, tokens) / groups.parameters[keep]
         score[np.lexsort((score, again))] = np.arange(len(groups))
     return score
+
+
+def _nearest(
+    model: nn.Module, plans: list[np.ndarray], tokens: torch.Tensor, ridge: float | str
+) -> tuple[np.ndarray, nn.Module]:
+    """The plan whose refitted model is nearest to the dense one on sequences the refit does not see, and that model."""
+    if all(np.array_equal(keep, plans[0]) for keep in plans):
+        return plans[0], refit(prune(model, plans[0]), model, plans[0], tokens, ridge=ridge)
+    held = torch.arange(len(tokens)) % HELD_BACK == 0
+    made = [refit(prune(model, keep), model, keep, tokens[~held], ridge=ridge) for keep in plans]
+    best = int(np.argmin([divergence(model, small, tokens[held]).mean() for small in made]))
+    return plans[best], made[best]

@@ -1,10 +1,20 @@
-"""The cross-entropy of next tokens and its gradient, with the logits made a part of the vocabulary at a time."""
+"""Logits of final states; the cross-entropy of next tokens and its gradient, a part of the vocabulary at a time."""
+
+from typing import Any
 
 import torch
 
+from saap.models.families import family_of
 from saap.models.products import product
 
 LOGITS = {"cpu": 1 << 20, "cuda": 1 << 24}  # at a time: 4 MB of float32 on a CPU, to fit its caches; 64 MB on a GPU
+
+
+def logits_of(model: Any, states: torch.Tensor) -> torch.Tensor:
+    """float32 (…, V), from final states (…, H) of a causal model of a known family; scaled and capped."""
+    scale, cap = family_of(model.config).logits(model.config)
+    found: torch.Tensor = model.get_output_embeddings()(states).float() * scale
+    return cap * torch.tanh(found / cap) if cap else found
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ def prune_params(config: RunConfig) -> dict[str, Any]:
     """The prune section, 'auto' replaced by what the criterion was published with."""
     params, needs = config.prune.model_dump(mode="json", exclude={"heads"}), needs_of(config.criterion.name)
     params |= {field: getattr(needs, field) for field in ("search", "compensation") if params[field] == "auto"}
+    if params["compensation"] != "least_squares":
+        del params["ridge"]
     return params | groups_of(config)
 
 
@@ -55,7 +57,8 @@ def prune(
     if activations is not None:
         saap.add_mean_bias(small, dense, keep, activations.read())
     elif calibration is not None:
-        saap.refit(small, dense, keep, calibration.read(), batch_size=compute_settings(step)["batch_size"])
+        batch = compute_settings(step)["batch_size"]
+        saap.refit(small, dense, keep, calibration.read(), ridge=config["ridge"], batch_size=batch)
     saap.save(small, folder, load_tokenizer(step))
     write_card(step, folder)
     parameters = saap.size_of(small).parameters

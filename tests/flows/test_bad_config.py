@@ -73,6 +73,9 @@ VALUES = [
     ("prune.protect=[1,1]", ["prune.protect", "twice"]),
     ("prune.protect=['0']", ["prune.protect", "integer"]),
     ("prune.align=0", ["prune.align", "1"]),
+    ("prune.ridge=0", ["prune.ridge", "0"]),
+    ("prune.ridge=best", ["prune.ridge", "held_out"]),
+    ("criterion.heads=none", ["criterion.heads", "measured"]),
     ("criterion.name=sapp", ["criterion.name", "saap_plus"]),
     ("criterion.cuts=[0.1,0.1]", ["criterion.cuts", "twice"]),
     ("criterion.cuts=[0.1,1]", ["criterion.cuts", "less than 1"]),
@@ -141,6 +144,10 @@ TOGETHER = [
     (["recover.patience=2", "recover.examples=20"], ["recover.patience", "recover.held_out"]),
     (["criterion.name=saap_plus", "prune.kinds=mlp"], ["saap_plus", "prune.kinds", "criterion.cuts = []"]),
     (["criterion.name=saap_plus", "prune.search=uniform"], ["saap_plus", "prune.search", "criterion.cuts = []"]),
+    (
+        ["criterion.name=saap_plus", "criterion.cuts=[]", "criterion.heads=measured", "prune.kinds=mlp"],
+        ["saap_plus", "prune.kinds", "criterion.heads = 'pooled'"],
+    ),
     (["criterion.name=saap_plus", "prune.direction=highest"], ["saap_plus", "prune.direction"]),
     (["recover.recipe=qlora", "compute.launch=--use_fsdp"], ["NF4", "--multi_gpu"]),
 ]

@@ -164,11 +164,23 @@ def test_a_criterion_is_ranked_anew_when_its_own_options_change_and_prunes_as_pu
     assert (rank().key != rank("calibrate.seed=1").key) == (name != "magnitude")
     assert (rank().key != rank("prune.ratio=0.4").key) == (name in RANK_AS_THEY_PRUNE)
     assert (rank().key != rank("prune.protect=[0]").key) == (name in RANK_AS_THEY_PRUNE)
+    assert (rank().key != rank("criterion.heads='measured'").key) == (name == "saap_plus")
+    assert (rank().key != rank("prune.ridge='held_out'").key) == (name == "saap_plus")
     if name == "saap_plus":
         assert rank("criterion.cuts=[]").key == rank("criterion.cuts=[]", "prune.ratio=0.4").key
+        assert rank("criterion.cuts=[0.1]", "criterion.heads='measured'").config()["cuts"] == [0.1, 0.2]
     assert (rank().key != rank("score.hessian='fisher'").key) == ("score" in NEEDS[name].statistics)
     cut = next(s for s in build(settings(f"criterion.name='{name}'")) if s.stage == "prune").config()
     assert (cut["search"], cut["compensation"]) == (NEEDS[name].search, NEEDS[name].compensation)
+
+
+def test_the_ridge_is_part_of_a_refit_only(settings):
+    def cut(*overrides):
+        return next(s for s in build(settings(*overrides)) if s.stage == "prune").key
+
+    assert cut() == cut("prune.ridge=0.1")
+    refitted = "prune.compensation='least_squares'"
+    assert len({cut(refitted), cut(refitted, "prune.ridge=0.1"), cut(refitted, "prune.ridge='held_out'")}) == 3
 
 
 def test_each_compensation_takes_what_it_needs(settings):

@@ -63,6 +63,44 @@ def test_ranking_again_after_a_cut_is_pruning_the_pruned_model_by_hand(tiny_llam
     assert not np.array_equal(kept(0.45, ()), wanted)
 
 
+@pytest.mark.parametrize("useless", ["attention", "mlp"])
+def test_heads_go_only_where_that_leaves_the_refitted_model_nearer_to_the_dense_one(tiny_llama, tokens, useless):
+    """The score says heads; what is true is planted."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for _, kind, _, linear in output_matrices(model):
+            linear.weight.mul_(1e-3 if kind == useless else 3)
+    groups, limits = discover(model), {"protect": (0, -1), "align": 8}
+    fisher = np.random.default_rng(0).random(len(groups)) * groups.parameters
+    heads = groups.kind == "attention"
+    fisher[heads] *= 1e-3
+    by_order = select(fisher / groups.parameters, groups, 0.3, **limits)
+    spared = select(np.where(heads, 2, fisher / groups.parameters), groups, 0.3, **limits)
+    assert not by_order[heads].all()
+    assert spared[heads].all()
+    held, far = np.arange(5) % 5 == 0, []
+    for keep in (by_order, spared):
+        small = refit(prune(model, keep), model, keep, tokens[~held], ridge=0.1)
+        with torch.no_grad():
+            own, theirs = (each(tokens[held]).logits.log_softmax(-1) for each in (small, model))
+        far.append(F.kl_div(own, theirs, reduction="batchmean", log_target=True).item())
+    assert (far[0] < far[1]) == (useless == "attention")
+    score = CRITERIA["saap_plus"](model, fisher, tokens, (0.3,), "measured", 0.1, **limits)
+    assert np.array_equal(select(score, groups, 0.3, **limits), by_order if useless == "attention" else spared)
+
+
+def test_heads_are_measured_at_every_cut_and_those_gone_stay_gone(tiny_llama, tokens):
+    model = tiny_llama()
+    groups, limits = discover(model), {"protect": (0, -1), "align": 8}
+    score = CRITERIA["saap_plus"](model, mask_fisher(model, tokens), tokens, (0.15, 0.3), "measured", **limits)
+    assert sorted(score) == list(range(len(groups)))
+    before = CRITERIA["saap_plus"](model, mask_fisher(model, tokens), tokens, (0.15,), "measured", **limits)
+    assert not (select(score, groups, 0.3, **limits) & ~select(before, groups, 0.15, **limits)).any()
+    for heads, cuts, few in (("measured", (), tokens), ("measured", (0.3,), tokens[:1]), ("some", (), tokens)):
+        with pytest.raises(SaapError, match="heads"):
+            CRITERIA["saap_plus"](model, np.ones(len(groups)), few, cuts, heads, **limits)
+
+
 def test_a_broken_weight_is_an_error_that_names_the_place(tiny_llama, tokens):
     model = tiny_llama()
     with torch.no_grad():
