@@ -38,6 +38,6 @@ def saap_plus(
         keep = select(score, groups, cut, protect=tuple(protect), align=align)
         small = refit(prune(model, keep), model, keep, tokens)
         again = np.full(len(groups), -1.0)  # below all that stays
-        again[keep] = mask_fisher(small, tokens) / groups.parameters[keep]
+        again[keep] = mask_fisher(small, tokens) / discover(small).costs
         score[np.lexsort((score, again))] = np.arange(len(groups))
     return score

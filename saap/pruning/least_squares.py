@@ -5,6 +5,8 @@ form of SparseGPT (arXiv 2301.00774) and ZipLM (2302.04089), for whole columns. 
 tokens count: see `refit`.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -41,6 +43,8 @@ def refit(
     So a matrix makes up for its own lost columns and for what the layers before it left wrong. The weights 1/‖h_t‖² are
     those of the next normalisation, which sees only directions; without them the few tokens with massive activations
     (the first of a sequence) decide nearly everything. Shapes, and so checkpoints, stay as they are; biases too.
+    Experts are fitted one after another, each to what is left by those before it: the x_t of an expert are what enters
+    its down_proj, times the router's weight, for the tokens it gets. An expert that gets none stays as it is.
     Where the layer multiplies what it adds to the stream (Granite), Δ x_t is multiplied so too. Where it normalises it
     (Gemma 2 and 3, GLM-4, OLMo 2 and 3), h_t and h'_t are the outputs of the matrix itself, W X before that norm.
 
@@ -71,9 +75,11 @@ def refit(
                 drifts = _before_norm(wanted, found, "attention") if family.post_norm else between
                 _fit(lean.matrices[layer, "attention"], [factor * own.x["attention"] for own in found], drifts, ridge)
                 found = lean.through(layer)
-            if (layer, "mlp") in lost:
-                behind = [(theirs.out, theirs.out - own.out) for theirs, own in zip(wanted, found, strict=True)]
-                drifts = _before_norm(wanted, found, "mlp") if family.post_norm else behind
+            if layer in lean.mixtures and {(layer, "mlp"), (layer, "expert")} & lost:
+                _fit_experts(family, lean.mixtures[layer], found, _behind(wanted, found), ridge)
+                found = lean.through(layer)
+            elif (layer, "mlp") in lost:
+                drifts = _before_norm(wanted, found, "mlp") if family.post_norm else _behind(wanted, found)
                 change = _fit(lean.matrices[layer, "mlp"], [factor * own.x["mlp"] for own in found], drifts, ridge)
                 for own in found if not family.post_norm else ():
                     own.out += factor * F.linear(own.x["mlp"], change)
@@ -96,6 +102,11 @@ def _between_halves(
     ]
 
 
+def _behind(wanted: list[Pass], found: list[Pass]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """h and h − h' of each batch behind the layer."""
+    return [(theirs.out, theirs.out - own.out) for theirs, own in zip(wanted, found, strict=True)]
+
+
 def _before_norm(wanted: list[Pass], found: list[Pass], kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """y and y − y' of the output matrices themselves, where a norm stands before the stream."""
     return [(theirs.y[kind], theirs.y[kind] - own.y[kind]) for theirs, own in zip(wanted, found, strict=True)]
@@ -105,10 +116,43 @@ def _fit(
     linear: nn.Linear, inputs: list[torch.Tensor], drifts: list[tuple[torch.Tensor, torch.Tensor]], ridge: float
 ) -> torch.Tensor:
     """Add Δ to the weight, and return it. inputs: x of each batch; drifts: h and h − h' of each batch."""
-    gram = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-    cross = torch.zeros(linear.out_features, linear.in_features, device=linear.weight.device)
-    for x, (stream, drift) in zip(inputs, drifts, strict=True):
-        x, stream, drift = (t.flatten(0, -2).float() for t in (x, stream, drift))
+    flat = ((x, stream, drift) for x, (stream, drift) in zip(inputs, drifts, strict=True))
+    change = _solved(linear.weight, [tuple(t.flatten(0, -2) for t in batch) for batch in flat], ridge)
+    linear.weight += change
+    return change
+
+
+def _fit_experts(
+    family: Any,
+    experts: nn.Module,
+    found: list[Pass],
+    drifts: list[tuple[torch.Tensor, torch.Tensor]],
+    ridge: float,
+) -> None:
+    """Add a Δ to the down_proj of each expert; drifts: h and h − h' of each batch."""
+    streams = [(h.flatten(0, -2), drift.flatten(0, -2).float()) for h, drift in drifts]
+    for expert in range(experts.num_experts):  # type: ignore[arg-type]
+        down, seen = family.down(experts, expert), []
+        for number, own in enumerate(found):
+            x, index, weights = own.routed
+            token, place = torch.where(index == expert)
+            inputs = weights[token, place, None] * family.activations(experts, expert, x[token])
+            seen.append((number, token, inputs))
+        if not sum(len(token) for _, token, _ in seen):
+            continue
+        batches = [(inputs, *(t[token] for t in streams[number])) for number, token, inputs in seen]
+        change = _solved(down.T, batches, ridge)
+        down += change.T
+        for number, token, inputs in seen:
+            streams[number][1][token] -= F.linear(inputs, change).float()
+
+
+def _solved(weight: torch.Tensor, batches: list[tuple[torch.Tensor, ...]], ridge: float) -> torch.Tensor:
+    """Δ (out, in), like weight (out, in); batches: x (n, in), h (n, out) and h − h' (n, out) of each."""
+    gram = torch.zeros(weight.shape[1], weight.shape[1], device=weight.device)
+    cross = torch.zeros(weight.shape, device=weight.device)
+    for batch in batches:
+        x, stream, drift = (t.float() for t in batch)
         weighted = x / stream.square().sum(1, keepdim=True)
         gram += product(weighted.T, x.T)
         cross += product(drift.T, weighted.T)
@@ -117,6 +161,4 @@ def _fit(
     gram, cross = gram.double(), cross.double()
     mean = gram.diagonal().mean()
     gram.diagonal().add_(ridge * mean if mean > 0 else 1.0)
-    change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T.to(linear.weight.dtype)
-    linear.weight += change
-    return change
+    return torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T.to(weight.dtype)

@@ -16,9 +16,9 @@ from saap import accuracy, dequantize, load, load_tokenizer, prune, save, to_gro
 from saap.models import modeling
 from tasks.data import mini_folder
 from tests.saap.models.families import CASES, GREEDY, IDS, LLAMA_LIKE, OTHERS, build, logits, random_keep
-from tests.saap.models.test_experts import CASES as MIXTURES
-from tests.saap.models.test_experts import build as mixture
-from tests.saap.models.test_experts import random_keep as some_kept
+from tests.saap.models.mixtures import CASES as MIXTURES
+from tests.saap.models.mixtures import build as mixture
+from tests.saap.models.mixtures import random_keep as some_kept
 
 PROGRAM = """
 import json, sys, torch
