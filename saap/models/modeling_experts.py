@@ -30,7 +30,7 @@ class UnevenMixture(UnevenModel):
         self.set_experts_implementation(self.get_correct_experts_implementation(config._experts_implementation))
 
     def set_experts_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers. torch's grouped product takes rows of whole 16 bytes only: others are computed eagerly."""
+        """As in transformers. torch's grouped product takes rows of whole 16 bytes: others are computed eagerly."""
         super().set_experts_implementation(*args, **kwargs)  # type: ignore[misc]
         for module in self.modules():
             if hasattr(module, "num_experts") and hasattr(module, "down_proj"):

@@ -11,7 +11,7 @@ from tests.saap.models.mixtures import CASES, WIDTH, E, build, mixed, router_and
 
 
 def assert_close(found, expected):
-    """To 1e-4 or, where a router is so sure of an expert that its gradient cancels, a millionth of the largest score."""
+    """To 2e-4, or a millionth of the largest score: of a router that is sure the gradient cancels."""
     for mine, plain in zip(found, expected, strict=True):
         assert mine.dtype == np.float32
         np.testing.assert_allclose(mine, plain, rtol=2e-4, atol=1e-6 * plain.max())
