@@ -81,7 +81,8 @@ def _short_reader() -> Any:
         def _bytes(self, start: int, kind: int, count: int) -> int:
             if kind != GGUFValueType.STRING:
                 return count * np.dtype(self.gguf_scalar_to_np[GGUFValueType(kind)]).itemsize
-            data, length, at = memoryview(self.data), Struct("<Q").unpack_from, start
+            data: Any = self.data
+            data, length, at = memoryview(data), Struct("<Q").unpack_from, start
             for _ in range(count):
                 at += 8 + length(data, at)[0]
             return at - start

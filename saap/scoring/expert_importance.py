@@ -20,8 +20,9 @@ class ExpertChannels:
     """
 
     def __init__(self, model: nn.Module, start: int) -> None:
-        self.family: Any = family_of(model.config)
-        self.mixtures = mixtures_of(model)[1] if isinstance(self.family, Experts) else {}
+        family = family_of(model.config)
+        self.family: Any = family
+        self.mixtures = mixtures_of(model)[1] if isinstance(family, Experts) else {}
         self.layers: Any = self.family.layers(model)
         self.count = start
         self.router: dict[int, slice] = {}
