@@ -1,10 +1,10 @@
-"""What vLLM's own config code reads of our checkpoints, layer by layer. vLLM itself is not installed and nothing is run.
+"""What vLLM's own config code reads of our checkpoints, layer by layer; no model of vLLM's is made.
 
     pip download --no-deps vllm==0.33.0 -d vllm && unzip -q vllm/vllm-*.whl -d vllm
     pip install --no-deps --target vllm cbor2 pyzmq openai-harmony openai
     python benchmarks/vllm_config.py vllm FOLDER ...
 
-Prints a line a checkpoint, and as its last line one JSON object. Ends with 1 when vLLM reads other heads than there are.
+Prints a line a checkpoint and, last, one JSON object. Ends with 1 when vLLM reads other heads than there are.
 """
 
 import json

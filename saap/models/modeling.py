@@ -241,7 +241,7 @@ def register(*models: Any) -> None:
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
         if issubclass(model, UnevenModel):
-            stock = next(MODEL_MAPPING[kind] for kind in model.config_class.__mro__[1:] if kind in MODEL_MAPPING)
+            stock: Any = next(MODEL_MAPPING[kind] for kind in model.config_class.__mro__[1:] if kind in MODEL_MAPPING)
             mixins = [base for base in model.__bases__ if issubclass(base, UnevenModel)]
             name = model.__name__.replace("ForCausalLM", "Model")
             headless: Any = type(name, (*mixins, stock), {**vars(model), "headless": None})

@@ -75,18 +75,27 @@ def refit(
                 drifts = _before_norm(wanted, found, "attention") if family.post_norm else between
                 _fit(lean.matrices[layer, "attention"], [factor * own.x["attention"] for own in found], drifts, ridge)
                 found = lean.through(layer)
-            if layer in lean.mixtures and {(layer, "mlp"), (layer, "expert")} & lost:
-                _fit_experts(family, lean.mixtures[layer], found, _behind(wanted, found), ridge)
-                found = lean.through(layer)
-            elif (layer, "mlp") in lost:
-                drifts = _before_norm(wanted, found, "mlp") if family.post_norm else _behind(wanted, found)
-                change = _fit(lean.matrices[layer, "mlp"], [factor * own.x["mlp"] for own in found], drifts, ridge)
-                for own in found if not family.post_norm else ():
-                    own.out += factor * F.linear(own.x["mlp"], change)
-                found = lean.through(layer) if family.post_norm else found
+            if {(layer, "mlp"), (layer, "expert")} & lost:
+                found = _second_half(family, layer, lean, wanted, found, factor, ridge)
             dense.states = [theirs.out for theirs in wanted]
             lean.states = [own.out for own in found]
     return small
+
+
+def _second_half(
+    family: Any, layer: int, lean: Stream, wanted: list[Pass], found: list[Pass], factor: float, ridge: float
+) -> list[Pass]:
+    """Fit the MLP, or the experts, of the layer; returns its passes after that."""
+    if layer in lean.mixtures:
+        _fit_experts(family, lean.mixtures[layer], found, _behind(wanted, found), ridge)
+        return lean.through(layer)
+    drifts = _before_norm(wanted, found, "mlp") if family.post_norm else _behind(wanted, found)
+    change = _fit(lean.matrices[layer, "mlp"], [factor * own.x["mlp"] for own in found], drifts, ridge)
+    if family.post_norm:
+        return lean.through(layer)
+    for own in found:
+        own.out += factor * F.linear(own.x["mlp"], change)
+    return found
 
 
 def _between_halves(
