@@ -31,10 +31,11 @@ from (from metrics where run_id = $a and papers) a full join (from metrics where
 where a.value is distinct from b.value
 order by list_position(['dense', 'pruned', 'recovered'], coalesce(a.variant, b.variant)), a.metric = 'perplexity', 2"""
 _SPEEDS = """
-select variant, unnest(['parameters', 'weight_bytes', 'tokens_per_s']) as what,
-    unnest([a.parameters::double, a.weight_bytes, a.tokens_per_s]) as value_a,
-    unnest([b.parameters::double, b.weight_bytes, b.tokens_per_s]) as value_b
-from (from speed where run_id = ?) a join (from speed where run_id = ?) b using (variant)
+with sides as (select *, nullif(active_parameters, parameters) as active from speed)
+select variant, unnest(['parameters', 'active parameters', 'weight_bytes', 'tokens_per_s']) as what,
+    unnest([a.parameters::double, a.active, a.weight_bytes, a.tokens_per_s]) as value_a,
+    unnest([b.parameters::double, b.active, b.weight_bytes, b.tokens_per_s]) as value_b
+from (from sides where run_id = ?) a join (from sides where run_id = ?) b using (variant)
 order by list_position(['dense', 'pruned', 'recovered'], variant), what"""
 
 

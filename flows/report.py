@@ -20,16 +20,20 @@ SHORT = {
 def result_rows(connection: DuckDBPyConnection, run_id: str) -> tuple[list[str], list[list[str]]]:
     """One row a variant: the nine benchmarks, the average of the seven accuracies, parameters, memory, tokens/s.
 
-    Accuracies in percent, the papers' metric of each; the average only when all seven are there.
+    Of models with experts also the parameters that one token passes ("active"). Accuracies in percent, the papers'
+    metric of each; the average only when all seven are there.
     """
     metrics = connection.execute(
         "select variant, benchmark, value from metrics where run_id = ? and papers", [run_id]
     ).fetchall()
     speed = connection.execute(
-        "select variant, parameters, weight_bytes, tokens_per_s, decode_ratio from speed where run_id = ?", [run_id]
+        "select variant, parameters, active_parameters, weight_bytes, tokens_per_s, decode_ratio from speed "
+        "where run_id = ?",
+        [run_id],
     ).fetchall()
     values = {(variant, benchmark): value for variant, benchmark, value in metrics}
     speeds = {row[0]: row[1:] for row in speed}
+    sparse = any(active not in (None, parameters) for parameters, active, *_ in speeds.values())
     present = {variant for variant, _ in values} | set(speeds)
     rows = []
     for variant in [v for v in ("dense", "pruned", "recovered") if v in present]:
@@ -39,13 +43,14 @@ def result_rows(connection: DuckDBPyConnection, run_id: str) -> tuple[list[str],
         row.append(_percent(sum(known) / len(known)) if len(known) == len(ACCURACIES) else "–")
         row += [_perplexity(values.get((variant, benchmark))) for benchmark in PERPLEXITIES]
         if variant in speeds:
-            parameters, weight_bytes, rate, ratio = speeds[variant]
-            row += [f"{parameters / 1e6:.1f}M", f"{weight_bytes / 1e6:.0f} MB", f"{rate:.1f}", f"{ratio:.2f}×"]
+            parameters, active, weight_bytes, rate, ratio = speeds[variant]
+            row += [f"{parameters / 1e6:.1f}M", *([f"{active / 1e6:.1f}M"] if sparse else [])]
+            row += [f"{weight_bytes / 1e6:.0f} MB", f"{rate:.1f}", f"{ratio:.2f}×"]
         else:
-            row += ["–"] * 4
+            row += ["–"] * (4 + sparse)
         rows.append(row)
     columns = ["variant", *(SHORT[b] for b in ACCURACIES), "avg", *(SHORT[b] for b in PERPLEXITIES)]
-    return [*columns, "params", "weights", "tok/s", "speed"], rows
+    return [*columns, "params", *(["active"] if sparse else []), "weights", "tok/s", "speed"], rows
 
 
 def stage_rows(connection: DuckDBPyConnection, run_id: str) -> list[tuple[str, int, int, float]]:

@@ -19,7 +19,8 @@ LONGEST, BATCH = 6000, 1000  # characters of a parameter, metrics in one call: M
 _STATUS = {"completed": "FINISHED", "failed": "FAILED", "killed": "KILLED", "running": "RUNNING"}
 _MEASURED = "select variant, benchmark, metric, value, stderr, papers from metrics where run_id = ?"
 _SPEEDS = """
-select variant, parameters, weight_bytes, tokens_per_s, decode_ratio, prefill_tokens_per_s, peak_bytes
+select variant, parameters, active_parameters, weight_bytes, tokens_per_s, decode_ratio, prefill_tokens_per_s,
+    peak_bytes
 from speed where run_id = ?"""
 _TRAINING = "select step, loss, held_out_loss, learning_rate from training where run_id = ? order by step"
 

@@ -22,7 +22,7 @@ def _schema(*fields: tuple[str, pa.DataType, str]) -> pa.Schema:
 _SAMPLE = ("sample", pa.int32(), "calibration sample, from 0")
 _GROUP = (
     ("layer", pa.int32(), "decoder layer, from 0"),
-    ("kind", KIND, "attention (a KV head with its query heads) or mlp (a channel)"),
+    ("kind", KIND, "attention (a KV head with its query heads, or a query head), expert, or mlp (a channel)"),
     ("unit", pa.int32(), "number of the group within its layer and kind, from 0"),
 )
 
@@ -77,7 +77,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "plan": _schema(*_GROUP, ("kept", pa.bool_(), "whether the group stays")),
     "widths": _schema(
         ("layer", pa.int32(), "decoder layer, from 0"),
-        ("kind", KIND, "attention or mlp"),
+        ("kind", KIND, "attention, expert or mlp; the parameters of an expert's channels count under mlp"),
         ("units", pa.int32(), "groups in the dense model"),
         ("kept", pa.int32(), "groups that stay"),
         ("parameters", pa.int64(), "parameters of the dense structure"),
@@ -119,6 +119,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("prefill_tokens_per_s", pa.float64(), "prompt tokens a second, median"),
         ("prefill_ratio", pa.float64(), "median of the paired ratios to dense"),
         ("parameters", pa.int64(), "logical parameters; an int4 weight counts as one"),
+        ("active_parameters", pa.int64(), "of them those one token passes: of experts as many as the router picks"),
         ("weight_bytes", pa.int64(), "bytes of weights, scales and zeros as stored"),
         ("peak_bytes", pa.float64(), "weights, and the most allocated beside them on the GPU; NaN on a CPU"),
         ("macs_per_token", pa.int64(), "multiply-accumulates for one new token"),

@@ -11,7 +11,7 @@ with scores as (
         max(value) filter (benchmark = 'ptb') as ptb
     from metrics where papers group by run_id, variant)
 select r.run_id, r.name, r.model, r.data, r.criterion, r.ratio, s.variant, s.average, s.wikitext2, s.ptb,
-    v.parameters, v.weight_bytes, v.tokens_per_s, v.decode_ratio, r.started_at
+    v.parameters, v.active_parameters, v.weight_bytes, v.tokens_per_s, v.decode_ratio, r.started_at
 from scores s join runs r using (run_id) left join speed v on v.run_id = s.run_id and v.variant = s.variant;
 
 -- One row a different result, best first: runs that found the same artifacts count once, under the newest of them, and a

@@ -14,27 +14,29 @@ class Needs:
     options: tuple[str, ...] = ()
     search: str = "uniform"
     compensation: str = "none"
+    experts: bool = False
 
 
-SAAP = Needs(search="global")  # its statistics go through fuse and fluctuation
+SAAP = Needs(search="global", experts=True)  # its statistics go through fuse and fluctuation
 NEEDS: dict[str, Needs] = {
     "saap_plus": Needs(
         ("fisher", "tokens"),
         ("cuts", "heads", "ridge", "protect", "align"),
         search="global",
         compensation="least_squares",
+        experts=True,
     ),
     "saap_gates": Needs(("fisher", "tokens"), ("ratio", "seed", "protect"), search="global"),
     "llm_pruner": Needs(("gradients",), ("variant", "query_heads"), search="uniform_down"),
     "wanda_sp": Needs(("tokens",), ("ratio", "kinds", "protect", "align"), search="uniform_down"),
     "flap": Needs(("activations",), search="global", compensation="bias"),
-    "gisp": Needs(("tokens",), ("ratio", "protect", "align"), search="global"),
-    "hywia": Needs(("score",), search="uniform_down"),
+    "gisp": Needs(("tokens",), ("ratio", "protect", "align"), search="global", experts=True),
+    "hywia": Needs(("score",), search="uniform_down", experts=True),
     "loraprune": Needs(("tokens",), ("seed",), search="uniform_down"),
     "lorashear": Needs(("tokens",), ("seed",), search="global"),
-    "magnitude": Needs(),
-    "reap": Needs(("tokens",), search="global"),
-    "random": Needs((), ("seed",)),
+    "magnitude": Needs(experts=True),
+    "reap": Needs(("tokens",), search="global", experts=True),
+    "random": Needs((), ("seed",), experts=True),
 }
 
 

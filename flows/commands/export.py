@@ -201,12 +201,15 @@ def card_of(checkpoint: Checkpoint, place: str | None) -> str:
         )
         metric_rows = _rows(metrics)
         speed = connection.execute(
-            "select variant, parameters, weight_bytes, tokens_per_s, decode_ratio as ratio_to_dense, "
-            "prefill_tokens_per_s, dtype, device, threads from speed where run_id = ? and starts_with(variant, ?) "
+            "select variant, parameters, active_parameters, weight_bytes, tokens_per_s, "
+            "decode_ratio as ratio_to_dense, prefill_tokens_per_s, dtype, device, threads "
+            "from speed where run_id = ? and starts_with(variant, ?) "
             "order by variant",
             asked,
         )
         speed_rows = _rows(speed)
+        if all(row["active_parameters"] in (None, row["parameters"]) for row in speed_rows):
+            speed_rows = [{name: row[name] for name in row if name != "active_parameters"} for row in speed_rows]
     origin = origin_of(ArtifactStore(checkpoint.store), {**checkpoint.manifest, "run_id": checkpoint.run_id})
     return model_card(checkpoint.folder, origin, metrics=metric_rows, speed=speed_rows, place=place)
 

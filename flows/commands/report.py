@@ -93,12 +93,19 @@ def show(run_id: RunArgument = None, store: StoreOption = Path("saap_store")) ->
         columns = "name, status, model, data, criterion, ratio, started_at, finished_at - started_at, error"
         ((*values, error),) = connection.execute(f"select {columns} from runs where run_id = ?", [found]).fetchall()
         folders = checkpoints(ArtifactStore(store), connection, found)
+        sizes = connection.execute(
+            "select variant, parameters, active_parameters from speed where run_id = ? "
+            "order by list_position(['dense', 'pruned', 'recovered'], variant) nulls last, variant",
+            [found],
+        ).fetchall()
     names = ("name", "status", "model", "data", "criterion", "ratio", "started (UTC)", "took")
     page = report_file(store, found)
     rows: list[tuple[str, object]] = [("run", found)]
     rows += [(name, str(value).partition(".")[0] if name in ("started (UTC)", "took") else value)
              for name, value in zip(names, values, strict=True) if value is not None]  # fmt: skip
     rows += [("error", error)] if error else []
+    rows += [(f"{variant} parameters", f"{parameters:,}" + (f", active {active:,}" if active not in (None, parameters)
+              else "")) for variant, parameters, active in sizes if " in " not in variant]  # fmt: skip
     rows += [(f"{variant} checkpoint", folder) for variant, folder in folders]
     rows.append(("page", page if page.exists() else f"saap report {found} writes it"))
     width = max(len(name) for name, _ in rows)

@@ -68,12 +68,13 @@ def tiles(results: Rows) -> list[tuple[str, str, str]]:
     shown = []
     for name, title, scale, unit in (
         ("parameters", "parameters", 1e-6, " M"),
+        ("active_parameters", "active parameters", 1e-6, " M"),
         ("weight_bytes", "weights", 1e-6, " MB"),
         ("tokens_per_s", "tokens a second", 1, ""),
         ("wikitext2", "WikiText-2 perplexity", 1, ""),
         ("average", "average accuracy", 100, " %"),
     ):
-        if last[name] is not None:
+        if last[name] is not None and not (name == "active_parameters" and last[name] == last["parameters"]):
             beside = f"dense {rounded(dense[name] * scale)}{unit}" if dense and dense[name] is not None else ""
             shown.append((title, f"{rounded(last[name] * scale)}{unit}", beside))
     return shown

@@ -19,6 +19,7 @@ NAMES = {
     "wikitext2": "WikiText-2",
     "ptb": "PTB",
 }
+KINDS = {"attention": "Attention: heads", "expert": "Experts", "mlp": "MLP: channels"}
 LEGEND = (("dense", "dense"), ("pruned", "pruned"), ("recovered", "recovered"))
 
 SCORES = """
@@ -28,9 +29,9 @@ from metrics m left join significance s
     and s.metric = m.metric and s.protocol = m.protocol and s.data = m.data
 where m.run_id = ? and m.papers"""
 SIZES = """
-select s.variant, s.parameters, s.weight_bytes, s.tokens_per_s, s.tokens_per_s_spread, s.decode_ratio,
-    s.prefill_tokens_per_s, s.prefill_ratio, s.peak_bytes, s.macs_per_token, s.dtype, r.wikitext2, s.device, s.threads,
-    s.prompt_tokens, s.new_tokens, s.runs
+select s.variant, s.parameters, s.active_parameters, s.weight_bytes, s.tokens_per_s, s.tokens_per_s_spread,
+    s.decode_ratio, s.prefill_tokens_per_s, s.prefill_ratio, s.peak_bytes, s.macs_per_token, s.dtype, r.wikitext2,
+    s.device, s.threads, s.prompt_tokens, s.new_tokens, s.runs
 from speed s left join results r using (run_id, variant) where run_id = ?
 order by list_position(['dense', 'pruned', 'recovered'], variant) nulls last, variant"""
 KEPT = """
@@ -122,8 +123,10 @@ def sizes(connection: Any, run_id: str, absent: Callable[[str], str]) -> Section
     for row in rows:
         row["megabytes"] = row["weight_bytes"] / 1e6
         row["peak_bytes"] = row["peak_bytes"] if row["peak_bytes"] == row["peak_bytes"] else None  # NaN on a CPU
+    sparse = any(row["active_parameters"] not in (None, row["parameters"]) for row in rows)
+    active = [Column("active_parameters", "active parameters, M", digits(1, 1e-6))] if sparse else []
     columns = (
-        words("variant", "variant"), Column("parameters", "parameters, M", digits(1, 1e-6)),
+        words("variant", "variant"), Column("parameters", "parameters, M", digits(1, 1e-6)), *active,
         Column("weight_bytes", "weights, MB", digits(1, 1e-6)), Column("tokens_per_s", "tokens/s", digits(1)),
         Column("tokens_per_s_spread", "IQR / median", digits(3)), Column("decode_ratio", "× dense", digits(2)),
         Column("prefill_tokens_per_s", "prefill, tokens/s", digits(0)),
@@ -154,7 +157,8 @@ def kept(connection: Any, run_id: str, absent: Callable[[str], str]) -> Section:
         Column("share", "share kept, %", digits(1, 100)), Column("parameters", "parameters, dense", digits(0)),
         Column("kept_parameters", "parameters kept", digits(0)),
     )  # fmt: skip
-    drawn = [Chart(charts.kept("attention"), "Attention: KV heads"), Chart(charts.kept("mlp"), "MLP: channels")]
+    kinds = {row["kind"] for row in rows}
+    drawn = [Chart(charts.kept(kind), caption) for kind, caption in KINDS.items() if kind in kinds]
     return Section("kept", "What stays, layer by layer", "The outline is the dense model.", columns, rows, drawn,
                    None if rows else absent("prune"))  # fmt: skip
 
@@ -185,9 +189,10 @@ def importance(connection: Any, run_id: str, absent: Callable[[str], str], direc
                     Column("element_min", "fine, lowest", rounded), Column("element_max", "fine, highest", rounded),
                     Column("vector_mean", "coarse, mean", rounded),
                     Column("vector_sd", "coarse, sd", rounded)]  # fmt: skip
+    kinds = {row["kind"] for row in rows}
     drawn = [
         Chart(charts.importance(kind, sampled, layers), caption, wide=False)
-        for kind, caption in (("attention", "Attention: KV heads, by layer"), ("mlp", "MLP: channels, by layer"))
+        for kind, caption in ((kind, f"{name}, by layer") for kind, name in KINDS.items() if kind in kinds)
     ]
     return Section("importance", title, lead + ".", columns, rows, drawn)
 

@@ -63,7 +63,7 @@ def saap_plus(
         keep, small = _nearest(model, plans, tokens, ridge)
         again = np.full(len(groups), -1.0)  # below all that stays
         last = heads == "measured" and cut == max(cuts)
-        again[keep] = 0 if last else mask_fisher(small, tokens) / groups.parameters[keep]
+        again[keep] = 0 if last else mask_fisher(small, tokens) / discover(small).costs
         score[np.lexsort((score, again))] = np.arange(len(groups))
     return score
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from saap.errors import SaapError
-from saap.models.groups import discover
+from saap.models.groups import discover, refuse_experts
 from saap.progress import tqdm
 from saap.pruning.plan import PROTECTED, select
 from saap.scoring.backward import is_offloaded
@@ -44,6 +44,7 @@ def wanda_sp(
     """
     if is_offloaded(model):
         raise SaapError("wanda_sp prunes as it goes, and needs a model whose weights are all on its device")
+    refuse_experts(model)
     groups = discover(model)
     limits = {"search": "uniform_down", "kinds": kinds, "protect": tuple(protect), "align": align}
     counted = select(np.zeros(len(groups)), groups, ratio, **limits)  # type: ignore[arg-type]

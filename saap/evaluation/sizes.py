@@ -54,9 +54,8 @@ def size_of(model: nn.Module) -> Size:
     )
     idle = 0
     family = family_of(model.config)
-    for layer in family.layers(model) if isinstance(family, Experts) else []:
-        experts: Any = layer.get_submodule("mlp.experts")
-        router: Any = layer.get_submodule(family.router)  # type: ignore[attr-defined]
+    for layer, experts in family.mixtures(model).items() if isinstance(family, Experts) else ():
+        router: Any = family.layers(model)[layer].get_submodule(family.router)  # type: ignore[attr-defined]
         one = sum(parameter[0].numel() for parameter in experts.parameters())
         idle += (experts.num_experts - router.top_k) * one
         macs += router.weight.numel() + router.top_k * 3 * experts.down_proj[0].numel()

@@ -23,9 +23,10 @@ class Speed:
 
     tokens_per_s: decode with a KV cache, all rows of the batch; prefill_tokens_per_s: the prompt alone. On a GPU
     decoding replays a CUDA graph over a static cache, and eager_tokens_per_s is the same without the graph; on a CPU
-    both are the plain loop. weight_bytes: what the parameters and buffers occupy as stored; peak_bytes: those, and the
-    most that was allocated beside them on a GPU (CPU: NaN). macs_per_token: multiply-accumulates of the linear layers
-    for one new token, attention over the prompt included.
+    both are the plain loop. active_parameters: those that one token passes (`Size.active`). weight_bytes: what the
+    parameters and buffers occupy as stored; peak_bytes: those, and the most that was allocated beside them on a GPU
+    (CPU: NaN). macs_per_token: multiply-accumulates of the linear layers for one new token, attention over the prompt
+    included.
     """
 
     variant: str
@@ -36,6 +37,7 @@ class Speed:
     prefill_tokens_per_s: float
     prefill_ratio: float
     parameters: int
+    active_parameters: int
     weight_bytes: int
     peak_bytes: float
     macs_per_token: int
@@ -70,6 +72,7 @@ def compare_speed(
             variant=name,
             **timings[name],
             parameters=sizes[name].parameters,
+            active_parameters=sizes[name].active,
             weight_bytes=sizes[name].weight_bytes,
             peak_bytes=sizes[name].weight_bytes + decoders[name].extra_bytes,
             macs_per_token=sizes[name].macs_per_token(prompt_tokens),

@@ -44,6 +44,7 @@ def llama_cpp_speed(
             variant=f"{name} in llama.cpp",
             **timings[name],
             parameters=sizes[name].parameters,
+            active_parameters=sizes[name].active,
             weight_bytes=done[name].bytes,
             peak_bytes=float("nan"),
             macs_per_token=sizes[name].macs_per_token(prompt_tokens),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saap.models.checkpoint import load_config
+from saap.models.families import Experts, family_of
 
 HOW_TO_LOAD = """\
 With transformers 5.20 or newer and nothing else; the layers have widths of their own, so their classes come along as a
@@ -79,8 +80,8 @@ def model_card(
     parts = [
         _front_matter(origin, name, metrics, groupwise),
         f"# {', '.join(filter(None, (title, recovered)))}\n",
-        f"Made from {_linked(origin.base_model)} by the saap pipeline: whole attention heads and MLP channels, ranked "
-        f"by {ranked}, were removed, so that it is a smaller dense model"
+        f"Made from {_linked(origin.base_model)} by the saap pipeline: {_removed(config)}, ranked by {ranked}, "
+        "were removed, so that it is a smaller model of the same kind"
         + (f", and it was {recovered} by fine-tuning.\n" if recovered else ".\n"),
         "## How to load\n",
         HOW_TO_LOAD.format(place=place or "."),
@@ -100,6 +101,11 @@ def model_card(
     made = ", ".join(f"{package} {number}" for package, number in origin.versions.items())
     parts.append(f"Artifact `{origin.key}` of run `{origin.run_id}`" + (f"; {made}.\n" if made else ".\n"))
     return "\n".join(parts)
+
+
+def _removed(config: Any) -> str:
+    experts = ", experts" if isinstance(family_of(config), Experts) else ""
+    return f"whole attention heads{experts} and MLP channels"
 
 
 def _front_matter(origin: Origin, name: str, metrics: Sequence[Mapping[str, Any]], groupwise: Any) -> str:
@@ -140,9 +146,18 @@ def _widths(config: Any) -> list[dict[str, Any]]:
             row = {"heads": own.num_attention_heads if kept is None else len(kept)}
         else:
             row = {"query heads": own.num_attention_heads, "KV heads": own.num_key_value_heads}
-        channels = getattr(own, "intermediate_size", None) or 4 * own.hidden_size
-        rows.append({"layer": layer, **row, "MLP channels": channels})
+        rows.append({"layer": layer, **row, **_inner(config, own, layer)})
     return rows
+
+
+def _inner(config: Any, own: Any, layer: int) -> dict[str, Any]:
+    family = family_of(config)
+    channels = getattr(own, "intermediate_size", None) or 4 * own.hidden_size
+    if not isinstance(family, Experts):
+        return {"MLP channels": channels}
+    if not family.has_experts(own, layer):
+        return {"experts": "none", "MLP channels": channels}
+    return {"experts": getattr(own, family.layout.count), "MLP channels": getattr(own, family.layout.width)}
 
 
 def _dense(config: Any) -> str:
@@ -150,7 +165,11 @@ def _dense(config: Any) -> str:
     heads = fields.get("num_attention_heads") or fields.get("n_head")
     channels = fields.get("intermediate_size") or 4 * fields["hidden_size"]
     shared = fields.get("num_key_value_heads")
-    return f"{heads} heads" + (f" over {shared} KV heads" if shared else "") + f", {channels} channels a layer"
+    family, inner = family_of(config), f"{channels} channels a layer"
+    if isinstance(family, Experts):
+        count = fields[config.attribute_map.get(family.layout.count, family.layout.count)]
+        inner = f"{count} experts of {fields[family.layout.width]} channels a layer with experts"
+    return f"{heads} heads" + (f" over {shared} KV heads" if shared else "") + f", {inner}"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """One width for all layers: a stock config and class that transformers, vLLM and others load with nothing extra."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from saap.errors import SaapError
 from saap.int4.quantize import dequantize
 from saap.models.checkpoint import DTYPES, complete, load, load_config, save
+from saap.models.families import Experts, family_of
 from saap.models.tokenizer import load_tokenizer
 
 STOCK = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "ministral3", "granite"),
-    *("phi3", "glm4", "olmo2", "olmo3", "cohere2", "qwen3_5_text"),
+    *("phi3", "glm4", "olmo2", "olmo3", "cohere2", "qwen3_5_text", "qwen3_moe", "mixtral", "gpt_oss"),
 )
 # config fields that a stock model does not use
 OURS = (
@@ -29,6 +31,12 @@ OURS = (
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
+def _widths(config: Any) -> tuple[str, ...]:
+    family = family_of(config)
+    mixture = (family.layout.count, family.layout.width) if isinstance(family, Experts) else ()
+    return tuple(dict.fromkeys((*WIDTHS, *mixture)))
+
+
 def export_uniform(folder: str | Path, target: str | Path, *, round_to: int = 1) -> dict[str, Any]:
     """Write the checkpoint in `folder` as a stock one with equal layers; returns its class and widths.
 
@@ -36,8 +44,10 @@ def export_uniform(folder: str | Path, target: str | Path, *, round_to: int = 1)
     prune.search 'uniform' and nothing protected has equal layers: there nothing is filled.
     round_to: a tensor-parallel size. Query heads and MLP channels become multiples of it, KV heads multiples or
     divisors. int4 layers become floats of the same values: stock classes have no place for our codes.
+    Experts get zero channels too. Where layers keep different numbers of them, a layer gets experts that its router
+    never picks, which takes a router with biases (gpt_oss); others are refused.
 
-    Raises SaapError for a family or biases that no stock class has.
+    Raises SaapError for a family, biases or numbers of experts that no stock class has.
     """
     if round_to < 1:
         raise SaapError(f"round_to must be at least 1, got {round_to}")
@@ -45,7 +55,7 @@ def export_uniform(folder: str | Path, target: str | Path, *, round_to: int = 1)
     model = dequantize(load(folder, dtype=stored if stored in DTYPES else "float32"))
     even = uniform(model, round_to)
     save(even, target, load_tokenizer(folder))
-    return {"class": type(even).__name__, **{name: getattr(even.config, name) for name in WIDTHS}}
+    return {"class": type(even).__name__, **{name: getattr(even.config, name) for name in _widths(even.config)}}
 
 
 @torch.no_grad()
@@ -65,6 +75,8 @@ def uniform(model: Any, round_to: int = 1) -> Any:
             own = state[name]
             if own.shape == filled.shape or not name.startswith("model.layers."):
                 filled.copy_(own)
+            elif ".mlp.experts." in name or name.split(".")[-2] in ("gate", "router"):
+                _fill_experts(filled, own, name)
             else:
                 _, _, layer, *path, leaf = name.split(".")
                 places = _places(layers[int(layer)], config)[path[-1]]
@@ -77,6 +89,15 @@ def uniform(model: Any, round_to: int = 1) -> Any:
         state[name] = filled
     even.load_state_dict(state, assign=True)
     return complete(even, model)
+
+
+def _fill_experts(filled: torch.Tensor, own: torch.Tensor, name: str) -> None:
+    """Experts and their channels come first in the zeros, and a router's further experts get biases no token picks."""
+    if name.endswith("router.bias"):
+        filled.fill_(torch.finfo(filled.dtype).min / 2)
+    if name.endswith("gate_up_proj") and own.shape[2] == filled.shape[2]:  # (experts, gate above up, hidden)
+        filled, own = filled.unflatten(1, (2, -1)), own.unflatten(1, (2, -1))
+    filled[tuple(slice(size) for size in own.shape)] = own
 
 
 def _places(own: Any, even: Any) -> dict[str, torch.Tensor]:
@@ -97,6 +118,7 @@ def _places(own: Any, even: Any) -> dict[str, torch.Tensor]:
         **dict.fromkeys(("q_proj", "o_proj", "q_norm"), query),
         **dict.fromkeys(("k_proj", "v_proj", "k_norm"), key),
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), channels),
+        "self_attn": query[::size] // size,  # its sinks, one a query head
         "qkv_proj": torch.cat([query, first + key, second + key]),
         "gate_up_proj": torch.cat([channels, even.intermediate_size + channels]),
     }
@@ -130,6 +152,7 @@ def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
         "num_key_value_heads": shared,
         "intermediate_size": -(-max(own.intermediate_size for own in layers) // round_to) * round_to,
     }
+    fields |= _mixture_fields(old, layers, round_to)
     if kind == "mistral":
         fields["sliding_window"] = getattr(old, "sliding_window", None)
     if kind == "llama" or hasattr(old, "attention_bias"):
@@ -137,6 +160,25 @@ def _stock_config(old: Any, biased: set[str], round_to: int) -> Any:
     if kind == "llama" or hasattr(old, "mlp_bias"):
         fields["mlp_bias"] = bool(biased & {"gate_proj", "up_proj", "down_proj"})
     return CONFIG_MAPPING[kind](**fields)
+
+
+def _mixture_fields(old: Any, layers: list[Any], round_to: int) -> dict[str, int]:
+    """The config fields of experts, wide enough for those of all layers that have some."""
+    family = family_of(old)
+    if not isinstance(family, Experts):
+        return {}
+    count, width = family.layout.count, family.layout.width
+    mixed = [own for number, own in enumerate(layers) if family.has_experts(own, number)]
+    counts = {getattr(own, count) for own in mixed}
+    if len(counts) > 1 and family.layout.stacked:
+        raise SaapError(
+            f"layers keep {min(counts)} to {max(counts)} experts, and the router of a {family.model_types[0]} has no "
+            "biases that would keep tokens from experts that are filled up: prune with prune.search = 'uniform' and "
+            "prune.protect = []"
+        )
+    step = math.lcm(round_to, 8)  # torch's grouped product takes rows of whole 16 bytes only
+    count = old.attribute_map.get(count, count)  # a Qwen3-MoE's config stores num_experts under another name
+    return {count: max(counts), width: -(-max(getattr(own, width) for own in mixed) // step) * step}
 
 
 def _heads(old: Any, round_to: int, divides: bool) -> tuple[int, int]:

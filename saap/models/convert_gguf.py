@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
+import numpy as np
 import torch
 
 from saap.errors import SaapError
 from saap.models.checkpoint import save
 from saap.models.families import family_of
+
+LONGEST = 4096  # items of an array that the model itself can need
 
 
 def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
@@ -30,9 +35,9 @@ def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
         del config.quantization_config
         family_of(config)
         _check_whole(reader, quantised, gguf)
-        with no_init_weights():
+        with torch.device("meta"), no_init_weights():
             plain = type(quantised)(config)
-        plain.load_state_dict(quantised.state_dict())
+        plain.load_state_dict(quantised.state_dict(), assign=True)
         plain.tie_weights()
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         cut = reader.get_field("tokenizer.ggml.pre")
@@ -43,16 +48,55 @@ def convert_gguf(gguf: str | Path, folder: str | Path) -> None:
 
 @contextmanager
 def _read_once(file: Path) -> Iterator[Any]:
-    """While open, gguf gives the same reader of a file to everyone who asks: parsing a vocabulary takes seconds."""
+    """While open, gguf gives the same reader of a file, and the same map of names, to everyone who asks.
+
+    The reader leaves long arrays out, which are the vocabulary: gguf's own takes ten seconds for 262,144 tokens, and
+    transformers, which reads it again by itself for the tokenizer, wants to know their number only.
+    """
     import gguf
 
-    original = gguf.GGUFReader
-    reader = original(file)
+    original, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    reader = _short_reader()(file)
     gguf.GGUFReader = lambda path, *_: reader if Path(path).samefile(file) else original(path)  # type: ignore
+    gguf.get_tensor_name_map = lru_cache(names)  # transformers asks for each module anew
     try:
         yield reader
     finally:
-        gguf.GGUFReader = original  # type: ignore[misc]
+        gguf.GGUFReader, gguf.get_tensor_name_map = original, names  # type: ignore[misc]
+
+
+def _short_reader() -> Any:
+    """gguf's reader, for which an array of more than LONGEST items has none, and the vocabulary a size."""
+    from gguf import GGUFReader, GGUFValueType, ReaderField
+
+    class ShortReader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            if raw_type == GGUFValueType.ARRAY:
+                kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+                if count[0] > LONGEST:
+                    size = 12 + self._bytes(orig_offs + 12, int(kind[0]), int(count[0]))
+                    return size, [kind, count], [], [GGUFValueType.ARRAY]
+            return super()._get_field_parts(orig_offs, raw_type)
+
+        def _bytes(self, start: int, kind: int, count: int) -> int:
+            if kind != GGUFValueType.STRING:
+                return count * np.dtype(self.gguf_scalar_to_np[GGUFValueType(kind)]).itemsize
+            data: Any = self.data
+            data, length, at = memoryview(data), Struct("<Q").unpack_from, start
+            for _ in range(count):
+                at += 8 + length(data, at)[0]
+            return at - start
+
+    def read(file: Path) -> Any:
+        reader = ShortReader(file)
+        name = f"{reader.fields['general.architecture'].contents()}.vocab_size"
+        tokens = reader.fields.get("tokenizer.ggml.tokens")
+        if name not in reader.fields and tokens is not None:
+            size = tokens.parts[-1].astype(np.uint32) if not tokens.data else np.array([len(tokens.data)], np.uint32)
+            reader.fields[name] = ReaderField(0, name, [size], [0], [GGUFValueType.UINT32])
+        return reader
+
+    return read
 
 
 def _check_whole(reader: Any, model: Any, file: Path) -> None:

@@ -54,19 +54,26 @@ class Groups(_Rules):
     def costs(self) -> np.ndarray:
         """int64 (N,): parameters, and for an expert those of its channels too."""
         costs = self.parameters.copy()
-        for layer, kind, index in self.structures():
-            if kind == "mlp" and self.stretches(layer, kind) > 1:
-                experts = (self.layer == layer) & (self.kind == "expert")
-                costs[experts] += self.parameters[index].reshape(self.stretches(layer, kind), -1).sum(1)
+        for experts, channels in self.mixtures().values():
+            costs[experts] += self.parameters[channels].sum(1)
         return costs
+
+    def mixtures(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Layer with experts → indices of the experts (E,) and of their channels (E, I)."""
+        found = {layer: index for layer, kind, index in self.structures() if kind == "expert"}
+        return {
+            layer: (found[layer], index.reshape(len(found[layer]), -1))
+            for layer, kind, index in self.structures()
+            if kind == "mlp" and layer in found
+        }
 
     def scopes(self, scope: str) -> np.ndarray:
         """int64 (N,): groups with the same number share a scope: 'global', 'kind', 'layer_kind' or 'group'."""
-        kind = (self.kind == "mlp").astype(np.int64)
+        kind = 2 * (self.kind == "mlp").astype(np.int64) + (self.kind == "expert")
         labels = {
             "global": np.zeros(len(self), np.int64),
             "kind": kind,
-            "layer_kind": self.layer.astype(np.int64) * len(KINDS) + kind,
+            "layer_kind": self.layer.astype(np.int64) * 3 + kind,
             "group": np.arange(len(self)),
         }
         return np.unique(labels[scope], return_inverse=True)[1]
@@ -95,15 +102,19 @@ def group_matrices(model: nn.Module) -> Iterator[tuple[int, str, Part, nn.Linear
 
     Raises SaapError for a mixture of experts, whose groups are more than the matrices that are linear layers.
     """
-    if isinstance(family_of(model.config), Experts):
-        raise SaapError(
-            f"experts of a {model.config.model_type} are ranked by criterion saap_plus (with cuts = [], heads "  # type: ignore[union-attr]
-            "= 'pooled') or reap, and not refitted: set prune.compensation to 'none'"
-        )
+    refuse_experts(model)
     for layer, kinds in enumerate(layer_parts(model)):
         for kind, members in kinds.items():
             for part, linear in members:
                 yield layer, kind, part, linear
+
+
+def refuse_experts(model: nn.Module) -> None:
+    """Raises SaapError for a mixture of experts: for what is made for layers without them."""
+    if isinstance(family_of(model.config), Experts):
+        raise SaapError(
+            f"this is not made for the experts of a {model.config.model_type}: see docs/families.md for what is"  # type: ignore[union-attr]
+        )
 
 
 def discover(model: nn.Module) -> Groups:
@@ -115,7 +126,7 @@ def discover(model: nn.Module) -> Groups:
     configs = family.layer_configs(model)
     for layer, (config, parts) in enumerate(zip(configs, layer_parts(model), strict=True)):
         sizes: dict[str, int] = {}
-        if isinstance(family, Experts):
+        if isinstance(family, Experts) and config.mixture:
             sizes = family.sizes(family.layers(model)[layer])
             fewest[layer] = config.num_experts_per_tok
         for kind, count in family.units(config).items():
@@ -162,7 +173,9 @@ def weight_of(linear: nn.Linear, device: torch.device | None = None) -> torch.Te
 def weight_norms(model: nn.Module) -> np.ndarray:
     """float64 (N,): ‖W‖², the sum of squares of all weights (biases apart) of each coupled group."""
     norms = []
-    for parts in layer_parts(model):
+    family = family_of(model.config)
+    mixtures = family.mixtures(model) if isinstance(family, Experts) else {}
+    for layer, parts in enumerate(layer_parts(model)):
         for kind in parts:
             total: torch.Tensor | None = None
             for part, linear in parts[kind]:
@@ -170,4 +183,7 @@ def weight_norms(model: nn.Module) -> np.ndarray:
                 square = part.by_unit(square).sum(1)
                 total = square if total is None else total + square
             norms.append(total.cpu().numpy())  # type: ignore[union-attr]
+        if layer in mixtures:
+            rows, channels = family.by_expert(family.layers(model)[layer], torch.square)  # type: ignore[attr-defined]
+            norms += [(rows + channels.sum(1)).cpu().numpy(), channels.flatten().cpu().numpy()]
     return np.concatenate(norms)

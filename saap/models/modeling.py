@@ -4,6 +4,7 @@ Needs only torch and transformers, so that a checkpoint can carry this file to p
 """
 
 import copy
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,9 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -214,6 +217,7 @@ class UnevenModel:
     layer_class: Any
     layers_path = "layers"  # in the base model
     outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  # in a layer
+    headless: str | None = None  # the class without a head, as auto_map names it
 
     def __init__(self: Any, config: Any) -> None:
         # everything but the layers has one width: build it from a configuration without layers
@@ -222,6 +226,8 @@ class UnevenModel:
         super().__init__(frame)  # type: ignore[call-arg]
         config._attn_implementation = frame._attn_implementation
         self.config = self.base_model.config = config
+        if self.headless and not getattr(config, "auto_map", None):
+            config.auto_map = {"AutoModel": self.headless}
         layers = self.base_model.get_submodule(self.layers_path)
         for index, layer_config in enumerate(config.per_layer_config):
             layers.append(self.layer_class(layer_config, index))
@@ -243,11 +249,20 @@ class UnevenModel:
 def register(*models: Any) -> None:
     """Register with transformers' Auto classes; save_pretrained copies the file of the class into the checkpoint.
 
-    It also copies the files that this one imports by a relative name, and names the class in config.json's auto_map.
+    It also copies the files that this one imports by a relative name, and names the class in config.json's auto_map. A
+    class of the model without its head is put beside each: vLLM's Transformers backend makes that.
     """
     for model in models:
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+        if issubclass(model, UnevenModel):
+            stock: Any = next(MODEL_MAPPING[kind] for kind in model.config_class.__mro__[1:] if kind in MODEL_MAPPING)
+            mixins = [base for base in model.__bases__ if issubclass(base, UnevenModel)]
+            name = model.__name__.replace("ForCausalLM", "Model")
+            headless: Any = type(name, (*mixins, stock), {**vars(model), "headless": None})
+            setattr(sys.modules[model.__module__], name, headless)
+            AutoModel.register(model.config_class, headless, exist_ok=True)
+            model.headless = f"{model.__module__.rpartition('.')[2]}.{name}"
         model.config_class.register_for_auto_class()
         model.register_for_auto_class("AutoModelForCausalLM")
 

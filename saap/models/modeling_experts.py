@@ -4,6 +4,8 @@ Needs only torch and transformers, so that a checkpoint can carry this file and 
 the package.
 """
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import (
     GptOssConfig,
@@ -20,12 +22,29 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from .modeling import UnevenConfig, UnevenModel, register
 
 
+class UnevenMixture(UnevenModel):
+    """Its layers compute their experts as the model's config says, where their widths allow it."""
+
+    def __init__(self: Any, config: Any) -> None:
+        super().__init__(config)
+        self.set_experts_implementation(self.get_correct_experts_implementation(config._experts_implementation))
+
+    def set_experts_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers. torch's grouped product takes rows of whole 16 bytes: others are computed eagerly."""
+        super().set_experts_implementation(*args, **kwargs)  # type: ignore[misc]
+        for module in self.modules():
+            if hasattr(module, "num_experts") and hasattr(module, "down_proj"):
+                whole = all(size % 8 == 0 for size in module.down_proj.shape[1:])
+                wanted = self.config._experts_implementation
+                module.config._experts_implementation = wanted if whole or wanted != "grouped_mm" else "eager"
+
+
 @strict
 class SaapQwen3MoeConfig(UnevenConfig, Qwen3MoeConfig):
     model_type = "saap_qwen3_moe"
 
 
-class SaapQwen3MoeForCausalLM(UnevenModel, Qwen3MoeForCausalLM):
+class SaapQwen3MoeForCausalLM(UnevenMixture, Qwen3MoeForCausalLM):
     config_class = SaapQwen3MoeConfig
     layer_class = Qwen3MoeDecoderLayer
 
@@ -35,7 +54,7 @@ class SaapMixtralConfig(UnevenConfig, MixtralConfig):
     model_type = "saap_mixtral"
 
 
-class SaapMixtralForCausalLM(UnevenModel, MixtralForCausalLM):
+class SaapMixtralForCausalLM(UnevenMixture, MixtralForCausalLM):
     config_class = SaapMixtralConfig
     layer_class = MixtralDecoderLayer
 
@@ -45,7 +64,7 @@ class SaapGptOssConfig(UnevenConfig, GptOssConfig):
     model_type = "saap_gpt_oss"
 
 
-class SaapGptOssForCausalLM(UnevenModel, GptOssForCausalLM):
+class SaapGptOssForCausalLM(UnevenMixture, GptOssForCausalLM):
     config_class = SaapGptOssConfig
     layer_class = GptOssDecoderLayer
 

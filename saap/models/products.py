@@ -23,8 +23,8 @@ THERE = (
 
 
 def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a·bᵀ + bias for a (…, k) and b (n, k). Other dtypes and devices: as PyTorch does it."""
-    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and by_onednn():
+    """a·bᵀ + bias for a (…, k) and b (n, k). Other dtypes and devices, and no rows: as PyTorch does it."""
+    if a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and a.numel() and by_onednn():
         return _onednn(a, b, bias)
     return F.linear(a, b, bias)
 

@@ -6,6 +6,7 @@ memory, file names that leave the folder, and fields of config.json that make tr
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -165,6 +166,7 @@ def _check_names(model: Any, shapes: dict[str, tuple[int, ...]], folder: Path) -
     Files of a Baichuan, and those whose names mostly differ from the model's (another prefix), are left to `load`.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = _fused(shapes, wanted)
     split_on_loading = any(name.endswith("W_pack.weight") for name in shapes)
     if split_on_loading or len(wanted.keys() & shapes.keys()) < len(wanted) / 2:
         return
@@ -182,6 +184,28 @@ def _check_names(model: Any, shapes: dict[str, tuple[int, ...]], folder: Path) -
     wrong = {what: names for what, names in wrong.items() if names}
     if wrong:
         raise SaapError(f"the tensors in {folder} do not fit its config.json: {wrong}"[:400])
+
+
+# how files name what transformers fuses on loading: an expert's matrices one by one, as Qwen3-MoE's and Mixtral's do
+_EXPERTS = (
+    (re.compile(r"\.experts\.\d+\.(gate_proj|up_proj|w1|w3)\.weight$"), ".experts.gate_up_proj"),
+    (re.compile(r"\.experts\.\d+\.(down_proj|w2)\.weight$"), ".experts.down_proj"),
+)
+
+
+def _fused(shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes by the names of the model's tensors; of experts that are not all there, their count of numbers."""
+    found: dict[str, tuple[int, ...]] = {}
+    counts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        moved = name.replace(".block_sparse_moe.", ".mlp.")
+        fused = next((pattern.sub(target, moved) for pattern, target in _EXPERTS if pattern.search(moved)), None)
+        if fused is None:
+            found[moved] = shape
+        else:
+            counts[fused] = counts.get(fused, 0) + prod(shape)
+    whole = {name: wanted[name] for name, count in counts.items() if prod(wanted.get(name, (0,))) == count}
+    return found | {name: (count,) for name, count in counts.items()} | whole
 
 
 def _all_fields(fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:

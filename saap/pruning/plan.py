@@ -61,9 +61,9 @@ def select(
     if kinds == "mlp":
         protected |= groups.kind == "attention"
     if "expert" in groups.kind:
-        if search != "global" or kinds == "equal":
-            raise SaapError("experts have the search 'global' and kinds 'pooled' or 'mlp' (whole experts and channels)")
-        return select_experts(score if direction == "lowest" else -score, groups, ratio, protected, align)
+        if kinds == "equal":
+            raise SaapError("with experts prune.kinds is 'pooled', or 'mlp' (whole experts and channels, no heads)")
+        return select_experts(score if direction == "lowest" else -score, groups, ratio, protected, align, search)
     worth = _bundled(score if direction == "lowest" else -score, groups)
     free = int(groups.parameters[~protected].sum())
     budget = ratio * int(groups.parameters.sum())

@@ -52,7 +52,8 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
                 kept = torch.from_numpy(rows[layer, kind]).to(vector.device)
                 state[f"{names[id(module)]}.{part.matrix}"] = vector[part.staying(kept, len(vector))]
     if isinstance(family, Experts):
-        for layer, module in enumerate(family.layers(model)):
+        for layer in family.mixtures(model):
+            module = family.layers(model)[layer]
             state |= {f"{names[id(module)]}.{n}": t for n, t in family.cut(module, *_experts(rows, layer)).items()}
     for layer, kind, part, norm in _joint_norms(model):
         kept = torch.from_numpy(rows[layer, kind]).to(norm.weight.device)
@@ -118,14 +119,15 @@ def _checked(model: nn.Module, keep: np.ndarray) -> Groups:
     groups = discover(model)
     if keep.shape != (len(groups),) or keep.dtype != bool:
         raise SaapError(f"keep must be bool ({len(groups)},), got {keep.dtype} {keep.shape}")
+    mixtures = groups.mixtures()
     for layer, kind, index in groups.structures():
         if not keep[index].any():
             raise SaapError(f"the plan leaves layer {layer} without {kind}")
         each = keep[index].reshape(groups.stretches(layer, kind), -1).sum(1)
-        experts = (groups.layer == layer) & (groups.kind == "expert")
         if kind == "expert" and each[0] < groups.fewest(layer):
             raise SaapError(f"the plan leaves layer {layer} {each[0]} experts, its router picks {groups.fewest(layer)}")
-        if kind == "mlp" and experts.any():
+        if kind == "mlp" and layer in mixtures:
+            experts, _ = mixtures[layer]
             if each[~keep[experts]].any():
                 raise SaapError(f"the plan keeps channels of experts of layer {layer} that go")
             each = each[keep[experts]]

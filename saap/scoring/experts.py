@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,103 +10,118 @@ from torch import nn
 
 from saap.errors import SaapError
 from saap.models.families import Experts, family_of
-from saap.models.groups import layer_parts
+from saap.models.groups import discover, layer_parts
 from saap.progress import tqdm
-from saap.scoring.backward import backward, input_device, watch_gradients
+from saap.scoring.backward import backward, input_device, is_offloaded, watch_gradients
 
 See = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @torch.no_grad()
-def reap(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> list[np.ndarray]:
-    """Per layer, float64 (E,): the mean over the tokens that an expert gets of router weight · ‖its output‖₂.
+def reap(
+    model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4
+) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """Of each layer with experts, float64 (E,): the mean over an expert's tokens of router weight · ‖its output‖₂; and
+    the same for what each of its channels adds to that output, (E, I).
 
     The router-weighted expert activation norm of Lasby et al. (REAP, arXiv 2510.13999, eq. 9): what a token loses, to
     first order, when the expert is gone. 0 for an expert that gets no token of the calibration text.
     """
-    family, layers = _family(model)
-    sums = [np.zeros(_experts(layer).num_experts) for layer in layers]
-    counts = [np.zeros_like(total) for total in sums]
+    family, mixtures = mixtures_of(model)
+    sums = {layer: np.zeros(module.num_experts) for layer, module in mixtures.items()}
+    inside = {layer: np.zeros((len(total), family.width(mixtures[layer]))) for layer, total in sums.items()}
+    counts = {layer: np.zeros_like(total) for layer, total in sums.items()}
 
     def see(layer: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, _: torch.Tensor) -> None:
-        module = _experts(layers[layer])
+        module = mixtures[layer]
         for expert in index.unique().tolist():
             token, place = torch.where(index == expert)
-            out = family.activations(module, expert, x[token]) @ family.down(module, expert)
+            weight = weights[token, place].double()
+            entering, down = family.activations(module, expert, x[token]), family.down(module, expert)
+            out = entering @ down
             if not family.layout.stacked:
                 out = out + module.down_proj_bias[expert]
-            norm = weights[token, place].double() * out.double().norm(dim=1)
-            sums[layer][expert] += norm.sum().item()
+            sums[layer][expert] += (weight * out.double().norm(dim=1)).sum().item()
+            each = weight @ entering.abs().double() * down.double().norm(dim=1)
+            inside[layer][expert] += each.cpu().numpy()
             counts[layer][expert] += len(token)
 
-    with _watch(layers, see, gradients=False), tqdm(total=len(tokens), desc="reap", unit="sample") as bar:
+    with watch_experts(mixtures, see, gradients=False), tqdm(total=len(tokens), desc="reap", unit="sample") as bar:
         for batch in tokens.split(batch_size):
             model.base_model(batch.to(input_device(model)), use_cache=False)  # type: ignore[operator]
             bar.update(len(batch))
-    return [total / np.maximum(count, 1) for total, count in zip(sums, counts, strict=True)]
+    number = {layer: np.maximum(count, 1) for layer, count in counts.items()}
+    return (
+        {layer: total / number[layer] for layer, total in sums.items()},
+        {layer: total / number[layer][:, None] for layer, total in inside.items()},
+    )
 
 
-def expert_fisher(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) -> np.ndarray:
-    """`saap.mask_fisher` of a mixture of experts: float64 (N,), heads, experts and channels in the order of `discover`.
+def expert_masks(
+    model: nn.Module, tokens: torch.Tensor, batch_size: int, of: Callable[[torch.Tensor], torch.Tensor], name: str
+) -> np.ndarray:
+    """`mask_fisher` and `mask_gradient` of a mixture of experts: float64 (N,), the mean of `of(z)` over the samples.
 
     The mask of an expert is on its output times the router's weight, that of a channel on what it gives to that. The
     router stays as it is: that its tokens go to other experts when one is gone is not counted.
     """
     model.eval()
-    family, layers = _family(model)
-    parts = [next((part, linear) for part, linear in own["attention"] if part.axis == 1) for own in layer_parts(model)]
-    heads = [torch.zeros(linear.in_features // part.width, dtype=torch.float64) for part, linear in parts]
-    whole = [torch.zeros(_experts(layer).num_experts, dtype=torch.float64) for layer in layers]
-    inside = [torch.zeros(len(own), family.width(_experts(layer)), dtype=torch.float64)
-              for own, layer in zip(whole, layers, strict=True)]  # fmt: skip
-    length = tokens.shape[1]
+    family, mixtures = mixtures_of(model)
+    members = [
+        (layer, kind, part, linear)
+        for layer, kinds in enumerate(layer_parts(model))
+        for kind, own in kinds.items()
+        for part, linear in own
+        if part.axis == 1
+    ]
+    groups, length = discover(model), tokens.shape[1]
+    sums = {(layer, kind): torch.zeros(len(index), dtype=torch.float64) for layer, kind, index in groups.structures()}
 
-    def see_heads(number: int, x: torch.Tensor, delta: torch.Tensor) -> None:
-        part, linear = parts[number]
+    def see_linear(number: int, x: torch.Tensor, delta: torch.Tensor) -> None:
+        layer, kind, part, linear = members[number]
         z = (x.float() * (delta @ linear.weight).float()).unflatten(-1, (-1, part.width)).sum((1, -1))
-        heads[number] += z.square().sum(0).double().cpu()
+        sums[layer, kind] += of(z).sum(0).double().cpu()
 
     def see(layer: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, delta: torch.Tensor) -> None:
-        module = _experts(layers[layer])
+        module = mixtures[layer]
+        inside = sums[layer, "mlp"].view(module.num_experts, -1)
         for expert in index.unique().tolist():
             token, place = torch.where(index == expert)
             weighted = delta[token] * weights[token, place, None]
-            z = (
-                family.activations(module, expert, x[token]).float()
-                * (weighted @ family.down(module, expert).T).float()
-            )
+            entering = family.activations(module, expert, x[token]).float()
+            z = entering * (weighted @ family.down(module, expert).T).float()
             samples = torch.zeros(len(x) // length, z.shape[1], device=z.device).index_add_(0, token // length, z)
             each = samples.sum(1)
             if not family.layout.stacked:
                 bias = (weighted @ module.down_proj_bias[expert]).float()
                 each = each.index_add(0, token // length, bias)
-            inside[layer][expert] += samples.square().sum(0).double().cpu()
-            whole[layer][expert] += each.square().sum().double().cpu()
+            inside[expert] += of(samples).sum(0).double().cpu()
+            sums[layer, "expert"][expert] += of(each).sum().double().cpu()
 
-    with ExitStack() as stack:
-        stack.enter_context(_watch(layers, see, gradients=True))
-        stack.enter_context(watch_gradients([linear for _, linear in parts], see_heads))
-        for batch in tqdm(tokens.split(batch_size), desc="fisher", unit="batch"):
+    with tqdm(total=len(tokens), desc=name, unit="sample") as bar, ExitStack() as stack:
+        stack.enter_context(watch_experts(mixtures, see, gradients=True))
+        stack.enter_context(watch_gradients([linear for *_, linear in members], see_linear))
+        for batch in tokens.split(batch_size):
             backward(model, batch)
-    found = torch.cat([t.flatten() for own in zip(heads, whole, inside, strict=True) for t in own]) / len(tokens)
+            bar.update(len(batch))
+    found = torch.cat(list(sums.values())) / len(tokens)
     if not found.isfinite().all():
-        raise SaapError("the Fisher information of an expert is not finite: load the model in float32")
+        raise SaapError(f"the {name} of an expert is not finite: load the model in float32")
     return found.numpy()
 
 
-def _family(model: nn.Module) -> tuple[Experts, nn.ModuleList]:
+def mixtures_of(model: nn.Module) -> tuple[Experts, dict[int, Any]]:
+    """The family, and layer → experts. Raises SaapError for a model without them, and for weights that are away."""
     family = family_of(model.config)
     if not isinstance(family, Experts):
         raise SaapError(f"a {model.config.model_type} has no experts")  # type: ignore[union-attr]
-    return family, family.layers(model)
-
-
-def _experts(layer: nn.Module):  # type: ignore[no-untyped-def]
-    return layer.get_submodule("mlp.experts")
+    if is_offloaded(model):
+        raise SaapError("experts are ranked by a model whose weights are all on its device, without offload")
+    return family, family.mixtures(model)
 
 
 @contextmanager
-def _watch(layers: nn.ModuleList, see: See, gradients: bool) -> Iterator[None]:
+def watch_experts(mixtures: dict[int, Any], see: See, gradients: bool) -> Iterator[None]:
     """While open, see(layer, x, index, weights, δ) of each mixture: its tokens (n, H), the experts they go to, (n, k),
     with which weights, (n, k), and its output's gradient (or its output, without gradients), (n, H)."""
 
@@ -120,6 +136,6 @@ def _watch(layers: nn.ModuleList, see: See, gradients: bool) -> Iterator[None]:
         return forward
 
     with ExitStack() as stack:
-        for number, layer in enumerate(layers):
-            stack.callback(_experts(layer).register_forward_hook(hook(number)).remove)
+        for number, module in mixtures.items():
+            stack.callback(module.register_forward_hook(hook(number)).remove)
         yield

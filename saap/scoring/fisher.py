@@ -10,7 +10,7 @@ from saap.errors import SaapError
 from saap.models.families import Experts, family_of
 from saap.models.groups import weight_of
 from saap.scoring.backward import see_gradients
-from saap.scoring.experts import expert_fisher
+from saap.scoring.experts import expert_masks
 from saap.scoring.statistics import output_matrices
 
 
@@ -49,7 +49,7 @@ def _mean_over_samples(
 ) -> np.ndarray:
     """float64 (N,): mean_d of(z_gd)."""
     if isinstance(family_of(model.config), Experts):
-        return expert_fisher(model, tokens, batch_size=batch_size)
+        return expert_masks(model, tokens, batch_size, of, name)
     matrices = list(output_matrices(model))
     sums = [torch.zeros(linear.in_features // part.width, dtype=torch.float64) for *_, part, linear in matrices]
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from saap.errors import SaapError
-from saap.models.groups import group_matrices, weight_of
+from saap.models.groups import layer_parts, weight_of
 from saap.progress import tqdm
 from saap.scoring.backward import backward, input_device, is_offloaded, watch_gradients
+from saap.scoring.expert_importance import ExpertChannels
 from saap.scoring.salience import TILE, channel_sums
 
 # Tokens in one pass where no batch size is asked for. On a CPU enough for full matrix products, since what a pass keeps
@@ -107,11 +108,15 @@ class _Channels:
         self.matrices: list[tuple[int, str, int, nn.Linear, slice]] = []
         structures: dict[tuple[int, str], list[torch.Tensor]] = {}
         self.count = 0
-        for layer, kind, part, linear in group_matrices(model):
-            channels = torch.arange(self.count, self.count + linear.weight.shape[part.axis])
-            self.count += len(channels)
-            self.matrices.append((layer, part.matrix, part.axis, linear, slice(self.count - len(channels), self.count)))
-            structures.setdefault((layer, kind), []).append(part.by_unit(channels))
+        for layer, kinds in enumerate(layer_parts(model)):
+            for kind, part, linear in ((kind, *member) for kind, members in kinds.items() for member in members):
+                start, self.count = self.count, self.count + linear.weight.shape[part.axis]
+                self.matrices.append((layer, part.matrix, part.axis, linear, slice(start, self.count)))
+                structures.setdefault((layer, kind), []).append(part.by_unit(torch.arange(start, self.count)))
+        self.experts = ExpertChannels(model, self.count)
+        self.count = self.experts.count
+        structures |= {structure: [channels] for structure, channels in self.experts.structures.items()}
+        structures = dict(sorted(structures.items()))  # of a layer attention, expert, mlp
         groups: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.total = 0
         for parts in structures.values():
@@ -133,14 +138,18 @@ def _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales):
     """float32 (D, N), twice; numbers: those of the samples, for messages."""
     # memory for tiles and results comes before the activations: taken among them, it would fragment a CPU's memory
     work = torch.empty(TILE)
-    sums = torch.empty(2, len(batch), channels.count, device=channels.device)
+    made = torch.zeros if channels.experts.mixtures else torch.empty  # experts without tokens are never seen
+    sums = made(2, len(batch), channels.count, device=channels.device)
 
     def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
         _, _, axis, linear, place = channels.matrices[index]
         weight, here = weight_of(linear, delta.device), work if delta.device == work.device else None
         sums[:, :, place] = channel_sums(weight, delta, x, axis, hessian=hessian, scale=scales[0], work=here)
 
-    with watch_gradients([linear for *_, linear, _ in channels.matrices], see):
+    with (
+        watch_gradients([linear for *_, linear, _ in channels.matrices], see),
+        channels.experts.watched(sums, hessian, scales[0]),
+    ):
         backward(model, batch, scales[0], recompute=channels.device.type == "cuda")
     vectors = channels.sum(sums[0].abs() if vector_unit == "row" else sums[0]).abs().cpu()
     elements = channels.sum(sums[1]).cpu()
@@ -166,4 +175,4 @@ def _not_finite(channels: _Channels, sums: torch.Tensor, numbers: torch.Tensor) 
         if not torch.isfinite(weight_of(linear, sums.device)).all():
             return f"{where} is not finite: neither are its weights"
         first_bad = first_bad or f"{where} is not finite: load the model in float32"
-    return first_bad
+    return first_bad or "the score of an expert is not finite: load the model in float32"

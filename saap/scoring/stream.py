@@ -8,16 +8,19 @@ import torch
 from torch import nn
 from transformers.models.bloom.modeling_bloom import BloomBlock
 
-from saap.models.families import family_of
-from saap.models.groups import KINDS
+from saap.models.families import Experts, family_of
+from saap.models.groups import KINDS, layer_parts
 from saap.scoring.backward import input_device
-from saap.scoring.statistics import output_matrices
 
 
 class Pass:
-    """One batch through one layer. x, y: kind → input and output of its output matrix. out: what the layer gives."""
+    """One batch through one layer. x, y: kind → input and output of its output matrix. out: what the layer gives.
+
+    routed: in a layer with experts what they get: tokens (n, H), the experts these go to (n, k), their weights (n, k).
+    """
 
     out: torch.Tensor
+    routed: tuple[torch.Tensor, ...] = ()
 
     def __init__(self) -> None:
         self.x: dict[str, torch.Tensor] = {}
@@ -29,6 +32,9 @@ class Pass:
 
         return hook
 
+    def watch_experts(self, module: nn.Module, inputs: tuple) -> None:
+        self.routed = inputs
+
 
 class Stream:
     """The residual stream of a model in front of a layer, for each batch of tokens."""
@@ -36,9 +42,16 @@ class Stream:
     states: list[torch.Tensor]
 
     def __init__(self, model: nn.Module, tokens: torch.Tensor, batch_size: int) -> None:
-        self.layers = family_of(model.config).layers(model)
-        self.matrices = {(layer, kind): linear for layer, kind, _, linear in output_matrices(model)}
-        self.widths = {(layer, kind): part.width for layer, kind, part, _ in output_matrices(model)}  # columns a unit
+        family = family_of(model.config)
+        self.layers = family.layers(model)
+        self.mixtures = family.mixtures(model) if isinstance(family, Experts) else {}
+        outputs = {
+            (layer, kind): next((part, linear) for part, linear in members if part.axis == 1)
+            for layer, kinds in enumerate(layer_parts(model))
+            for kind, members in kinds.items()
+        }
+        self.matrices = {structure: linear for structure, (_, linear) in outputs.items()}
+        self.widths = {structure: part.width for structure, (part, _) in outputs.items()}  # columns a unit
         self.states, self.arguments = [], []
         device = input_device(model)
         for batch in tokens.split(batch_size):
@@ -61,6 +74,8 @@ class Stream:
                     stack.callback(self.matrices[layer, kind].register_forward_pre_hook(silence).remove)
                 for kind in (kind for kind in KINDS if (layer, kind) in self.matrices):
                     stack.callback(self.matrices[layer, kind].register_forward_hook(seen.watch(kind)).remove)
+                if layer in self.mixtures:
+                    stack.callback(self.mixtures[layer].register_forward_pre_hook(seen.watch_experts).remove)
                 out = self.layers[layer](states, *args, **kwargs)
             seen.out = out[0] if isinstance(out, tuple) else out
             passes.append(seen)

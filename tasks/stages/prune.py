@@ -61,11 +61,13 @@ def prune(
         saap.refit(small, dense, keep, calibration.read(), ridge=config["ridge"], batch_size=batch)
     saap.save(small, folder, load_tokenizer(step))
     write_card(step, folder)
-    parameters = saap.size_of(small).parameters
+    size = saap.size_of(small)
+    active = {} if size.active == size.parameters else {"active_parameters": size.active}
     return {
         "removed_of_prunable": round(saap.removed_share(found, keep), 6),
-        "parameters": parameters,
-        "of_total": round(1 - parameters / saap.size_of(dense).parameters, 6),
+        "parameters": size.parameters,
+        **active,
+        "of_total": round(1 - size.parameters / saap.size_of(dense).parameters, 6),
     }
 
 

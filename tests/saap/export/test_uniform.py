@@ -11,6 +11,9 @@ from saap import SaapError, dequantize, discover, load, prune, save, select, to_
 from saap.export.uniform import export_uniform
 from tests.saap.export.gguf_files import with_output_biases
 from tests.saap.models.families import GATED, GREEDY, IDS, LLAMA_LIKE, SMALL, build, logits, random_keep
+from tests.saap.models.mixtures import CASES as MIXTURES
+from tests.saap.models.mixtures import build as mixture
+from tests.saap.models.mixtures import random_keep as some_kept
 
 
 def stock(model, tokenizer, folder, **settings):
@@ -89,3 +92,34 @@ def test_what_no_stock_class_has_is_refused(case, bias, message, tiny_tokenizer,
     with pytest.raises(SaapError, match=message):
         export_uniform(tmp_path / "uneven", tmp_path / "even")
     assert not (tmp_path / "even").exists()
+
+
+def even_numbers(model, equal):
+    """Random groups to keep; with equal, two experts of every layer that has some."""
+    groups, keep = discover(model), some_kept(model, 3)
+    for experts, channels in groups.mixtures().values() if equal else ():
+        keep[experts] = [True, False, True, False]
+        keep[channels] = keep[channels][keep[channels].any(1)][0] & keep[experts][:, None]
+    return keep
+
+
+@pytest.mark.parametrize("round_to", [1, 4])
+@pytest.mark.parametrize("case", MIXTURES)
+def test_a_mixture_becomes_a_stock_one(case, round_to, tiny_tokenizer, tmp_path):
+    model = mixture(case)
+    small = prune(model, even_numbers(model, equal=case != "gpt_oss"))
+    done, even = stock(small, tiny_tokenizer, tmp_path, round_to=round_to)
+    torch.testing.assert_close(logits(even), logits(small), rtol=1e-4, atol=1e-5)
+    assert torch.equal(even.generate(IDS, **GREEDY), small.generate(IDS, **GREEDY))
+    width = "moe_intermediate_size" if "qwen" in case else "intermediate_size"
+    assert done[width] % round_to == done["num_attention_heads"] % round_to == 0
+
+
+def test_experts_that_differ_in_number_need_a_router_with_biases(tiny_tokenizer, tmp_path):
+    model = mixture("mixtral")
+    keep = np.ones(len(discover(model)), bool)
+    (experts, channels), *_ = discover(model).mixtures().values()
+    keep[experts[1]], keep[channels[1]] = False, False
+    small = prune(model, keep)
+    with pytest.raises(SaapError, match=r"3 to 4 experts.*uniform"):
+        stock(small, tiny_tokenizer, tmp_path)

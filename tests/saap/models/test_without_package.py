@@ -16,15 +16,15 @@ from saap import accuracy, dequantize, load, load_tokenizer, prune, save, to_gro
 from saap.models import modeling
 from tasks.data import mini_folder
 from tests.saap.models.families import CASES, GREEDY, IDS, LLAMA_LIKE, OTHERS, build, logits, random_keep
-from tests.saap.models.test_experts import CASES as MIXTURES
-from tests.saap.models.test_experts import build as mixture
-from tests.saap.models.test_experts import random_keep as some_kept
+from tests.saap.models.mixtures import CASES as MIXTURES
+from tests.saap.models.mixtures import build as mixture
+from tests.saap.models.mixtures import random_keep as some_kept
 
 PROGRAM = """
 import json, sys, torch
 from importlib.util import find_spec
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 assert find_spec("saap") is None, "the package can be imported here"
 assert find_spec("torch") is not None
 expected = load_file("expected.safetensors")
@@ -34,6 +34,9 @@ for name in sys.argv[3:]:
     assert "transformers_modules" in type(model).__module__, type(model)
     torch.testing.assert_close(model(ids).logits, expected[name + " logits"], rtol=1e-5, atol=1e-5)
     assert torch.equal(model.generate(ids, **greedy), expected[name + " tokens"]), name
+    base = AutoModel.from_pretrained(name, trust_remote_code=True)
+    assert type(base).__name__ == type(model).__name__.replace("ForCausalLM", "Model"), type(base)
+    assert torch.equal(base(ids).last_hidden_state, model.base_model(ids).last_hidden_state), name
     model.save_pretrained(name + " again")
     again = AutoModelForCausalLM.from_pretrained(name + " again", trust_remote_code=True).state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items()), name
@@ -92,6 +95,7 @@ def test_with_the_package_the_file_in_the_checkpoint_is_not_run(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"] == {
         "AutoConfig": "modeling.SaapLlamaConfig",
+        "AutoModel": "modeling.SaapLlamaModel",
         "AutoModelForCausalLM": "modeling.SaapLlamaForCausalLM",
     }
     assert (tmp_path / "modeling.py").read_text() == Path(modeling.__file__).read_text()

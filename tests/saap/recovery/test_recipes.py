@@ -11,7 +11,7 @@ from saap import RECIPES, Groupwise, GroupwiseLinear, Lora, Qlora, SaapError, Tr
 from saap.recovery.loss import Student
 from saap.recovery.nf4 import from_nf4, to_nf4
 from tests.saap.models.families import build, random_keep
-from tests.saap.models.test_experts import build as mixture
+from tests.saap.models.mixtures import build as mixture
 
 IDS = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(4))
 NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
