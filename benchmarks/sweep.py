@@ -142,7 +142,7 @@ def work_seconds(store: Path) -> float:
 
 def parallel(folder: Path, rounds: int) -> dict[str, float]:
     """Two slots against one, and what they found against one process."""
-    file = config(folder, "parallel", checkpoint(folder / "large", 256, 8), WORK, RATIOS[:8])
+    file = config(folder, "parallel", checkpoint(folder / "large", 512, 8), WORK, RATIOS[:8])
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for number in range(rounds):
         for slots in (1, 2) if number % 2 == 0 else (2, 1):

@@ -9,10 +9,10 @@ listener: Callable[[str, float, float | None], None] | None = None  # told: what
 
 
 class tqdm(auto.tqdm):
-    """tqdm's bar. Where it is not shown, its count still goes to the listener."""
+    """tqdm's bar, which goes when the loop is done. Where it is not shown, its count still goes to the listener."""
 
     def __init__(self, iterable: Any = None, desc: str = "", total: float | None = None, **how: Any) -> None:
-        super().__init__(iterable, desc, total, **how)
+        super().__init__(iterable, desc, total, leave=False, **how)
         self._told, self._what, self._of = how.get("initial", 0), desc, self.total if total is None else total
 
     def update(self, n: float | None = 1) -> bool | None:
