@@ -16,7 +16,7 @@ import torch
 from common import SHAPES, random_llama, randomly_pruned
 
 import saap
-from saap.models.modeling import use_groupwise
+from saap.models.modeling_groupwise import use_groupwise
 
 
 def bytes_of_halved_7b() -> float:

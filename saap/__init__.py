@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from saap.models.convert_gguf import convert_gguf
     from saap.models.families import family_of
     from saap.models.groups import Groups, choose_heads, discover, weight_norms
-    from saap.models.modeling import GroupwiseLinear, SaapLlamaConfig, SaapLlamaForCausalLM
+    from saap.models.modeling import SaapLlamaConfig, SaapLlamaForCausalLM
+    from saap.models.modeling_groupwise import GroupwiseLinear
     from saap.models.tokenizer import load_tokenizer
     from saap.pruning.compensation import add_mean_bias
     from saap.pruning.least_squares import refit
@@ -59,7 +60,8 @@ _NAMES = {
     "saap.models.convert_gguf": "convert_gguf",
     "saap.models.families": "family_of",
     "saap.models.groups": "Groups choose_heads discover weight_norms",
-    "saap.models.modeling": "GroupwiseLinear SaapLlamaConfig SaapLlamaForCausalLM",
+    "saap.models.modeling": "SaapLlamaConfig SaapLlamaForCausalLM",
+    "saap.models.modeling_groupwise": "GroupwiseLinear",
     "saap.models.tokenizer": "load_tokenizer",
     "saap.pruning.compensation": "add_mean_bias",
     "saap.pruning.least_squares": "refit",

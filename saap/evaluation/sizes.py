@@ -7,7 +7,7 @@ from torch import nn
 
 from saap.models.families import Experts, family_of
 from saap.models.groups import layer_parts
-from saap.models.modeling import GroupwiseLinear
+from saap.models.modeling_groupwise import GroupwiseLinear
 
 
 @dataclass(frozen=True)

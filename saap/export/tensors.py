@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from safetensors import safe_open
 
 from saap.errors import SaapError
-from saap.models.modeling import GroupwiseLinear
+from saap.models.modeling_groupwise import GroupwiseLinear
 from saap.models.validation import tensor_shapes, weight_files
 
 BLOCK = 32  # weights of a row that share a scale and a minimum in Q4_1

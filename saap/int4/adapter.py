@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from saap.models.modeling import GroupwiseLinear
+from saap.models.modeling_groupwise import GroupwiseLinear
 
 
 class PooledAdapter(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from saap.models.modeling import GroupwiseLinear
+from saap.models.modeling_groupwise import GroupwiseLinear
 
 GROUP_SIZES = (32, 64, 128, 256)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from saap.errors import SaapError
 from saap.models.checkpoint import complete
 from saap.models.families import family_of
-from saap.models.modeling import GroupwiseLinear, use_groupwise
+from saap.models.modeling_groupwise import GroupwiseLinear, use_groupwise
 
 
 def quantize(weight: torch.Tensor, group_size: int, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from saap.errors import SaapError
 from saap.models.families import family_of
-from saap.models.modeling import GroupwiseLinear
+from saap.models.modeling_groupwise import GroupwiseLinear
 
 
 def claimed() -> bool:

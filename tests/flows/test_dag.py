@@ -174,6 +174,14 @@ def test_a_criterion_is_ranked_anew_when_its_own_options_change_and_prunes_as_pu
     assert (cut["search"], cut["compensation"]) == (NEEDS[name].search, NEEDS[name].compensation)
 
 
+def test_what_a_group_of_attention_is_and_how_heads_are_chosen_are_told_apart(settings):
+    """Both are called heads: a rank step loads the model by the one and asks the criterion with the other."""
+    chosen = settings("criterion.name='saap_plus'", "prune.heads='query'", "criterion.heads='measured'")
+    (rank,) = (step for step in build(chosen) if step.stage == "rank")
+    params = json.loads(rank.params)
+    assert (params["heads"], params["criterion_heads"]) == ("query", "measured")
+
+
 def test_the_ridge_is_part_of_a_refit_only(settings):
     def cut(*overrides):
         return next(s for s in build(settings(*overrides)) if s.stage == "prune").key

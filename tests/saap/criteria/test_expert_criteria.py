@@ -111,7 +111,7 @@ def test_every_criterion_that_says_so_ranks_experts_for_a_plan(name, model):
         "protect": lambda: (0,),
         "align": lambda: 4,
         "cuts": lambda: (0.05, 0.1),
-        "heads": lambda: "pooled",
+        "heads": lambda: "measured",
         "ridge": lambda: "held_out",
     }
     needs = NEEDS[name]

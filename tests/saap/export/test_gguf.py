@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from saap import SaapError, dequantize, discover, prune, select, to_groupwise, weight_norms
 from saap.export.gguf import export_gguf
 from saap.export.llama_cpp import LlamaCpp
-from saap.models.modeling import GroupwiseLinear
+from saap.models.modeling_groupwise import GroupwiseLinear
 from tests.saap.export.gguf_files import exported, pruned, refused, with_output_biases
 from tests.saap.models.families import GATED, SMALL, build, random_keep
 

@@ -123,6 +123,7 @@ def test_the_refit_brings_a_pruned_mixture_nearer_to_the_dense_one(model):
     before = error(small, model)
     assert refit(small, model, keep, IDS) is small
     assert error(small, model) < 0.8 * before
+    assert error(refit(prune(model, keep), model, keep, IDS, ridge="held_out"), model) < before
     same = prune(model, keep)
     refit(same, model, keep, IDS, ridge=1e12)
     torch.testing.assert_close(logits(same), logits(prune(model, keep)), rtol=1e-3, atol=1e-3)
