@@ -280,6 +280,9 @@ def _wrong_combination(config: RunConfig) -> str | None:
             "prune.direction and prune.kinds say: leave them as they are, or set criterion.cuts = [] "
             "and criterion.heads = 'pooled'"
         )
+    sequences = config.calibrate.count + config.calibrate.own
+    if sequences < (6 if config.criterion.heads == "measured" else 2 if cut.ridge == "held_out" else 1):
+        return "criterion.heads = 'measured' needs six calibration sequences, prune.ridge = 'held_out' two"
     if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
         return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"
     return wrong_execution(config.compute, config.execute)

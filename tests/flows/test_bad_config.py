@@ -146,6 +146,8 @@ TOGETHER = [
         ["criterion.name=saap_plus", "criterion.cuts=[]", "criterion.heads=measured", "prune.kinds=mlp"],
         ["saap_plus", "prune.kinds", "criterion.heads = 'pooled'"],
     ),
+    (["criterion.heads=measured", "calibrate.count=5"], ["criterion.heads", "six"]),
+    (["prune.ridge=held_out", "calibrate.count=1"], ["prune.ridge", "two"]),
     (["criterion.name=saap_plus", "prune.direction=highest"], ["saap_plus", "prune.direction"]),
     (["recover.recipe=qlora", "compute.launch=--use_fsdp"], ["NF4", "--multi_gpu"]),
 ]
