@@ -80,13 +80,13 @@ class Criterion(Section):
     cuts: Annotated[tuple[Ratio, ...], AfterValidator(distinct)] = Field(
         (0.1, 0.2, 0.35), description="ratios below prune.ratio after which saap_plus ranks what is left again"
     )
-    heads: Literal["pooled", "measured"] = Field(
+    take_heads: Literal["pooled", "measured"] = Field(
         "pooled", description="saap_plus: heads go as the order has it, or where a measured loss says so, at each cut"
     )
 
     def cuts_for(self, ratio: float) -> list[float]:
         """Where saap_plus cuts as it ranks: below the plan's ratio, and at that too if heads are measured."""
-        return [cut for cut in sorted(self.cuts) if cut < ratio] + [ratio] * (self.heads == "measured")
+        return [cut for cut in sorted(self.cuts) if cut < ratio] + [ratio] * (self.take_heads == "measured")
 
 
 class Prune(Section):
@@ -278,11 +278,11 @@ def _wrong_combination(config: RunConfig) -> str | None:
         return (
             "saap_plus ranks again after cuts of the lowest of all kinds in one order, whatever prune.search, "
             "prune.direction and prune.kinds say: leave them as they are, or set criterion.cuts = [] "
-            "and criterion.heads = 'pooled'"
+            "and criterion.take_heads = 'pooled'"
         )
     sequences = config.calibrate.count + config.calibrate.own
-    if sequences < (6 if config.criterion.heads == "measured" else 2 if cut.ridge == "held_out" else 1):
-        return "criterion.heads = 'measured' needs six calibration sequences, prune.ridge = 'held_out' two"
+    if sequences < (6 if config.criterion.take_heads == "measured" else 2 if cut.ridge == "held_out" else 1):
+        return "criterion.take_heads = 'measured' needs six calibration sequences, prune.ridge = 'held_out' two"
     if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
         return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"
     return wrong_execution(config.compute, config.execute)

@@ -20,7 +20,7 @@ SAAP = Needs(search="global")  # its statistics go through fuse and fluctuation
 NEEDS: dict[str, Needs] = {
     "saap_plus": Needs(
         ("fisher", "tokens"),
-        ("cuts", "heads", "ridge", "protect", "align"),
+        ("cuts", "take_heads", "ridge", "protect", "align"),
         search="global",
         compensation="least_squares",
     ),

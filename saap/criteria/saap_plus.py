@@ -15,7 +15,7 @@ from saap.pruning.surgery import prune
 from saap.scoring.divergence import divergence
 from saap.scoring.fisher import mask_fisher
 
-HEADS = ("pooled", "measured")
+TAKE_HEADS = ("pooled", "measured")
 SURE = 2.0  # standard errors by which a plan that takes heads must be nearer to the dense model
 
 
@@ -24,7 +24,7 @@ def saap_plus(
     fisher: np.ndarray,
     tokens: torch.Tensor,
     cuts: Sequence[float] = (),
-    heads: str = "pooled",
+    take_heads: str = "pooled",
     ridge: float | str = RIDGE,
     protect: Sequence[int] = PROTECTED,
     align: int = 32,
@@ -41,30 +41,32 @@ def saap_plus(
     again. Groups that an earlier cut removed stay first in the order. With cuts the score is the place in the order:
     whole numbers from 0.
 
-    heads = "measured": the estimate takes no notice of the refit, which makes up for channels better than for heads. So
-    at each cut there are two plans, one as the order has it, one that takes no further head. Both are made and refitted
-    without a fifth of the sequences. Heads go if that leaves the model nearer to the dense one on that fifth
-    (`divergence`), by more than two standard errors of the difference; otherwise the other plan is cut. The last of the
-    cuts is then the ratio that the plan is for: what goes there is first in the order.
+    take_heads = "measured": the estimate takes no notice of the refit, which makes up for channels better than for
+    heads. So at each cut there are two plans, one as the order has it, one that takes no further head. Both are made
+    and refitted without a fifth of the sequences. Heads go if that leaves the model nearer to the dense one on that
+    fifth (`divergence`), by more than two standard errors of the difference; otherwise the other plan is cut. The last
+    of the cuts is then the ratio that the plan is for: what goes there is first in the order.
 
     Raises:
         SaapError: a cut out of reach, a value that is not finite, or heads measured on fewer than six sequences.
     """
-    if heads not in HEADS:
-        raise SaapError(f"heads must be one of {HEADS}, got {heads!r}")
-    if heads == "measured" and (not cuts or len(tokens) <= HELD_BACK):
-        raise SaapError("heads = 'measured' needs the ratio of the plan among the cuts, and at least six sequences")
+    if take_heads not in TAKE_HEADS:
+        raise SaapError(f"take_heads must be one of {TAKE_HEADS}, got {take_heads!r}")
+    if take_heads == "measured" and (not cuts or len(tokens) <= HELD_BACK):
+        raise SaapError(
+            "take_heads = 'measured' needs the ratio of the plan among the cuts, and at least six sequences"
+        )
     groups = discover(model)
     score, keep = fisher / groups.costs, np.ones(len(groups), bool)
     planned = partial(select, groups=groups, protect=tuple(protect), align=align)
     for cut in sorted(cuts):
         plans = [planned(score, ratio=cut)]
-        if heads == "measured":
+        if take_heads == "measured":
             spared = np.where(keep & (groups.kind == "attention"), score.max() + 1, score)
             plans.append(planned(spared, ratio=cut))
         keep, small = _nearest(model, plans, tokens, ridge)
         again = np.full(len(groups), -1.0)  # below all that stays
-        last = heads == "measured" and cut == max(cuts)
+        last = take_heads == "measured" and cut == max(cuts)
         again[keep] = 0 if last else mask_fisher(small, tokens) / groups.parameters[keep]
         score[np.lexsort((score, again))] = np.arange(len(groups))
     return score

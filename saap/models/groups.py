@@ -97,8 +97,8 @@ def group_matrices(model: nn.Module) -> Iterator[tuple[int, str, Part, nn.Linear
     """
     if isinstance(family_of(model.config), Experts):
         raise SaapError(
-            f"experts of a {model.config.model_type} are ranked by criterion saap_plus (with cuts = [], heads "  # type: ignore[union-attr]
-            "= 'pooled') or reap, and not refitted: set prune.compensation to 'none'"
+            f"experts of a {model.config.model_type} are ranked by criterion saap_plus (with cuts = [], take_"  # type: ignore[union-attr]
+            "heads = 'pooled') or reap, and not refitted: set prune.compensation to 'none'"
         )
     for layer, kinds in enumerate(layer_parts(model)):
         for kind, members in kinds.items():

@@ -30,7 +30,7 @@ class Ranking(Artifact):
 def _params(config: RunConfig) -> dict[str, Any]:
     """The criterion's own options only: another option leaves its ranking alone."""
     known = {**config.criterion.model_dump(), **config.prune.model_dump(), "seed": config.calibrate.seed}
-    known |= {"heads": config.criterion.heads, "cuts": config.criterion.cuts_for(config.prune.ratio)}
+    known["cuts"] = config.criterion.cuts_for(config.prune.ratio)
     options = {option: known[option] for option in needs_of(config.criterion.name).options}
     return {"criterion": config.criterion.name} | groups_of(config) | options
 
