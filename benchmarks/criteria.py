@@ -5,13 +5,13 @@
     python benchmarks/criteria.py --data FOLDER --criteria saap_plus:cuts=[] llm_pruner:kinds=mlp:align=32+least_squares
 
 A row is a criterion, or one of `pruning_peers.py`. After a colon come its options and those of the plan (`cuts`,
-`heads`, `variant`, `query_heads`, `search`, `kinds`, `align`, `ridge`), after a plus the compensation; left out, they
-are those of its authors. Texts are either held out, windows of the last quarter of the novels, the others being for
-calibration, and of Alpaca's instructions and answers: choices are made by the geometric mean of their perplexities. Or
-they are the test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held, the model in it, are
-those of all statistics a row needs, of ranking and of cutting (on a CPU that of the process, which keeps what rows
-before it needed). Below a row stands how its perplexities differ from those of the first row at its ratio, paired
-window by window, with a standard error. Prints a table and, as its last line, one JSON object.
+`take_heads`, `variant`, `query_heads`, `search`, `kinds`, `align`, `ridge`), after a plus the compensation; left out,
+they are those of its authors. Texts are either held out, windows of the last quarter of the novels, the others being
+for calibration, and of Alpaca's instructions and answers: choices are made by the geometric mean of their
+perplexities. Or they are the test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held, the
+model in it, are those of all statistics a row needs, of ranking and of cutting (on a CPU that of the process, which
+keeps what rows before it needed). Below a row stands how its perplexities differ from those of the first row at its
+ratio, paired window by window, with a standard error. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def cut(
     known = {statistic: cost.make(statistic, makers[statistic]) for statistic in statistics}
     settings = {**Criterion().model_dump(), "ridge": Prune().ridge, "kinds": "pooled", "protect": PROTECTED}
     settings |= {"ratio": ratio, "seed": seed, "align": align, "search": needs.search, **options}
-    settings["cuts"] = Criterion(cuts=settings["cuts"], heads=settings["heads"]).cuts_for(ratio)
+    settings["cuts"] = Criterion(cuts=settings["cuts"], take_heads=settings["take_heads"]).cuts_for(ratio)
     compensation = compensation or needs.compensation
     if compensation == "bias":
         cost.make("activations", makers["activations"])

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, ValidationError
 
 from tasks.how import Compute, Execute, Section, wrong_execution
+from tasks.recovery import Recover, wrong_recovery
 from tasks.toml import ConfigError, one_line, parse_value, read_toml, sections_of, short
-from tasks.values import Amount, Count, Layer, Ratio, Seed, Share, Text, distinct
+from tasks.values import Amount, Count, Layer, Ratio, Seed, Text, distinct
 
 ACCURACIES = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa")
 PERPLEXITIES = ("wikitext2", "ptb")
@@ -80,13 +81,13 @@ class Criterion(Section):
     cuts: Annotated[tuple[Ratio, ...], AfterValidator(distinct)] = Field(
         (0.1, 0.2, 0.35), description="ratios below prune.ratio after which saap_plus ranks what is left again"
     )
-    heads: Literal["pooled", "measured"] = Field(
+    take_heads: Literal["pooled", "measured"] = Field(
         "pooled", description="saap_plus: heads go as the order has it, or where a measured loss says so, at each cut"
     )
 
     def cuts_for(self, ratio: float) -> list[float]:
         """Where saap_plus cuts as it ranks: below the plan's ratio, and at that too if heads are measured."""
-        return [cut for cut in sorted(self.cuts) if cut < ratio] + [ratio] * (self.heads == "measured")
+        return [cut for cut in sorted(self.cuts) if cut < ratio] + [ratio] * (self.take_heads == "measured")
 
 
 class Prune(Section):
@@ -114,51 +115,6 @@ class Prune(Section):
         (0, 1, 2, -1), description="layers left whole; negative: from the end"
     )
     align: Count = Field(32, description="MLP channels are kept in multiples of this")
-
-
-class Recover(Section):
-    recipe: Literal["groupwise", "lora", "qlora", "none"] = Field(
-        "groupwise", description="group-wise codes that merge exactly; peft's LoRA; LoRA over NF4; or no recovery"
-    )
-    examples: Amount | None = Field(None, description="instruction rows to train on, the first so many; all if absent")
-    prose: Share = Field(0.0, description="share of the examples that is prose of the calibration set instead")
-    own: Share = Field(0.0, description="share of the examples that the dense model writes itself instead")
-    bits: Annotated[int, Field(ge=2, le=8)] = Field(4, description="of a groupwise code")
-    group_size: Annotated[Count, Field(ge=2)] = Field(32, description="inputs that share a scale and a zero")
-    groups: Count | None = Field(
-        None, description="scales a row has, whatever its width; takes the place of group_size"
-    )
-    rank: Count = Field(64, description="rank of the adapters")
-    alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(16.0, description="adapters are scaled by alpha / rank")
-    targets: Annotated[tuple[Text, ...], AfterValidator(distinct)] = Field(
-        (), description='layers with an adapter, e.g. ["q_proj", "v_proj"]; all if empty'
-    )
-    epochs: Annotated[float, Field(gt=0, le=10_000)] = Field(1.0, description="passes over the rows")
-    minutes: Annotated[float, Field(gt=0, le=100_000)] | None = Field(
-        None, description="train for so long in place of epochs; the first steps say how many there will be"
-    )
-    batch_size: Count = Field(8, description="examples an optimiser step")
-    micro_batch_size: Count = Field(8, description="examples at once on a device; in no key")
-    learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(1e-3, description="AdamW")
-    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = Field(10, description="optimiser steps of linear warm-up")
-    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
-    max_length: Annotated[Count, Field(ge=8)] = Field(256, description="tokens an example is cut at")
-    loss_on: Literal["response", "text"] = Field("response", description="loss on the answer, or on the prompt too")
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="of the arithmetic in training; float16 on a GPU only"
-    )
-    gradient_checkpointing: bool = Field(False, description="less memory for activations, a third more time; in no key")
-    distill: Share = Field(
-        0.0, description="share in the loss of KL(dense model ‖ this one); 0: plain cross-entropy, no dense model held"
-    )
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.04, description="share of the rows, the last ones, 128 at most, to choose the best checkpoint by"
-    )
-    patience: Count | None = Field(
-        None, description="stop when the held-out loss has not fallen so many times in a row; never if absent"
-    )
-    save_steps: Count = Field(50, description="optimiser steps between checkpoints to resume from, and held-out losses")
-    seed: Seed = Field(0, description="data order and adapter initialisation")
 
 
 class Evaluate(Section):
@@ -253,29 +209,9 @@ def check_config(values: dict[str, Any]) -> RunConfig:
         config = RunConfig.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(fault) for fault in error.errors()[:4])) from error
-    if wrong := _wrong_recovery(config.recover) or _wrong_combination(config):
+    if wrong := wrong_recovery(config.recover) or _wrong_combination(config):
         raise ConfigError(wrong)
     return config
-
-
-def _wrong_recovery(recover: Recover) -> str | None:
-    if recover.batch_size % recover.micro_batch_size:
-        return "recover.batch_size must be a multiple of recover.micro_batch_size"
-    if recover.recipe == "none":
-        return None
-    if recover.prose + recover.own > 1:
-        return "recover.prose and recover.own are shares of the examples: together at most 1"
-    if recover.prose + recover.own > 0 and recover.examples is None:
-        return "recover.prose and recover.own are shares of recover.examples: set that too"
-    held_out = None if recover.examples is None else min(int(recover.examples * recover.held_out), 128)
-    if recover.patience is not None and (not recover.held_out or held_out == 0):
-        return "recover.patience needs a held-out part: raise recover.held_out or recover.examples"
-    if recover.examples is not None and recover.examples - (held_out or 0) < recover.micro_batch_size:
-        return (
-            f"recover.examples = {recover.examples} leaves fewer to train on than recover.micro_batch_size = "
-            f"{recover.micro_batch_size}: raise the one or lower the other"
-        )
-    return None
 
 
 def _wrong_combination(config: RunConfig) -> str | None:
@@ -287,8 +223,11 @@ def _wrong_combination(config: RunConfig) -> str | None:
         return (
             "saap_plus ranks again after cuts of the lowest of all kinds in one order, whatever prune.search, "
             "prune.direction and prune.kinds say: leave them as they are, or set criterion.cuts = [] "
-            "and criterion.heads = 'pooled'"
+            "and criterion.take_heads = 'pooled'"
         )
+    sequences = config.calibrate.count + config.calibrate.own
+    if sequences < (6 if config.criterion.take_heads == "measured" else 2 if cut.ridge == "held_out" else 1):
+        return "criterion.take_heads = 'measured' needs six calibration sequences, prune.ridge = 'held_out' two"
     if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
         return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"
     return wrong_execution(config.compute, config.execute)

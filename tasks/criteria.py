@@ -21,7 +21,7 @@ SAAP = Needs(search="global", experts=True)  # its statistics go through fuse an
 NEEDS: dict[str, Needs] = {
     "saap_plus": Needs(
         ("fisher", "tokens"),
-        ("cuts", "heads", "ridge", "protect", "align"),
+        ("cuts", "take_heads", "ridge", "protect", "align"),
         search="global",
         compensation="least_squares",
         experts=True,

@@ -14,6 +14,7 @@ arguments name what it needs. A pipeline computes each statistic once and caches
     tokens       int64 (D, T), the calibration text itself
     seed         int
     ratio, kinds, protect, align, cuts  of the plan, for criteria that prune as they rank
+    take_heads, ridge  of saap_plus
     variant, query_heads  of llm_pruner
 
 A new one is a file here, a row in `CRITERIA`, one in `tasks/criteria.py` (what it needs, which search it was published

@@ -15,7 +15,8 @@ from saap.pruning.surgery import prune
 from saap.scoring.divergence import divergence
 from saap.scoring.fisher import mask_fisher
 
-HEADS = ("pooled", "measured")
+TAKE_HEADS = ("pooled", "measured")
+SURE = 2.0  # standard errors by which a plan that takes heads must be nearer to the dense model
 
 
 def saap_plus(
@@ -23,7 +24,7 @@ def saap_plus(
     fisher: np.ndarray,
     tokens: torch.Tensor,
     cuts: Sequence[float] = (),
-    heads: str = "pooled",
+    take_heads: str = "pooled",
     ridge: float | str = RIDGE,
     protect: Sequence[int] = PROTECTED,
     align: int = 32,
@@ -40,29 +41,32 @@ def saap_plus(
     again. Groups that an earlier cut removed stay first in the order. With cuts the score is the place in the order:
     whole numbers from 0.
 
-    heads = "measured": the estimate takes no notice of the refit, which makes up for channels better than for heads. So
-    at each cut there are two plans, one as the order has it, one that takes no further head. Both are made and refitted
-    without a fifth of the sequences, and the one nearer to the dense model on that fifth (`saap.divergence`) is cut.
-    The last of the cuts is then the ratio that the plan is for: what goes there is first in the order.
+    take_heads = "measured": the estimate takes no notice of the refit, which makes up for channels better than for
+    heads. So at each cut there are two plans, one as the order has it, one that takes no further head. Both are made
+    and refitted without a fifth of the sequences. Heads go if that leaves the model nearer to the dense one on that
+    fifth (`divergence`), by more than two standard errors of the difference; otherwise the other plan is cut. The last
+    of the cuts is then the ratio that the plan is for: what goes there is first in the order.
 
     Raises:
-        SaapError: a cut out of reach, a value that is not finite, or heads measured on fewer than two sequences.
+        SaapError: a cut out of reach, a value that is not finite, or heads measured on fewer than six sequences.
     """
-    if heads not in HEADS:
-        raise SaapError(f"heads must be one of {HEADS}, got {heads!r}")
-    if heads == "measured" and (not cuts or len(tokens) < 2):
-        raise SaapError("heads = 'measured' needs the ratio of the plan among the cuts, and at least two sequences")
+    if take_heads not in TAKE_HEADS:
+        raise SaapError(f"take_heads must be one of {TAKE_HEADS}, got {take_heads!r}")
+    if take_heads == "measured" and (not cuts or len(tokens) <= HELD_BACK):
+        raise SaapError(
+            "take_heads = 'measured' needs the ratio of the plan among the cuts, and at least six sequences"
+        )
     groups = discover(model)
     score, keep = fisher / groups.costs, np.ones(len(groups), bool)
     planned = partial(select, groups=groups, protect=tuple(protect), align=align)
     for cut in sorted(cuts):
         plans = [planned(score, ratio=cut)]
-        if heads == "measured":
+        if take_heads == "measured":
             spared = np.where(keep & (groups.kind == "attention"), score.max() + 1, score)
             plans.append(planned(spared, ratio=cut))
         keep, small = _nearest(model, plans, tokens, ridge)
         again = np.full(len(groups), -1.0)  # below all that stays
-        last = heads == "measured" and cut == max(cuts)
+        last = take_heads == "measured" and cut == max(cuts)
         again[keep] = 0 if last else mask_fisher(small, tokens) / discover(small).costs
         score[np.lexsort((score, again))] = np.arange(len(groups))
     return score
@@ -71,10 +75,17 @@ def saap_plus(
 def _nearest(
     model: nn.Module, plans: list[np.ndarray], tokens: torch.Tensor, ridge: float | str
 ) -> tuple[np.ndarray, nn.Module]:
-    """The plan whose refitted model is nearest to the dense one on sequences the refit does not see, and that model."""
-    if all(np.array_equal(keep, plans[0]) for keep in plans):
+    """The plan that is cut, the last unless the first is clearly nearer to the dense model, and the refitted model."""
+    if np.array_equal(plans[0], plans[-1]):
         return plans[0], refit(prune(model, plans[0]), model, plans[0], tokens, ridge=ridge)
     held = torch.arange(len(tokens)) % HELD_BACK == 0
     made = [refit(prune(model, keep), model, keep, tokens[~held], ridge=ridge) for keep in plans]
-    best = int(np.argmin([divergence(model, small, tokens[held]).mean() for small in made]))
+    far, other = (divergence(model, small, tokens[held]) for small in made)
+    best = 0 if clearly_nearer(far, other) else 1
     return plans[best], made[best]
+
+
+def clearly_nearer(own: np.ndarray, other: np.ndarray) -> bool:
+    """Whether own divergences, one a sequence, are lower by more than `SURE` standard errors of the paired mean."""
+    gain = other - own
+    return bool(gain.mean() > SURE * gain.std(ddof=1) / len(gain) ** 0.5)

@@ -27,14 +27,11 @@ class Ranking(Artifact):
         return read_table(self.place, "groups")["rank_score"]
 
 
-_PARAMS = {"heads": "criterion_heads"}  # prune.heads, what a group of attention is, has the same name
-
-
 def _params(config: RunConfig) -> dict[str, Any]:
     """The criterion's own options only: another option leaves its ranking alone."""
     known = {**config.criterion.model_dump(), **config.prune.model_dump(), "seed": config.calibrate.seed}
-    known |= {"heads": config.criterion.heads, "cuts": config.criterion.cuts_for(config.prune.ratio)}
-    options = {_PARAMS.get(option, option): known[option] for option in needs_of(config.criterion.name).options}
+    known["cuts"] = config.criterion.cuts_for(config.prune.ratio)
+    options = {option: known[option] for option in needs_of(config.criterion.name).options}
     return {"criterion": config.criterion.name} | groups_of(config) | options
 
 
@@ -60,9 +57,7 @@ def rank(
     trained = needs.statistics == ("tokens",)  # slices suffice the others; with offload they stay on the CPU
     dense = load_model(step, model, use="whole" if trained else "slices")
     groups = saap.discover(dense)
-    ranked = saap.CRITERIA[name](
-        dense, **statistics, **{option: config[_PARAMS.get(option, option)] for option in needs.options}
-    )
+    ranked = saap.CRITERIA[name](dense, **statistics, **{option: config[option] for option in needs.options})
     unknown = dict.fromkeys(("weight_norm_sq", "mean_fused", "fluctuation", "asi"), [None] * len(groups))
     write_table(folder, "groups", {**vars(groups), "rank_score": ranked, **unknown})
     return {"groups": len(groups)}

@@ -8,10 +8,11 @@ import numpy as np
 from storage.keys import digest
 from storage.tables import write_table
 from tasks.artifact import Source
-from tasks.config import Recover, RunConfig
+from tasks.config import RunConfig
 from tasks.data import calibration_texts
 from tasks.inputs import Checkpoint, Data, Tokenizer, load_model, load_tokenizer
 from tasks.outside import Outside
+from tasks.recovery import Recover
 from tasks.stage import Summary, dtype_of, stage
 from tasks.stages.calibrate import Calibration
 from tasks.step import Step

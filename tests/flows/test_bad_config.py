@@ -75,7 +75,7 @@ VALUES = [
     ("prune.align=0", ["prune.align", "1"]),
     ("prune.ridge=0", ["prune.ridge", "0"]),
     ("prune.ridge=best", ["prune.ridge", "held_out"]),
-    ("criterion.heads=none", ["criterion.heads", "measured"]),
+    ("criterion.take_heads=none", ["criterion.take_heads", "measured"]),
     ("criterion.name=sapp", ["criterion.name", "saap_plus"]),
     ("criterion.cuts=[0.1,0.1]", ["criterion.cuts", "twice"]),
     ("criterion.cuts=[0.1,1]", ["criterion.cuts", "less than 1"]),
@@ -145,9 +145,11 @@ TOGETHER = [
     (["criterion.name=saap_plus", "prune.kinds=mlp"], ["saap_plus", "prune.kinds", "criterion.cuts = []"]),
     (["criterion.name=saap_plus", "prune.search=uniform"], ["saap_plus", "prune.search", "criterion.cuts = []"]),
     (
-        ["criterion.name=saap_plus", "criterion.cuts=[]", "criterion.heads=measured", "prune.kinds=mlp"],
-        ["saap_plus", "prune.kinds", "criterion.heads = 'pooled'"],
+        ["criterion.name=saap_plus", "criterion.cuts=[]", "criterion.take_heads=measured", "prune.kinds=mlp"],
+        ["saap_plus", "prune.kinds", "criterion.take_heads = 'pooled'"],
     ),
+    (["criterion.take_heads=measured", "calibrate.count=5"], ["criterion.take_heads", "six"]),
+    (["prune.ridge=held_out", "calibrate.count=1"], ["prune.ridge", "two"]),
     (["criterion.name=saap_plus", "prune.direction=highest"], ["saap_plus", "prune.direction"]),
     (["recover.recipe=qlora", "compute.launch=--use_fsdp"], ["NF4", "--multi_gpu"]),
 ]

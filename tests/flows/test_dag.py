@@ -157,18 +157,19 @@ def test_all_criteria_at_all_ratios_share_one_step_a_kind_of_statistics(settings
 @pytest.mark.parametrize("name", NEEDS)
 def test_a_criterion_is_ranked_anew_when_its_own_options_change_and_prunes_as_published(settings, name):
     def rank(*overrides):
-        return next(s for s in build(settings(f"criterion.name='{name}'", *overrides)) if s.stage == "rank")
+        made = build(settings(f"criterion.name='{name}'", "calibrate.count=6", *overrides))
+        return next(step for step in made if step.stage == "rank")
 
     assert (rank().key != rank("criterion.variant='vectorize'").key) == (name == "llm_pruner")
     assert (rank().key != rank("criterion.query_heads='served'").key) == (name == "llm_pruner")
     assert (rank().key != rank("calibrate.seed=1").key) == (name != "magnitude")
     assert (rank().key != rank("prune.ratio=0.4").key) == (name in RANK_AS_THEY_PRUNE)
     assert (rank().key != rank("prune.protect=[0]").key) == (name in RANK_AS_THEY_PRUNE)
-    assert (rank().key != rank("criterion.heads='measured'").key) == (name == "saap_plus")
+    assert (rank().key != rank("criterion.take_heads='measured'").key) == (name == "saap_plus")
     assert (rank().key != rank("prune.ridge='held_out'").key) == (name == "saap_plus")
     if name == "saap_plus":
         assert rank("criterion.cuts=[]").key == rank("criterion.cuts=[]", "prune.ratio=0.4").key
-        assert rank("criterion.cuts=[0.1]", "criterion.heads='measured'").config()["cuts"] == [0.1, 0.2]
+        assert rank("criterion.cuts=[0.1]", "criterion.take_heads='measured'").config()["cuts"] == [0.1, 0.2]
     assert (rank().key != rank("score.hessian='fisher'").key) == ("score" in NEEDS[name].statistics)
     cut = next(s for s in build(settings(f"criterion.name='{name}'")) if s.stage == "prune").config()
     assert (cut["search"], cut["compensation"]) == (NEEDS[name].search, NEEDS[name].compensation)
@@ -176,10 +177,12 @@ def test_a_criterion_is_ranked_anew_when_its_own_options_change_and_prunes_as_pu
 
 def test_what_a_group_of_attention_is_and_how_heads_are_chosen_are_told_apart(settings):
     """Both are called heads: a rank step loads the model by the one and asks the criterion with the other."""
-    chosen = settings("criterion.name='saap_plus'", "prune.heads='query'", "criterion.heads='measured'")
+    chosen = settings(
+        "criterion.name='saap_plus'", "prune.heads='query'", "criterion.take_heads='measured'", "calibrate.count=6"
+    )
     (rank,) = (step for step in build(chosen) if step.stage == "rank")
     params = json.loads(rank.params)
-    assert (params["heads"], params["criterion_heads"]) == ("query", "measured")
+    assert (params["heads"], params["take_heads"]) == ("query", "measured")
 
 
 def test_the_ridge_is_part_of_a_refit_only(settings):

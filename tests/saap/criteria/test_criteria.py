@@ -33,7 +33,7 @@ def statistics_of(model, tokens):
         "ratio": lambda: 0.12,
         "kinds": lambda: "pooled",
         "cuts": lambda: (0.1, 0.2),
-        "heads": lambda: "pooled",
+        "take_heads": lambda: "pooled",
         "ridge": lambda: 1.0,
         "protect": lambda: (0, -1),
         "align": lambda: 8,

@@ -3,7 +3,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tracemalloc
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -25,10 +24,8 @@ from saap import (
     to_groupwise,
 )
 from saap.recovery.budget import TIMED
-from saap.recovery.recover import _examples
-from saap.recovery.trainer import OneDevice, _inputs, _Rising
-from saap.texts import alpaca_example
-from tasks.config import Recover
+from saap.recovery.trainer import OneDevice
+from tasks.recovery import Recover
 
 RECIPE = Groupwise(rank=8, alpha=16.0)
 SETTINGS = {"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 2e-2, "warmup_steps": 2,
@@ -246,19 +243,6 @@ def test_a_model_on_the_second_gpu_is_trained_there(tiny_folder, tiny_tokenizer,
     assert [s.loss for s in steps] == pytest.approx([s.loss for s in undisturbed[1]], rel=1e-3)
 
 
-def test_a_training_whose_loss_rises_ends_with_the_remedy():
-    """By its log: a tiny random model ends at even odds, below where it began, whatever the learning rate."""
-    state = transformers.TrainerState()
-    logged = [3.0] + [9.0] * 8 + [2.0] * 10 + [4.6] * 20
-    for loss in logged[:28]:
-        state.log_history.append({"loss": loss})
-        _Rising().on_log(None, state, None, {"loss": loss})
-    state.log_history.append({"loss": 4.6})
-    with pytest.raises(SaapError, match=r"from 3.00 to 4.60 in 29 steps: lower recover.learning_rate"):
-        _Rising().on_log(None, state, None, {"loss": 4.6})
-    _Rising().on_log(None, state, None, {"eval_loss": 4.6})
-
-
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_a_training_of_minutes_ends_where_it_planned_to_and_anneals_to_there(
     tiny_folder, tiny_tokenizer, rows, tmp_path, schedule
@@ -295,16 +279,3 @@ def test_a_run_is_told_what_the_library_does_by_itself():
     for made in (Training(), Groupwise()):
         for field in fields(made):
             assert getattr(made, field.name) == getattr(Recover(), field.name), field.name
-
-
-def test_two_hundred_thousand_rows_take_megabytes(tiny_tokenizer):
-    """Ten bytes a token: a list of numbers takes 16 to 36 for each of tokens and labels."""
-    row = {"instruction": "say it again", "input": "", "output": "a b c d e f g h " * 60}
-    tracemalloc.start()
-    learnt, held_out = _examples([row] * 300, tiny_tokenizer, Training(max_length=400))
-    held, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert {len(example["input_ids"]) for example in (*learnt, *held_out)} == {400}
-    assert held < 10 * 400 * 300
-    expected = alpaca_example(row, tiny_tokenizer, 400)
-    assert _inputs(learnt[7]) == {name: expected[name] for name in ("input_ids", "labels")}

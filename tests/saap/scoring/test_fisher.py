@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from saap import CRITERIA, SaapError, discover, mask_fisher, prune, refit, select
+from saap.criteria.saap_plus import clearly_nearer
 from saap.scoring.statistics import output_matrices
 from tests.saap.models.families import build
 
@@ -63,10 +64,14 @@ def test_ranking_again_after_a_cut_is_pruning_the_pruned_model_by_hand(tiny_llam
     assert not np.array_equal(kept(0.45, ()), wanted)
 
 
+def more_tokens():
+    return torch.randint(0, 512, (20, 12), generator=torch.Generator().manual_seed(2))
+
+
 @pytest.mark.parametrize("useless", ["attention", "mlp"])
-def test_heads_go_only_where_that_leaves_the_refitted_model_nearer_to_the_dense_one(tiny_llama, tokens, useless):
+def test_heads_go_only_where_that_leaves_the_refitted_model_nearer_to_the_dense_one(tiny_llama, useless):
     """The score says heads; what is true is planted."""
-    model = tiny_llama()
+    model, tokens = tiny_llama(), more_tokens()
     with torch.no_grad():
         for _, kind, _, linear in output_matrices(model):
             linear.weight.mul_(1e-3 if kind == useless else 3)
@@ -78,7 +83,7 @@ def test_heads_go_only_where_that_leaves_the_refitted_model_nearer_to_the_dense_
     spared = select(np.where(heads, 2, fisher / groups.parameters), groups, 0.3, **limits)
     assert not by_order[heads].all()
     assert spared[heads].all()
-    held, far = np.arange(5) % 5 == 0, []
+    held, far = np.arange(20) % 5 == 0, []
     for keep in (by_order, spared):
         small = refit(prune(model, keep), model, keep, tokens[~held], ridge=0.1)
         with torch.no_grad():
@@ -89,14 +94,26 @@ def test_heads_go_only_where_that_leaves_the_refitted_model_nearer_to_the_dense_
     assert np.array_equal(select(score, groups, 0.3, **limits), by_order if useless == "attention" else spared)
 
 
-def test_heads_are_measured_at_every_cut_and_those_gone_stay_gone(tiny_llama, tokens):
-    model = tiny_llama()
+@pytest.mark.parametrize(
+    ("own", "clear"),
+    [
+        ([0.9, 1.0, 1.11, 1.19], True),  # paired 0.1 ± 0.004 nearer, though the sequences differ by as much
+        ([0.7, 1.0, 1.1, 1.4], False),  # 0.1 ± 0.082 nearer
+        ([1.1, 1.2, 1.3, 1.4], False),  # farther
+    ],
+)
+def test_a_plan_is_clearly_nearer_by_two_standard_errors_of_the_paired_difference(own, clear):
+    assert clearly_nearer(np.array(own), np.array([1.0, 1.1, 1.2, 1.3])) == clear
+
+
+def test_heads_are_measured_at_every_cut_and_those_gone_stay_gone(tiny_llama):
+    model, tokens = tiny_llama(), more_tokens()
     groups, limits = discover(model), {"protect": (0, -1), "align": 8}
     score = CRITERIA["saap_plus"](model, mask_fisher(model, tokens), tokens, (0.15, 0.3), "measured", **limits)
     assert sorted(score) == list(range(len(groups)))
     before = CRITERIA["saap_plus"](model, mask_fisher(model, tokens), tokens, (0.15,), "measured", **limits)
     assert not (select(score, groups, 0.3, **limits) & ~select(before, groups, 0.15, **limits)).any()
-    for heads, cuts, few in (("measured", (), tokens), ("measured", (0.3,), tokens[:1]), ("some", (), tokens)):
+    for heads, cuts, few in (("measured", (), tokens), ("measured", (0.3,), tokens[:5]), ("some", (), tokens)):
         with pytest.raises(SaapError, match="heads"):
             CRITERIA["saap_plus"](model, np.ones(len(groups)), few, cuts, heads, **limits)
 

@@ -1,0 +1,74 @@
+"""The section [recover] of a configuration, and what does not go together in it."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from tasks.how import Section
+from tasks.values import Amount, Count, Seed, Share, Text, distinct
+
+
+class Recover(Section):
+    recipe: Literal["groupwise", "lora", "qlora", "none"] = Field(
+        "groupwise", description="group-wise codes that merge exactly; peft's LoRA; LoRA over NF4; or no recovery"
+    )
+    examples: Amount | None = Field(None, description="instruction rows to train on, the first so many; all if absent")
+    prose: Share = Field(0.0, description="share of the examples that is prose of the calibration set instead")
+    own: Share = Field(0.0, description="share of the examples that the dense model writes itself instead")
+    bits: Annotated[int, Field(ge=2, le=8)] = Field(4, description="of a groupwise code")
+    group_size: Annotated[Count, Field(ge=2)] = Field(32, description="inputs that share a scale and a zero")
+    groups: Count | None = Field(
+        None, description="scales a row has, whatever its width; takes the place of group_size"
+    )
+    rank: Count = Field(64, description="rank of the adapters")
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(16.0, description="adapters are scaled by alpha / rank")
+    targets: Annotated[tuple[Text, ...], AfterValidator(distinct)] = Field(
+        (), description='layers with an adapter, e.g. ["q_proj", "v_proj"]; all if empty'
+    )
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = Field(1.0, description="passes over the rows")
+    minutes: Annotated[float, Field(gt=0, le=100_000)] | None = Field(
+        None, description="train for so long in place of epochs; the first steps say how many there will be"
+    )
+    batch_size: Count = Field(8, description="examples an optimiser step")
+    micro_batch_size: Count = Field(8, description="examples at once on a device; in no key")
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(1e-3, description="AdamW")
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = Field(10, description="optimiser steps of linear warm-up")
+    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
+    max_length: Annotated[Count, Field(ge=8)] = Field(256, description="tokens an example is cut at")
+    loss_on: Literal["response", "text"] = Field("response", description="loss on the answer, or on the prompt too")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="of the arithmetic in training; float16 on a GPU only"
+    )
+    gradient_checkpointing: bool = Field(False, description="less memory for activations, a third more time; in no key")
+    distill: Share = Field(
+        0.0, description="share in the loss of KL(dense model ‖ this one); 0: plain cross-entropy, no dense model held"
+    )
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.04, description="share of the rows, the last ones, 128 at most, to choose the best checkpoint by"
+    )
+    patience: Count | None = Field(
+        None, description="stop when the held-out loss has not fallen so many times in a row; never if absent"
+    )
+    save_steps: Count = Field(50, description="optimiser steps between checkpoints to resume from, and held-out losses")
+    seed: Seed = Field(0, description="data order and adapter initialisation")
+
+
+def wrong_recovery(recover: Recover) -> str | None:
+    """What does not go together, in a line."""
+    if recover.batch_size % recover.micro_batch_size:
+        return "recover.batch_size must be a multiple of recover.micro_batch_size"
+    if recover.recipe == "none":
+        return None
+    if recover.prose + recover.own > 1:
+        return "recover.prose and recover.own are shares of the examples: together at most 1"
+    if recover.prose + recover.own > 0 and recover.examples is None:
+        return "recover.prose and recover.own are shares of recover.examples: set that too"
+    held_out = None if recover.examples is None else min(int(recover.examples * recover.held_out), 128)
+    if recover.patience is not None and (not recover.held_out or held_out == 0):
+        return "recover.patience needs a held-out part: raise recover.held_out or recover.examples"
+    if recover.examples is not None and recover.examples - (held_out or 0) < recover.micro_batch_size:
+        return (
+            f"recover.examples = {recover.examples} leaves fewer to train on than recover.micro_batch_size = "
+            f"{recover.micro_batch_size}: raise the one or lower the other"
+        )
+    return None
