@@ -83,8 +83,13 @@ class GroupwiseLinear(nn.Module):
         codes: torch.Tensor = self.codes  # type: ignore[assignment]
         step = self.bits if 8 % self.bits == 0 else 1  # bits that never straddle two bytes
         places, parts = torch.arange(0, 8, step, dtype=torch.uint8, device=codes.device), self.bits // step
-        stream = (codes.unsqueeze(-1) >> places & (2**step - 1)).flatten(1)[:, : self.in_features * parts]
-        return (stream.unflatten(1, (self.in_features, parts)) << places[:parts]).sum(-1, dtype=torch.uint8)
+        if torch.compiler.is_exporting():  # in int32: ONNX neither shifts nor divides bytes
+            powers = 2 ** places.int()
+            digits, weights = codes.int().unsqueeze(-1) // powers % 2**step, powers[:parts]
+        else:
+            digits, weights = codes.unsqueeze(-1) >> places & (2**step - 1), 1 << places[:parts]
+        stream = digits.flatten(1)[:, : self.in_features * parts].unflatten(1, (self.in_features, parts))
+        return (stream * weights).sum(-1, dtype=digits.dtype)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights the codes stand for, (out, in), computed in float32."""
@@ -163,27 +168,12 @@ def _matrix(linear: GroupwiseLinear, dtype: torch.dtype, constant: torch.Tensor 
 
 
 def _decode(linear: GroupwiseLinear, dtype: torch.dtype, minus: int) -> torch.Tensor:
-    """code − minus, (out, in): all codes of a byte in one look-up, where a byte holds whole codes.
-
-    An exported graph has arithmetic in its place.
-    """
+    """code − minus, (out, in): all codes of a byte in one look-up, where a byte holds whole codes."""
     codes: torch.Tensor = linear.codes  # type: ignore[assignment]
-    if torch.compiler.is_exporting():
-        return _by_arithmetic(linear).to(dtype) - minus
-    if 8 % linear.bits or dtype.itemsize * 8 // linear.bits > 8:
+    if torch.compiler.is_exporting() or 8 % linear.bits or dtype.itemsize * 8 // linear.bits > 8:
         return linear.unpacked().to(dtype).sub_(minus)
     table = _table(linear.bits, minus, dtype, codes.device)
     return table.index_select(0, codes.int().flatten()).view(dtype).view(len(codes), -1)[:, : linear.in_features]
-
-
-def _by_arithmetic(linear: GroupwiseLinear) -> torch.Tensor:
-    """The codes, int32, without what ONNX and ExecuTorch do not have: shifts, and bytes read as another dtype."""
-    codes: torch.Tensor = linear.codes  # type: ignore[assignment]
-    step = linear.bits if 8 % linear.bits == 0 else 1
-    parts = linear.bits // step
-    powers = 2 ** torch.arange(0, 8, step, dtype=torch.int32, device=codes.device)
-    stream = (codes.int().unsqueeze(-1) // powers % 2**step).flatten(1)[:, : linear.in_features * parts]
-    return (stream.unflatten(1, (linear.in_features, parts)) * powers[:parts]).sum(-1, dtype=torch.int32)
 
 
 @lru_cache
