@@ -75,12 +75,14 @@ def sweep_of_file(connection: Any, config: Path, overrides: tuple[str, ...]) -> 
 
 def write_sweep_of_file(config: Path, overrides: tuple[str, ...], html: Path) -> Path:
     """Write the page of a sweep's file; its store is the file's own. Raises ConfigError or StorageError."""
-    from flows.pages.write import write_sweep
+    from flows.pages.render import write
+    from flows.pages.write import page_of_sweep
 
     store = Path(load_config(config, overrides).store)
     with Warehouse(store).reading() as connection:
         sweep = sweep_of_file(connection, config, overrides)
-    return write_sweep(store, sweep.title, sweep.run_ids, html, sweep.missing)
+        text = page_of_sweep(store, connection, sweep.title, sweep.run_ids, sweep.missing)
+    return write(html, text)
 
 
 def sweep_of_name(connection: Any, name: str) -> Sweep | None:

@@ -202,7 +202,8 @@ class _Loader:
             columns = [list(column) for column in zip(*rows, strict=True)]
             self._connection.execute(f"insert into {table} select {', '.join(['unnest(?)'] * len(columns))}", columns)
         for table, batches in self._batches.items():
-            self._connection.register("batch", pa.concat_tables(batches))
+            # files from before a column was added have nulls in it
+            self._connection.register("batch", pa.concat_tables(batches, promote_options="default"))
             self._connection.execute(f"insert into {table} by name from batch")
             self._connection.unregister("batch")
         self._rows.clear()

@@ -45,14 +45,15 @@ def report(
     The page is one HTML file that needs no network. A run's lies in the store, beside its record, unless --html says
     where; a sweep's goes to NAME.html.
     """
-    from flows.pages.write import write_report, write_sweep
+    from flows.pages.render import write
+    from flows.pages.write import page_of_run, page_of_sweep, report_file
     from storage.errors import StorageError
     from storage.warehouse import Warehouse
 
     if svg is not None and not svg.absolute().parent.is_dir():
         raise StorageError(f"there is no folder {svg.absolute().parent} to write {svg.name} in")
-    sweep = None
-    with Warehouse(store).reading() as connection:
+    sweep, warehouse = None, Warehouse(store)
+    with warehouse.reading() as connection:
         if target and target.endswith(".toml"):
             sweep = sweep_of_file(connection, Path(target), tuple(set_ or ()))
         elif target:
@@ -60,15 +61,18 @@ def report(
         if sweep is None:
             run_id = find_run(connection, store, target)
             ((data,),) = connection.execute("select data from runs where run_id = ?", [run_id]).fetchall()
+            text = page_of_run(warehouse, connection, run_id)
+        else:
+            text = page_of_sweep(store, connection, sweep.title, sweep.run_ids, sweep.missing)
     if sweep is not None:
-        file = write_sweep(store, sweep.title, sweep.run_ids, html or Path(f"{sweep.title}.html"), sweep.missing)
+        file = write(html or Path(f"{sweep.title}.html"), text)
         console.print(f"{len(sweep.run_ids)} runs, {sweep.missing} not made yet", highlight=False)
         console.print(f"page: {file.resolve()}", highlight=False, soft_wrap=True)
     else:
         console.record = svg is not None
         page = None
         try:
-            page = write_report(store, run_id, html)
+            page = write(html or report_file(store, run_id), text)
         except StorageError as error:  # the table is shown all the same of a store to read only
             if html is not None:
                 raise

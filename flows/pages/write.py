@@ -30,19 +30,18 @@ def write_report(store: Path, run_id: str, file: Path | None = None) -> Path:
     """
     warehouse = Warehouse(store)
     with warehouse.reading() as connection:
-        found = ask(connection, "select * from runs where run_id = ?", run_id)
-        if not found:
-            raise StorageError(
-                f"no run {run_id} in {store.resolve()}: saap sql 'select run_id, name, status from runs'"
-            )
-        scored = ask(connection, "select key from stage_runs where run_id = ? and stage = 'score'", run_id)
-        warehouse.show_importance(connection, {row["key"] for row in scored})
-        text = _run_page(store, connection, found[0])
+        text = page_of_run(warehouse, connection, run_id)
     return write(file or report_file(store, run_id), text)
 
 
-def _run_page(store: Path, connection: Any, run: dict[str, Any]) -> str:
-    run_id, artifacts = run["run_id"], ArtifactStore(store)
+def page_of_run(warehouse: Warehouse, connection: Any, run_id: str) -> str:
+    """The page of a run, for those who have a connection. Raises StorageError when there is no such run."""
+    found = ask(connection, "select * from runs where run_id = ?", run_id)
+    if not found:
+        raise StorageError(f"no run {run_id} in {warehouse.root}: saap sql 'select run_id, name, status from runs'")
+    scored = ask(connection, "select key from stage_runs where run_id = ? and stage = 'score'", run_id)
+    warehouse.show_importance(connection, {row["key"] for row in scored})
+    (run,), artifacts = found, ArtifactStore(warehouse.root)
     config = json.loads(run["config"])
     stages = {row["stage"] for row in ask(connection, "select stage from stage_runs where run_id = ?", run_id)}
     absent = partial(run_head.absent, run, config, stages)
@@ -60,7 +59,7 @@ def _run_page(store: Path, connection: Any, run: dict[str, Any]) -> str:
         run_head.versions(artifacts, connection, run_id),
     ]
     return page(
-        store,
+        warehouse.root,
         f"{run['name']}: {run['model']}",
         sections,
         kind="run",
@@ -87,22 +86,28 @@ def write_sweep(store: Path, title: str, run_ids: list[str], file: Path, missing
     Raises StorageError when the file cannot be written.
     """
     with Warehouse(store).reading() as connection:
-        rows = sweep_page.rows_of(connection, run_ids)
-        published = sweep_page.ghosts(connection, run_ids, rows)
-        labels = list(dict.fromkeys(row["setting"] for row in sorted(rows, key=lambda row: row["variant"] != "dense")))
-        sections = [
-            sweep_page.settings(rows, labels, published is not None),
-            *([published] if published else []),
-            sweep_page.reuse(connection, run_ids),
-            sweep_page.runs(connection, run_ids, missing),
-        ]
+        text = page_of_sweep(store, connection, title, run_ids, missing)
+    return write(file, text)
+
+
+def page_of_sweep(store: Path, connection: Any, title: str, run_ids: list[str], missing: int) -> str:
+    """The page of several runs of a store, for those who have a connection."""
+    rows = sweep_page.rows_of(connection, run_ids)
+    published = sweep_page.ghosts(connection, run_ids, rows)
+    labels = list(dict.fromkeys(row["setting"] for row in sorted(rows, key=lambda row: row["variant"] != "dense")))
+    sections = [
+        sweep_page.settings(rows, labels, published is not None),
+        *([published] if published else []),
+        sweep_page.reuse(connection, run_ids),
+        sweep_page.runs(connection, run_ids, missing),
+    ]
     models = list(dict.fromkeys(row["model"] for row in rows))
     ratios = sorted({row["ratio"] for row in rows} - {0})
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     said = (
         f"{len(run_ids)} runs: {_count(models, 'model')}, {_count(ratios, 'ratio')}, {_count(labels[1:], 'setting')}."
     )
-    text = page(
+    return page(
         store,
         title,
         sections,
@@ -114,7 +119,6 @@ def write_sweep(store: Path, title: str, run_ids: list[str], file: Path, missing
         filters=[("model", "models", models), ("ratio", "ratios", ratios), ("variant", "variants", variants)],
         reference=title,
     )
-    return write(file, text)
 
 
 def _count(values: list[Any], what: str) -> str:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 
 from storage.artifacts import ArtifactStore
@@ -194,6 +195,22 @@ def test_a_run_that_died_after_it_was_loaded_is_killed_for_the_next_reader(tmp_p
         ("living", "running"),
     ]
     living.finish("completed")
+
+
+def test_a_store_of_files_from_before_and_after_a_column_was_added_is_loaded_at_once(tmp_path):
+    store = ArtifactStore(tmp_path)
+    store.prepare()
+    for key in ("old", "new"):
+        record = RunRecord(store.root, key, **ABOUT)
+        with store.publish("speed", key, run_id=key) as folder:
+            file = write_table(folder, "speed", [{"variant": "dense", "parameters": 7, "runs": 3}])
+            if key == "old":
+                pq.write_table(pq.read_table(file).drop_columns(["runs"]), file)
+        record.stage(0, stage="speed", key=key, variant=None, benchmark=None, cached=False, seconds=1.0)
+        record.finish("completed")
+    assert Warehouse(store.root).rebuild() == 2
+    found = ask(Warehouse(store.root), "select run_id, parameters, runs from speed order by run_id")
+    assert found == [("new", 7, 3), ("old", 7, None)]
 
 
 def test_asking_before_anything_ran_says_what_to_do(tmp_path):

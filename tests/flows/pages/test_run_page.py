@@ -192,6 +192,13 @@ def test_it_follows_the_dark_and_the_paper(run_store, look):
     assert dark.evaluate(page) == light.evaluate(page)
 
 
+def test_on_a_phone_nothing_sticks_out(run_store, look):
+    seen = look(run_store[1])
+    seen.page.set_viewport_size({"width": 390, "height": 800})
+    seen.page.wait_for_timeout(300)  # the charts follow
+    assert seen.page.evaluate("document.documentElement.scrollWidth") == 390
+
+
 def test_a_run_that_is_not_there_is_one_line(run_store, tmp_path):
     root = run_store[0].root
     with pytest.raises(StorageError, match="no run nothing"):
