@@ -225,8 +225,8 @@ def _wrong_combination(config: RunConfig) -> str | None:
             "prune.direction and prune.kinds say: leave them as they are, or set criterion.cuts = [] "
             "and criterion.take_heads = 'pooled'"
         )
-    sequences = config.calibrate.count + config.calibrate.own
-    if sequences < (6 if config.criterion.take_heads == "measured" else 2 if cut.ridge == "held_out" else 1):
+    measured = config.criterion.name == "saap_plus" and config.criterion.take_heads == "measured"
+    if config.calibrate.count + config.calibrate.own < (6 if measured else 2 if cut.ridge == "held_out" else 1):
         return "criterion.take_heads = 'measured' needs six calibration sequences, prune.ridge = 'held_out' two"
     if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
         return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"

@@ -165,11 +165,12 @@ def test_a_criterion_is_ranked_anew_when_its_own_options_change_and_prunes_as_pu
     assert (rank().key != rank("calibrate.seed=1").key) == (name != "magnitude")
     assert (rank().key != rank("prune.ratio=0.4").key) == (name in RANK_AS_THEY_PRUNE)
     assert (rank().key != rank("prune.protect=[0]").key) == (name in RANK_AS_THEY_PRUNE)
-    assert (rank().key != rank("criterion.take_heads='measured'").key) == (name == "saap_plus")
+    more = "calibrate.count=8"
+    assert (rank(more).key != rank(more, "criterion.take_heads='measured'").key) == (name == "saap_plus")
     assert (rank().key != rank("prune.ridge='held_out'").key) == (name == "saap_plus")
     if name == "saap_plus":
         assert rank("criterion.cuts=[]").key == rank("criterion.cuts=[]", "prune.ratio=0.4").key
-        assert rank("criterion.cuts=[0.1]", "criterion.take_heads='measured'").config()["cuts"] == [0.1, 0.2]
+        assert rank(more, "criterion.cuts=[0.1]", "criterion.take_heads='measured'").config()["cuts"] == [0.1, 0.2]
     assert (rank().key != rank("score.hessian='fisher'").key) == ("score" in NEEDS[name].statistics)
     cut = next(s for s in build(settings(f"criterion.name='{name}'")) if s.stage == "prune").config()
     assert (cut["search"], cut["compensation"]) == (NEEDS[name].search, NEEDS[name].compensation)
