@@ -223,6 +223,13 @@ def _check_lengths(config: RunConfig, facts: Facts) -> None:
     positions = getattr(facts.config, "max_position_embeddings", None)  # ALiBi models have no limit
     if positions is not None and config.calibrate.length > positions:
         raise ConfigError(f"calibrate.length = {config.calibrate.length} is beyond the model's {positions} positions")
+    recover = config.recover
+    prose = recover.recipe != "none" and recover.prose + recover.own > 0
+    if positions is not None and prose and recover.max_length > positions:
+        raise ConfigError(
+            f"recover.max_length = {recover.max_length}, the tokens of a sequence of prose, is beyond the model's "
+            f"{positions} positions"
+        )
     options = config.evaluate
     if set(options.benchmarks) <= set(ACCURACIES) or not options.variants:
         return

@@ -197,24 +197,37 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def headlines(comparison: Comparison) -> list[str]:
-    """A line a variant and ratio: which setting has the lowest perplexity, beside the highest and the dense model."""
-    dense = next((row for row in comparison.rows if row.variant == "dense"), None)
+    """A line a model, variant and ratio: the setting with the lowest perplexity, beside the highest and the dense."""
+    place = comparison.axes.index("model.path") if "model.path" in comparison.axes else None
+
+    def model(row: Row) -> str:
+        return "" if place is None else row.chosen[place]
+
+    measured = [row for row in comparison.rows if "wikitext2" in row.means]
+    dense = {model(row): row for row in measured if row.variant == "dense"}
     lines = []
-    for variant, ratio in dict.fromkeys((row.variant, row.ratio) for row in comparison.rows if row is not dense):
-        rows = [r for r in comparison.rows if (r.variant, r.ratio) == (variant, ratio) and "wikitext2" in r.means]
-        if dense is None or "wikitext2" not in dense.means or len(rows) < 2:
-            continue
-        best, *_, worst = sorted(rows, key=lambda row: row.means["wikitext2"])
-        (first, low), (last, high) = ((", ".join(r.chosen), _cell(r.means["wikitext2"])) for r in (best, worst))
-        line = f"{variant} at {ratio:g}: {first} is best on WikiText-2, {low}, where {last} has {high}"
-        line += f" and the dense model {_cell(dense.means['wikitext2'])}"
-        sizes, speeds = ([row.means.get(m) for row in (best, dense)] for m in ("weight_bytes", "tokens_per_s"))
-        if sizes[0] and sizes[1]:
-            line += f"; {sizes[0] / sizes[1]:.0%} of its bytes"
-        if speeds[0] and speeds[1]:
-            line += f", {speeds[0] / speeds[1]:.1f} times its speed"
-        lines.append(line)
+    for key in dict.fromkeys((model(row), row.variant, row.ratio) for row in measured if row.variant != "dense"):
+        rows = [row for row in measured if (model(row), row.variant, row.ratio) == key]
+        best, *_, worst = sorted(rows, key=lambda row: row.means["wikitext2"]) if len(rows) > 1 else (rows[0], rows[0])
+        if key[0] in dense and best.means["wikitext2"] < worst.means["wikitext2"]:
+            lines.append(_headline(comparison.axes, best, worst, dense[key[0]]))
     return lines
+
+
+def _headline(axes: list[str], best: Row, worst: Row, dense: Row) -> str:
+    def named(row: Row) -> str:
+        settings = [f"{axis_name(a)} {value}" for a, value in zip(axes, row.chosen, strict=True)]
+        return row.chosen[0] if axes == ["criterion.name"] else ", ".join(settings)
+
+    low, high, whole = (_cell(row.means["wikitext2"]) for row in (best, worst, dense))
+    line = f"{best.variant} at {best.ratio:g}: {named(best)} is best on WikiText-2, {low}, where {named(worst)} has "
+    line += f"{high} and the dense model {whole}"
+    sizes, speeds = ([row.means.get(m) for row in (best, dense)] for m in ("weight_bytes", "tokens_per_s"))
+    if sizes[0] and sizes[1]:
+        line += f"; {sizes[0] / sizes[1]:.0%} of its bytes"
+    if speeds[0] and speeds[1]:
+        line += f", {speeds[0] / speeds[1]:.1f} times its speed"
+    return line
 
 
 def axis_name(path: str) -> str:

@@ -76,8 +76,10 @@ def _log(uri: str, run: dict[str, Any], metrics: dict[str, float], history: list
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
     experiment = client.get_experiment_by_name(name)
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
-    if there := client.search_runs([experiment_id], f"tags.`{TAG}` = '{run['run_id']}'"):
-        return str(there[0].info.run_id)
+    for there in client.search_runs([experiment_id], f"tags.`{TAG}` = '{run['run_id']}'"):
+        if there.info.status != "RUNNING":
+            return str(there.info.run_id)
+        client.delete_run(there.info.run_id)  # the server failed while it was written
     started = int(run["started_at"].timestamp() * 1000)
     finished = int((run["finished_at"] or run["started_at"]).timestamp() * 1000)
     made = client.create_run(experiment_id, start_time=started, tags={TAG: run["run_id"]}, run_name=run["name"])

@@ -110,7 +110,8 @@ def sample_tokens(
             return torch.tensor(sequences), np.array(rows)
     raise SaapError(
         f"the calibration text holds only {len(sequences)} sequences of {length} tokens, {count} are asked for: "
-        "lower calibrate.count or calibrate.length, or give more text"
+        "ask for fewer or shorter ones (calibrate.count and calibrate.length; for recovery recover.prose and "
+        "recover.max_length), or give more text"
     )
 
 
@@ -146,6 +147,11 @@ def alpaca_example(row: dict[str, str], tokenizer: Any, max_length: int, whole_t
 
 def token_example(tokens: list[int], tokenizer: Any, max_length: int) -> dict[str, Any]:
     """A sequence of prose as an example: behind BOS where the tokenizer puts one, loss on all of it but the first."""
-    begin = tokenizer("a")["input_ids"][:1]
-    ids = ([*begin, *tokens] if begin == [tokenizer.bos_token_id] else list(tokens))[:max_length]
+    ids = [*leading_bos(tokenizer), *tokens][:max_length]
     return {"input_ids": ids, "labels": [-100, *ids[1:]], "length": len(ids)}
+
+
+def leading_bos(tokenizer: Any) -> list[int]:
+    """[BOS], where the tokenizer puts it before a text; else nothing."""
+    begin = tokenizer("a")["input_ids"][:1]
+    return list(begin) if begin == [tokenizer.bos_token_id] else []

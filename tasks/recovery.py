@@ -63,6 +63,9 @@ def wrong_recovery(recover: Recover) -> str | None:
         return "recover.prose and recover.own are shares of the examples: together at most 1"
     if recover.prose + recover.own > 0 and recover.examples is None:
         return "recover.prose and recover.own are shares of recover.examples: set that too"
+    for name, share in (("prose", recover.prose), ("own", recover.own)):
+        if share and recover.examples and share * recover.examples < 1:
+            return f"recover.{name} = {share} of recover.examples = {recover.examples} is less than one: raise either"
     held_out = None if recover.examples is None else min(int(recover.examples * recover.held_out), 128)
     if recover.patience is not None and (not recover.held_out or held_out == 0):
         return "recover.patience needs a held-out part: raise recover.held_out or recover.examples"

@@ -1,9 +1,7 @@
 """transformers' Trainer, set to save adapters only, to keep one data order, and to show and log what we want."""
 
 import pickle
-import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +18,12 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from saap.errors import SaapError
 from saap.progress import tqdm
 from saap.recovery.budget import UNPLANNED, Budget
 from saap.recovery.loss import Student
+from saap.recovery.order import Examples, Order, inputs, padded
 from saap.recovery.training import Training, last_checkpoint
 
 ADAPTERS = "adapters.safetensors"
@@ -44,7 +42,14 @@ def train(
 
     Returns the trainer's log: entries with loss, learning_rate and tokens_per_s, and entries with eval_loss.
     """
-    arguments = _arguments(work, training, device, bool(held_out))
+    order, budget = Order([e["length"] for e in examples], training.batch_size, training.seed), None
+    if training.minutes is not None:
+        in_order = sorted(e["length"] for e in held_out)
+        measured = sum(padded(in_order, training.micro_batch_size))
+        budget = Budget(training, work, lambda: order.tokens(training.micro_batch_size), measured)
+    checkpoint = last_checkpoint(work)
+    arguments = _arguments(work, training, device, bool(held_out), budget)
+    arguments.eval_on_start = bool(held_out) and checkpoint is None  # what later ones are compared with
     callbacks: list[TrainerCallback] = [_Finish(bool(held_out)), _Rising()]
     if training.patience is not None:
         if not held_out:
@@ -53,22 +58,20 @@ def train(
     trainer = _AdapterTrainer(
         model=student,
         args=arguments,
-        train_dataset=_Examples(examples),
-        eval_dataset=_Examples(held_out),
+        train_dataset=Examples(examples),
+        eval_dataset=Examples(held_out),
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         callbacks=callbacks,
     )
     if trainer.is_fsdp_enabled:
         raise SaapError("accelerate's own FSDP cannot share out int4 codes: call recover(…, fsdp=shard.claimed())")
     trainer.student = student
-    trainer.held_out = [_inputs(e) for e in sorted(held_out, key=lambda e: e["length"])]
-    trainer.order = _Order([e["length"] for e in examples], training.batch_size, training.seed)
-    if training.minutes is not None:
-        trainer.budget = Budget(training, work, len(held_out))
-        trainer.add_callback(trainer.budget)
+    trainer.held_out = [inputs(e) for e in sorted(held_out, key=lambda e: e["length"])]
+    trainer.order, trainer.budget = order, budget
+    if budget is not None:
+        trainer.add_callback(budget)
     trainer.add_callback(_Progress(trainer))
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_checkpoint(work)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except pickle.UnpicklingError as error:
@@ -76,13 +79,15 @@ def train(
     return list(trainer.state.log_history)
 
 
-def _arguments(work: Path, training: Training, device: torch.device, held_out: bool) -> "OneDevice":
+def _arguments(
+    work: Path, training: Training, device: torch.device, held_out: bool, budget: Budget | None
+) -> "OneDevice":
     """The trainer's arguments. held_out: whether there are rows to choose the best checkpoint by."""
     arguments = OneDevice(
         own_device=str(device),
         output_dir=str(work),
         num_train_epochs=training.epochs,
-        max_steps=-1 if training.minutes is None else UNPLANNED,
+        max_steps=-1 if budget is None else budget.steps or UNPLANNED,
         per_device_train_batch_size=training.micro_batch_size,
         learning_rate=training.learning_rate,
         warmup_steps=training.warmup_steps,
@@ -147,7 +152,7 @@ class _AdapterTrainer(Trainer):
 
     student: Student
     held_out: list[dict[str, Any]]
-    order: "_Order"
+    order: Order
     budget: Budget | None = None
     tokens: Any = 0
     began = 0.0
@@ -210,7 +215,7 @@ class _Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hidden, self.seen = not state.is_world_process_zero, state.global_step
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="recover", unit="step", disable=hidden or None
+            total=_planned(state), initial=state.global_step, desc="recover", unit="step", disable=hidden or None
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -219,12 +224,16 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", tokens_per_s=f"{logs['tokens_per_s']:.0f}", refresh=False)
-            self.bar.total = state.max_steps
+            self.bar.total = _planned(state)
             self.bar.update(state.global_step - self.seen)
             self.seen = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
+
+
+def _planned(state: Any) -> int | None:
+    return None if state.max_steps == UNPLANNED else int(state.max_steps)
 
 
 class _Finish(TrainerCallback):
@@ -239,47 +248,12 @@ class _Finish(TrainerCallback):
 
 
 class _Rising(TrainerCallback):
-    """Ends a training whose loss has risen: the last ten steps' mean is 1.5 times what it began with."""
+    """Ends a training whose held-out loss is 1.2 times what it was before the first step."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        if logs and "loss" in logs and len(losses) >= 20 and (last := statistics.mean(losses[-10:])) > 1.5 * losses[0]:
+    def on_evaluate(self, args: Any, state: Any, control: Any, *more: Any, **kwargs: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if losses[-1] > 1.2 * losses[0]:
             raise SaapError(
-                f"the training loss has risen from {losses[0]:.2f} to {last:.2f} in {len(losses)} steps: "
+                f"the held-out loss has risen from {losses[0]:.2f} to {losses[-1]:.2f} by step {state.global_step}: "
                 "lower recover.learning_rate"
             )
-
-
-class _Order(torch.utils.data.Sampler):
-    """Batches of examples of similar length, in an order that depends on the seed and the epoch alone.
-
-    The trainer's own grouping draws from the global random state, which differs after resuming inside an epoch.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
-
-
-class _Examples(torch.utils.data.Dataset):
-    def __init__(self, examples: list[dict[str, Any]]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return _inputs(self.examples[index])
-
-
-def _inputs(example: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(example[name]) for name in ("input_ids", "labels")}

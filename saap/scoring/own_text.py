@@ -10,6 +10,7 @@ from saap.errors import SaapError
 from saap.models.products import FastLinears
 from saap.progress import tqdm
 from saap.scoring.backward import input_device, is_offloaded
+from saap.texts import leading_bos
 
 AT_ONCE = 64  # sequences
 
@@ -32,8 +33,7 @@ def own_text(model: nn.Module, tokenizer: Any, *, count: int, length: int, seed:
         raise SaapError("own text needs a model whose weights are all on its device")
     model.eval()
     device = input_device(model)
-    begin = torch.tensor(tokenizer("a")["input_ids"][:1])
-    behind = begin if begin.tolist() == [tokenizer.bos_token_id] else begin[:0]
+    behind = torch.tensor(leading_bos(tokenizer), dtype=torch.int64)
     plain = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
     # torch's generator would take 32 bits of a seed only
     draws = torch.from_numpy(np.stack([np.random.default_rng([seed, i]).random(length) for i in range(count)]))

@@ -32,6 +32,21 @@ class Calibration(Artifact):
         return torch.from_numpy(table["token"].astype("int64")).view(samples, -1)
 
 
+def write_calibration(folder: Path, tokens: np.ndarray, rows: np.ndarray) -> None:
+    """calibration.parquet of sequences (samples, length) and the row each begins in, -1 where it is of none."""
+    count, length = tokens.shape
+    write_table(
+        folder,
+        "calibration",
+        {
+            "sample": np.repeat(np.arange(count), length),
+            "position": np.tile(np.arange(length), count),
+            "token": tokens.flatten(),
+            "source_row": np.repeat(rows, length),
+        },
+    )
+
+
 def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
     return digest([outside.model.tokenizer, outside.data("calibration")])
 
@@ -46,15 +61,5 @@ def calibrate(step: Step, folder: Path, *, tokenizer: Tokenizer, data: Data) -> 
 
     texts = calibration_texts(data.name)
     tokens, rows = sample_tokens(texts, load_tokenizer(step), **step.config())
-    count, length = tokens.shape
-    write_table(
-        folder,
-        "calibration",
-        {
-            "sample": np.repeat(np.arange(count), length),
-            "position": np.tile(np.arange(length), count),
-            "token": tokens.flatten().numpy(),
-            "source_row": np.repeat(rows, length),
-        },
-    )
-    return {"samples": count, "tokens": count * length}
+    write_calibration(folder, tokens.numpy(), rows)
+    return {"samples": len(tokens), "tokens": tokens.numel()}

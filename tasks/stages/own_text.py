@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from storage.keys import digest
-from storage.tables import read_table, write_table
+from storage.tables import read_table
 from tasks.artifact import Source
 from tasks.config import RunConfig
 from tasks.inputs import Checkpoint, load_model, load_tokenizer
 from tasks.outside import Outside
 from tasks.stage import Summary, dtype_of, stage
-from tasks.stages.calibrate import Calibration
+from tasks.stages.calibrate import Calibration, write_calibration
 from tasks.step import Step
 
 
@@ -29,15 +29,10 @@ def own_text(step: Step, folder: Path, *, model: Checkpoint, calibration: Calibr
     import saap
 
     config, tokenizer = step.config(), load_tokenizer(step)
-    drawn = read_table(calibration.place, "calibration")
-    samples, length = int(drawn["sample"][-1]) + 1, int(drawn["position"].max()) + 1
+    drawn = calibration.read().numpy()
     dense = load_model(step, model, use="slices")
-    own = saap.own_text(dense, tokenizer, count=config["count"], length=length, seed=config["seed"])
-    ours = {
-        "sample": samples + np.repeat(np.arange(len(own)), length),
-        "position": np.tile(np.arange(length), len(own)),
-        "token": own.flatten().numpy(),
-        "source_row": np.full(own.numel(), -1),
-    }
-    write_table(folder, "calibration", {name: np.concatenate([drawn[name], more]) for name, more in ours.items()})
-    return {"drawn": samples, "written": len(own)}
+    own = saap.own_text(dense, tokenizer, count=config["count"], length=drawn.shape[1], seed=config["seed"])
+    begun = read_table(calibration.place, "calibration")["source_row"][:: drawn.shape[1]]
+    rows = np.concatenate([begun, np.full(len(own), -1)])
+    write_calibration(folder, np.concatenate([drawn, own.numpy()]), rows)
+    return {"drawn": len(drawn), "written": len(own)}

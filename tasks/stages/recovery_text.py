@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from storage.keys import digest
-from storage.tables import write_table
 from tasks.artifact import Source
 from tasks.config import RunConfig
 from tasks.data import calibration_texts
@@ -14,7 +13,7 @@ from tasks.inputs import Checkpoint, Data, Tokenizer, load_model, load_tokenizer
 from tasks.outside import Outside
 from tasks.recovery import Recover
 from tasks.stage import Summary, dtype_of, stage
-from tasks.stages.calibrate import Calibration
+from tasks.stages.calibrate import Calibration, write_calibration
 from tasks.step import Step
 
 OTHER_SEED = 1_000_003  # added: not the sequences that the same seed calibrates with
@@ -52,16 +51,5 @@ def recovery_text(
     if model is not None:
         written = saap.own_text(load_model(step, model, use="slices"), words, count=config["own"], **about)
         tokens, rows = [*tokens, written.numpy()], [*rows, np.full(len(written), -1)]
-    sequences = np.concatenate(tokens)
-    count, length = sequences.shape
-    write_table(
-        folder,
-        "calibration",
-        {
-            "sample": np.repeat(np.arange(count), length),
-            "position": np.tile(np.arange(length), count),
-            "token": sequences.flatten(),
-            "source_row": np.repeat(np.concatenate(rows), length),
-        },
-    )
+    write_calibration(folder, np.concatenate(tokens), np.concatenate(rows))
     return {name: config[name] for name in ("prose", "own") if config[name]}

@@ -138,6 +138,7 @@ TOGETHER = [
     (["recover.micro_batch_size=5"], ["recover.batch_size", "multiple"]),
     (["recover.examples=4"], ["recover.examples = 4", "recover.micro_batch_size"]),
     (["recover.examples=10", "recover.held_out=0.5"], ["recover.examples = 10", "recover.micro_batch_size"]),
+    (["recover.prose=0.01", "recover.examples=60"], ["recover.prose = 0.01", "recover.examples = 60", "less than one"]),
     (["recover.own=0.5"], ["recover.own", "recover.examples"]),
     (["recover.own=0.5", "recover.prose=0.6", "recover.examples=99"], ["recover.own", "recover.prose", "at most 1"]),
     (["recover.patience=2", "recover.held_out=0"], ["recover.patience", "recover.held_out"]),

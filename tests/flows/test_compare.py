@@ -5,7 +5,7 @@ import statistics
 import pytest
 from matplotlib.image import imread
 
-from flows.compare import compare, table
+from flows.compare import Comparison, Row, compare, headlines, table
 from flows.figure import draw
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
@@ -138,6 +138,25 @@ def test_the_lines_below_the_table_name_the_best_and_the_worst(swept):
     printed = saap("compare", file).stdout.replace("\n", " ")
     assert len(wanted) == 2
     assert all(line in printed for line in wanted), printed
+
+
+def test_the_lines_are_for_each_model_and_name_what_is_varied():
+    def row(model, size, variant, perplexity, weight_bytes=8.0):
+        ratio = 0.0 if variant == "dense" else 0.2
+        means = {"wikitext2": perplexity, "weight_bytes": weight_bytes}
+        return Row((model, size), ratio, variant, runs=1, means=means)
+
+    rows = [row("a", "", "dense", 10.0), row("b", "", "dense", 20.0, 32.0)]
+    rows += [
+        row(m, s, "pruned", p) for m, s, p in (("a", "4", 12.0), ("a", "8", 11.0), ("b", "4", 21.5), ("b", "8", 30.0))
+    ]
+    rows += [row("a", "4", "recovered", 11.0), row("a", "8", "recovered", 11.0), row("b", "4", "recovered", 9.0)]
+    assert headlines(Comparison(["model.path", "calibrate.count"], rows, 0, 4)) == [
+        "pruned at 0.2: model a, count 8 is best on WikiText-2, 11.0, where model a, count 4 has 12.0 and the dense "
+        "model 10.0; 100% of its bytes",
+        "pruned at 0.2: model b, count 4 is best on WikiText-2, 21.5, where model b, count 8 has 30.0 and the dense "
+        "model 20.0; 25% of its bytes",
+    ]
 
 
 def _short(perplexity):

@@ -25,7 +25,8 @@ def logged(tmp_path_factory):
     maker.warehouse.rebuild()
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     client = MlflowClient(uri)
-    client.create_experiment("saap", artifact_location=(folder / "artifacts").as_uri())
+    experiment = client.create_experiment("saap", artifact_location=(folder / "artifacts").as_uri())
+    client.create_run(experiment, tags={"saap.run_id": RUN})  # as a server leaves it that fails in between
     return maker.warehouse, client, [log_run(maker.store.root, RUN, uri) for _ in range(2)]
 
 
