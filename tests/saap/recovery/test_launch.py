@@ -1,6 +1,8 @@
 """Recovery from folder to folder, in one process and in two that accelerate's launcher starts."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +38,14 @@ def test_two_processes_take_the_same_steps_as_one(job, tmp_path, way):
     first, second = load(job.output).state_dict(), load(tmp_path / "two").state_dict()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name].float(), tensor.float(), rtol=1e-2, atol=2e-3)
+
+
+def test_two_processes_share_a_plan(job):
+    planned = replace(job, training=job.training | {"minutes": 0.05, "save_steps": 5})
+    steps = run_launched(planned, f"--multi_gpu {TWO}")
+    end = json.loads(Path(job.work, "steps.json").read_text())
+    assert end > 6
+    assert [step["step"] for step in steps] == list(range(1, end + 1))
 
 
 def test_a_launch_that_fails_is_an_error(job, capfd):
