@@ -28,7 +28,7 @@ class Budget(TrainerCallback):
     def __init__(self, training: Training, work: Path, tokens: Callable[[], Iterator[int]], held_out: int) -> None:
         """tokens: gives those of each step, of all processes. held_out: those of a held-out loss, on each process."""
         self._training, self._tokens, self._held_out = training, tokens, held_out
-        self._file = work / "steps.json"
+        self._file = work / "plan.json"
         try:
             self.steps: int | None = int(json.loads(self._file.read_text()))
         except (OSError, ValueError, TypeError):  # none yet, or a damaged one

@@ -43,7 +43,7 @@ def test_two_processes_take_the_same_steps_as_one(job, tmp_path, way):
 def test_two_processes_share_a_plan(job):
     planned = replace(job, training=job.training | {"minutes": 0.05, "save_steps": 5})
     steps = run_launched(planned, f"--multi_gpu {TWO}")
-    end = json.loads(Path(job.work, "steps.json").read_text())
+    end = json.loads(Path(job.work, "plan.json").read_text())
     assert end > 6
     assert [step["step"] for step in steps] == list(range(1, end + 1))
 

@@ -249,7 +249,7 @@ def test_a_training_of_minutes_ends_where_it_planned_to_and_anneals_to_there(
 ):
     training = Training(**(SETTINGS | {"minutes": 0.04, "schedule": schedule, "save_steps": 5}))
     _, steps = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, training)
-    planned = json.loads((tmp_path / "steps.json").read_text())
+    planned = json.loads((tmp_path / "plan.json").read_text())
     assert [s.step for s in steps] == list(range(1, planned + 1))
     assert steps[-1].held_out_loss is not None
     # the first seven rates are given before it is planned
@@ -267,7 +267,7 @@ def test_a_training_of_minutes_that_goes_on_keeps_its_plan(
     interrupted, tiny_folder, tiny_tokenizer, rows, undisturbed, tmp_path
 ):
     work = shutil.copytree(interrupted, tmp_path / "work")
-    (work / "steps.json").write_text("9")
+    (work / "plan.json").write_text("9")
     training = Training(**(SETTINGS | {"minutes": 100.0}))
     model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, RECIPE, training)
     assert [untimed(s) for s in steps] == [untimed(s) for s in undisturbed[1]]

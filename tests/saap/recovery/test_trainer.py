@@ -62,7 +62,7 @@ def test_the_tokens_of_a_step_are_those_of_its_padded_micro_batches():
 
 @pytest.mark.parametrize("content", ["", "[]", "nine"])
 def test_a_damaged_plan_is_made_again(tmp_path, content):
-    (tmp_path / "steps.json").write_text(content)
+    (tmp_path / "plan.json").write_text(content)
     assert Budget(Training(minutes=1.0), tmp_path, lambda: iter(()), 0).steps is None
 
 
