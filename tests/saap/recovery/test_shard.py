@@ -42,7 +42,7 @@ def test_each_process_holds_its_half_and_computes_the_whole(tiny_llama, tmp_path
     prepared = RECIPES[recipe](rank=4).prepare(tiny_llama(tie_word_embeddings=True))
     tensors = len(prepared.state_dict())
     tokens = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(0))
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     answer = context.Queue()
     both = [context.Process(target=process, args=(r, tmp_path, prepared, tokens, answer)) for r in range(2)]
     for one in both:
