@@ -86,7 +86,7 @@ def _prune(graph: "Graph", dense: Source, calibration: Source) -> Source:
 
 def _recover(graph: "Graph", dense: Source, pruned: Source) -> Source:
     settings = graph.config.recover
-    count = shares(settings) if settings.prose or settings.own else {"prose": 0, "own": 0}
+    count = shares(settings)
     text = None
     if any(count.values()):
         text = graph.add(

@@ -29,10 +29,10 @@ def own_text(step: Step, folder: Path, *, model: Checkpoint, calibration: Calibr
     import saap
 
     config, tokenizer = step.config(), load_tokenizer(step)
-    drawn = calibration.read().numpy()
+    table = read_table(calibration.place, "calibration")
+    drawn, begun = (table[name].reshape(int(table["sample"][-1]) + 1, -1) for name in ("token", "source_row"))
     dense = load_model(step, model, use="slices")
     own = saap.own_text(dense, tokenizer, count=config["count"], length=drawn.shape[1], seed=config["seed"])
-    begun = read_table(calibration.place, "calibration")["source_row"][:: drawn.shape[1]]
-    rows = np.concatenate([begun, np.full(len(own), -1)])
+    rows = np.concatenate([begun[:, 0], np.full(len(own), -1)])
     write_calibration(folder, np.concatenate([drawn, own.numpy()]), rows)
     return {"drawn": len(drawn), "written": len(own)}

@@ -20,10 +20,10 @@ OTHER_SEED = 1_000_003  # added: not the sequences that the same seed calibrates
 
 
 def shares(recover: Recover) -> dict[str, int]:
-    """How many of the examples are prose, and how many the model's own."""
-    assert recover.examples is not None
-    prose = round(recover.prose * recover.examples)
-    return {"prose": prose, "own": round((recover.prose + recover.own) * recover.examples) - prose}
+    """How many of the examples are prose, and how many the model's own: none where they are not counted."""
+    examples = recover.examples or 0
+    prose = round(recover.prose * examples)
+    return {"prose": prose, "own": round((recover.prose + recover.own) * examples) - prose}
 
 
 def _params(config: RunConfig) -> dict[str, object]:

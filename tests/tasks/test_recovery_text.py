@@ -5,11 +5,13 @@ import json
 import pytest
 
 import saap
+from storage.tables import read_table
 from tasks.config import load_config
 from tasks.data import calibration_texts
 from tasks.how import Compute
 from tasks.inputs import Checkpoint, Data, Tokenizer, forget_model
 from tasks.stages.calibrate import Calibration
+from tasks.stages.own_text import own_text
 from tasks.stages.recover import _rows, recover
 from tasks.stages.recovery_text import OTHER_SEED, recovery_text, shares
 from tasks.step import Step
@@ -46,6 +48,23 @@ def test_prose_is_drawn_from_the_calibration_set_and_the_rest_written_by_the_mod
     drawn, _ = saap.sample_tokens(calibration_texts("mini"), tiny_tokenizer, count=3, **about)
     written = saap.own_text(saap.load(tiny_folder), tiny_tokenizer, count=6, **about)
     assert text.read().tolist() == [*drawn.tolist(), *written.tolist()]
+
+
+def test_own_text_stands_behind_the_drawn_sequences(text, step, tiny_folder, tiny_tokenizer, tmp_path):
+    (tmp_path / "both").mkdir()
+    made = own_text.make(
+        step(own_text, "calibrate.own=4", "calibrate.seed=7"),
+        tmp_path / "both",
+        model=Checkpoint(tiny_folder),
+        calibration=text,
+    )
+    assert made == {"drawn": 9, "written": 4}
+    written = saap.own_text(saap.load(tiny_folder), tiny_tokenizer, count=4, length=10, seed=7)
+    assert Calibration(tmp_path / "both").read().tolist() == [*text.read().tolist(), *written.tolist()]
+    before, after = (read_table(folder, "calibration") for folder in (tmp_path, tmp_path / "both"))
+    assert after["source_row"].tolist() == [*before["source_row"].tolist(), *[-1] * 40]
+    assert after["sample"].tolist() == [number for number in range(13) for _ in range(10)]
+    assert after["position"].tolist() == [*range(10)] * 13
 
 
 def test_the_rows_are_as_many_as_asked_for_and_mixed(text, step):
