@@ -17,6 +17,8 @@ from storage.keys import file_digest
 from storage.locks import held
 
 MANIFEST = "manifest.json"
+# folders of a store that are no stage
+BESIDE = ("work", "damaged", "runs", "locks", "fingerprints", "pages", "prefect")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # what a manifest need not say
 _UNSAID: dict[str, Any] = {"run_id": "", "params": {}, "inputs": [], "outside": {}, "versions": {}, "summary": {}}
@@ -163,7 +165,7 @@ class ArtifactStore:
     def all(self) -> Iterator[tuple[str, str]]:
         """(stage, key) of every artifact folder, whole or not."""
         for folder in sorted(self.root.glob("*/[!.]*/")):
-            if folder.parent.name not in ("damaged", "locks", "prefect", "runs", "work", "fingerprints", "pages"):
+            if folder.parent.name not in BESIDE:
                 yield folder.parent.name, folder.name
 
     def work(self, stage: str, key: str) -> Path:

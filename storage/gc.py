@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage import runs
-from storage.artifacts import ArtifactStore
+from storage.artifacts import BESIDE, ArtifactStore
 from storage.errors import BusyError, StorageError
 from storage.locks import held, is_held
 
@@ -172,7 +172,7 @@ def by_stage(store: ArtifactStore) -> list[tuple[str, int, int]]:
         found[stage].append(size(store.path(stage, key)))
     for path in store.root.glob("*/.draft-*"):
         found["(drafts)"].append(size(path))
-    for name in ("work", "damaged", "runs", "locks", "fingerprints", "pages", "prefect"):
+    for name in BESIDE:
         for path in store.root.glob(f"{name}/*"):
             found[f"({name})"].append(size(path))
     for path in store.root.glob("warehouse.*"):
