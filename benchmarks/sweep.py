@@ -5,8 +5,9 @@
 
 A random Llama, the mini pack, every stage and all nine benchmarks (34 steps a run) for the cached runs: a sweep of 12
 and one of 1, each by `saap sweep` on a store that has everything. Then steps that do nothing through the whole
-machinery. Then a sweep of 8 runs with one thread each, by one slot and by two in turn; its seconds begin with the first
-step, since a worker that starts imports torch once. Prints as its last line one JSON object.
+machinery. Then a sweep of 8 runs, two models at four ratios, with one thread each, by one slot and by two in turn; its
+seconds begin with the first step, since a worker that starts imports torch once. Prints as its last line one JSON
+object.
 """
 
 import argparse
@@ -45,14 +46,14 @@ speed = { runs = 0 }
 """
 
 
-def checkpoint(folder: Path, hidden: int, layers: int) -> Path:
+def checkpoint(folder: Path, hidden: int, layers: int, seed: int = 0) -> Path:
     """A random Llama with the embedded model's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import saap
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     small = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 49152, "tie_word_embeddings": True}
     size = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     LlamaForCausalLM(LlamaConfig(**size, **small, max_position_embeddings=256)).save_pretrained(folder)
@@ -61,10 +62,11 @@ def checkpoint(folder: Path, hidden: int, layers: int) -> Path:
     return folder
 
 
-def config(folder: Path, name: str, model: Path, sections: str, ratios: list[float]) -> Path:
+def config(folder: Path, name: str, models: list[Path], sections: str, ratios: list[float]) -> Path:
     file = folder / f"{name}.toml"
     compute = 'compute = { device = "cpu", threads = 1 }'
-    head = f'name = "{name}"\nmodel.path = "{model}"\nsweep = {{ "prune.ratio" = {ratios} }}\n{compute}\n'
+    axes = f'"model.path" = {[str(model) for model in models]}, "prune.ratio" = {ratios}'
+    head = f'name = "{name}"\nsweep = {{ {axes} }}\n{compute}\n'
     file.write_text(head + sections)
     return file
 
@@ -84,7 +86,7 @@ def sweep(file: Path, store: Path, *overrides: str) -> float:
 def cached(folder: Path, rounds: int) -> dict[str, float]:
     """Of sweeps that find everything: seconds of one of one run, and of each further run of one of 12."""
     model, store = checkpoint(folder / "small", 64, 4), folder / "cached"
-    many, one = (config(folder, f"cached{len(r)}", model, QUICK, r) for r in (RATIOS, RATIOS[:1]))
+    many, one = (config(folder, f"cached{len(r)}", [model], QUICK, r) for r in (RATIOS, RATIOS[:1]))
     sweep(many, store)
     seconds = [(sweep(one, store), sweep(many, store)) for _ in range(rounds)]
     first, all_ = (statistics.median(of) for of in zip(*seconds, strict=True))
@@ -142,7 +144,8 @@ def work_seconds(store: Path) -> float:
 
 def parallel(folder: Path, rounds: int) -> dict[str, float]:
     """Two slots against one, and what they found against one process."""
-    file = config(folder, "parallel", checkpoint(folder / "large", 512, 8), WORK, RATIOS[:8])
+    models = [checkpoint(folder / f"large{seed}", 512, 8, seed) for seed in (0, 1)]
+    file = config(folder, "parallel", models, WORK, RATIOS[:4])
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for number in range(rounds):
         for slots in (1, 2) if number % 2 == 0 else (2, 1):
