@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -60,21 +60,26 @@ def prefect_api(store: Path, meanwhile: tuple[str, ...] = ()) -> Iterator[str]:
     meanwhile: modules to import while that server starts, in the seconds it takes. Raises StorageError when it does not
     start, or fails in the block for longer than Prefect retries.
     """
-    import httpx
-    from prefect.settings import get_current_settings
+    with contextlib.ExitStack() as stack:
+        # begun before Prefect is imported here, so that the two imports, of two seconds each, go on side by side
+        starting = None if os.environ.get("PREFECT_API_URL") else stack.enter_context(_own_server(store / "prefect"))
+        import httpx
+        from prefect.settings import get_current_settings
 
-    users = get_current_settings().api.url
-    try:
-        if users is not None:
-            _ask_health(users)
-            yield users
-        else:
-            with _own_server(store, meanwhile) as url:
-                yield url
-    except httpx.HTTPError as error:
-        at = f" at {users}" if users else f"; see {store / 'prefect' / 'server.log'}"
-        line = str(error).partition("\n")[0] or type(error).__name__
-        raise StorageError(f"the Prefect server failed ({line}){at}: the same command goes on from here") from error
+        users = get_current_settings().api.url
+        try:
+            if starting is None or users:  # a profile may name one too
+                stack.close()
+                _ask_health(str(users))
+                yield str(users)
+            else:
+                for module in meanwhile:
+                    importlib.import_module(module)
+                yield starting()
+        except httpx.HTTPError as error:
+            at = f" at {users}" if users else f"; see {store / 'prefect' / 'server.log'}"
+            line = str(error).partition("\n")[0] or type(error).__name__
+            raise StorageError(f"the Prefect server failed ({line}){at}: the same command goes on from here") from error
 
 
 def _ask_health(url: str) -> None:
@@ -89,8 +94,8 @@ def _ask_health(url: str) -> None:
 
 
 @contextlib.contextmanager
-def _own_server(store: Path, meanwhile: tuple[str, ...]) -> Iterator[str]:
-    home = store / "prefect"
+def _own_server(home: Path) -> Iterator[Callable[[], str]]:
+    """Begin to start one. What is yielded waits until it answers, makes it our API, and returns its address."""
     home.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -105,7 +110,7 @@ def _own_server(store: Path, meanwhile: tuple[str, ...]) -> Iterator[str]:
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     # one start at a time: two servers that find no database would both make its tables
-    with FileLock(home / "start.lock"), (home / "server.log").open("ab") as log:
+    with FileLock(home / "start.lock") as lock, (home / "server.log").open("ab") as log:
         server = subprocess.Popen(
             command,
             env=environment,
@@ -114,20 +119,23 @@ def _own_server(store: Path, meanwhile: tuple[str, ...]) -> Iterator[str]:
             stderr=log,
             preexec_fn=_die_with_parent,
         )
-        for module in meanwhile:
-            importlib.import_module(module)
-        _wait_until_healthy(server, url, home / "server.log")
-    try:
-        _use_api(url)
-        yield url
-    finally:
-        _send_what_is_queued()
-        _use_api(None)
-        server.terminate()
+
+        def wait() -> str:
+            _wait_until_healthy(server, url, home / "server.log")
+            lock.release()
+            _use_api(url)
+            return url
+
         try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
+            yield wait
+        finally:
+            _send_what_is_queued()
+            _use_api(None)
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 def _use_api(url: str | None) -> None:
@@ -164,6 +172,6 @@ def _wait_until_healthy(server: subprocess.Popen, url: str, log: Path) -> None:
             with direct.open(f"{url}/health", timeout=2):
                 return
         except OSError:
-            time.sleep(0.2)
+            time.sleep(0.05)
     server.kill()
     raise StorageError(f"the Prefect server did not start; see {log}, or start one and set PREFECT_API_URL")

@@ -68,7 +68,8 @@ SPREAD = """
 select i.kind, i.layer, i.unit, avg(element) as element_mean, stddev_samp(element) as element_sd,
     min(element) as element_min, max(element) as element_max, avg(vector) as vector_mean,
     stddev_samp(vector) as vector_sd
-from importance i semi join wanted w on (w.kind = i.kind and w.layer = i.layer and w.unit = i.unit)
+from importance i semi join (select unnest(?) as kind, unnest(?) as layer, unnest(?) as unit) w
+    on (w.kind = i.kind and w.layer = i.layer and w.unit = i.unit)
 where i.key = ? group by all"""
 
 
@@ -199,12 +200,8 @@ def importance(connection: Any, run_id: str, absent: Callable[[str], str], direc
 
 def _spread(connection: Any, rows: Rows, key: str) -> bool:
     """Give each cell the mean and spread over the samples of its middle group. False when the scores are gone."""
-    import pyarrow as pa
-
-    wanted = pa.table({name: [row[name] for row in rows] for name in ("kind", "layer", "unit")})
-    connection.register("wanted", wanted)
-    found = ask(connection, SPREAD, key)
-    connection.unregister("wanted")
+    wanted = ([row[name] for row in rows] for name in ("kind", "layer", "unit"))
+    found = ask(connection, SPREAD, *wanted, key)
     by_group = {(row["kind"], row["layer"], row["unit"]): row for row in found}
     for row in rows if found else ():
         row |= by_group[row["kind"], row["layer"], row["unit"]]

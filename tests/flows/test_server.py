@@ -1,5 +1,8 @@
 """A Prefect server of the user's that is not there, or fails, ends a command in one line."""
 
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -42,3 +45,21 @@ def test_a_server_that_fails_for_longer_than_prefect_retries_is_one_line(tmp_pat
     ):
         httpx.get(f"{url}/flow_runs").raise_for_status()
     assert "\n" not in str(failed.value)
+
+
+def test_a_server_that_a_profile_names_is_used_and_none_of_ours_stays(tmp_path, prefect_server):
+    profiles = tmp_path / "profiles.toml"
+    profiles.write_text(f'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "{prefect_server}"\n')
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    asked = (
+        "import psutil, sys; from pathlib import Path; from flows.server import prefect_api, quiet_settings\n"
+        "quiet_settings(Path(sys.argv[1]))\n"
+        "with prefect_api(Path(sys.argv[1])) as url: print(url, psutil.Process().children())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", asked, tmp_path / "store"],
+        env={**environment, "PREFECT_PROFILES_PATH": str(profiles)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == [f"{prefect_server} []"], done.stderr
