@@ -96,8 +96,9 @@ def cached(folder: Path, rounds: int) -> dict[str, float]:
 def criteria(folder: Path, rounds: int) -> dict[str, float]:
     """Seconds of configs/criteria.toml, tiny, when everything is there."""
     model = checkpoint(folder / "ranked", 64, 4)
-    tiny = ("calibrate.count=4", "calibrate.length=16", "evaluate.windows=[32]", "evaluate.max_tokens=128")
-    settings = ("data='mini'", f"model.path='{model}'", "prune.align=8", "compute.threads=1", *tiny)
+    tiny = ("calibrate.count=4", "calibrate.length=16", "prune.align=8", "prune.protect=[0]")
+    text = ("data='mini'", "evaluate.windows=[32]", "evaluate.max_tokens=128")
+    settings = (f"model.path='{model}'", "compute.device='cpu'", "compute.threads=1", *tiny, *text)
     file, store = HERE / "configs" / "criteria.toml", folder / "criteria"
     sweep(file, store, *settings)
     return {"criteria_cached_seconds": statistics.median(sweep(file, store, *settings) for _ in range(rounds))}
