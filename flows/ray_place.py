@@ -68,7 +68,7 @@ class Ray:
 
     def _started(self) -> RayTaskRunner[Any]:
         own = {} if self._address else {"include_dashboard": False}
-        runner: RayTaskRunner[Any] = RayTaskRunner(self._address, init_kwargs={"log_to_driver": False, **own})
+        runner: RayTaskRunner[Any] = RayTaskRunner(self._address, init_kwargs={"log_to_driver": False, "logging_level": "WARNING", **own})
         try:
             if self._address:
                 _knock(self._address)
