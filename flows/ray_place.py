@@ -67,8 +67,9 @@ class Ray:
             return step, None, WorkerDied(f"Ray lost {step.label} ({line}): the same command goes on from here")
 
     def _started(self) -> RayTaskRunner[Any]:
+        quiet = {"log_to_driver": False, "logging_level": "WARNING"}
         own = {} if self._address else {"include_dashboard": False}
-        runner: RayTaskRunner[Any] = RayTaskRunner(self._address, init_kwargs={"log_to_driver": False, "logging_level": "WARNING", **own})
+        runner: RayTaskRunner[Any] = RayTaskRunner(self._address, init_kwargs=quiet | own)
         try:
             if self._address:
                 _knock(self._address)
