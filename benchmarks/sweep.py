@@ -1,13 +1,13 @@
 """What a sweep costs: cached runs, the machinery around a step, and what two slots gain over one.
 
     python benchmarks/sweep.py                # a quarter of an hour on two idle cores
-    python benchmarks/sweep.py --rounds 3 --only parallel
+    python benchmarks/sweep.py --rounds 3 --only criteria
 
 A random Llama, the mini pack, every stage and all nine benchmarks (34 steps a run) for the cached runs: a sweep of 12
 and one of 1, each by `saap sweep` on a store that has everything. Then steps that do nothing through the whole
 machinery. Then a sweep of 8 runs, two models at four ratios, with one thread each, by one slot and by two in turn; its
-seconds begin with the first step, since a worker that starts imports torch once. Prints as its last line one JSON
-object.
+seconds begin with the first step, since a worker that starts imports torch once. Then the 72 runs of
+configs/criteria.toml, at tiny settings, on a store that has everything. Prints as its last line one JSON object.
 """
 
 import argparse
@@ -91,6 +91,17 @@ def cached(folder: Path, rounds: int) -> dict[str, float]:
     seconds = [(sweep(one, store), sweep(many, store)) for _ in range(rounds)]
     first, all_ = (statistics.median(of) for of in zip(*seconds, strict=True))
     return {"cached_first_seconds": first, "cached_run_seconds": (all_ - first) / (len(RATIOS) - 1)}
+
+
+def criteria(folder: Path, rounds: int) -> dict[str, float]:
+    """Seconds of configs/criteria.toml, tiny, when everything is there."""
+    model = checkpoint(folder / "ranked", 64, 4)
+    tiny = ("calibrate.count=4", "calibrate.length=16", "prune.align=8", "prune.protect=[0]")
+    text = ("data='mini'", "evaluate.windows=[32]", "evaluate.max_tokens=128")
+    settings = (f"model.path='{model}'", "compute.device='cpu'", "compute.threads=1", *tiny, *text)
+    file, store = HERE / "configs" / "criteria.toml", folder / "criteria"
+    sweep(file, store, *settings)
+    return {"criteria_cached_seconds": statistics.median(sweep(file, store, *settings) for _ in range(rounds))}
 
 
 def step_overhead(folder: Path, steps: int = 100) -> float:
@@ -191,7 +202,7 @@ def rows(store: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["cached", "overhead", "parallel"])
+    parser.add_argument("--only", choices=["cached", "overhead", "parallel", "criteria"])
     arguments = parser.parse_args()
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as made:
@@ -203,6 +214,8 @@ def main() -> None:
             figures["step_overhead_ms"] = step_overhead(folder)
         if arguments.only in (None, "parallel"):
             figures |= parallel(folder, arguments.rounds)
+        if arguments.only in (None, "criteria"):
+            figures |= criteria(folder, arguments.rounds)
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}), flush=True)
     os._exit(0)  # Prefect's threads would outlive the clean-up
 

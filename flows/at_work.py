@@ -1,5 +1,6 @@
 """Runs at work: their records, their pages, and how they end."""
 
+import itertools
 import os
 import time
 from collections.abc import Generator, Sequence
@@ -10,7 +11,8 @@ from prefect import get_run_logger, runtime
 from flows.graph import Graph, Outcome, Reference
 from flows.job import Job
 from flows.killed import tell_of_the_killed
-from flows.pages.write import write_report
+from flows.pages.render import write
+from flows.pages.write import page_of_run, report_file
 from flows.places import place_for
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
@@ -190,8 +192,12 @@ def _tell(warehouse: Warehouse, run_ids: Sequence[str]) -> None:
         warehouse.load(run_ids[0])
     else:
         warehouse.sync()
-    for run_id in run_ids:
+    left = iter(run_ids)
+    for first in left:
+        run_id = first
         try:
-            write_report(warehouse.root, run_id)
+            with warehouse.reading() as connection:  # for all, as long as no page fails
+                for run_id in itertools.chain([first], left):
+                    write(report_file(warehouse.root, run_id), page_of_run(warehouse, connection, run_id))
         except Exception as error:
-            get_run_logger().warning("no page of this run: %s: %s", type(error).__name__, error)
+            get_run_logger().warning("no page of run %s: %s: %s", run_id, type(error).__name__, error)

@@ -106,6 +106,8 @@ def _layers(model: Any) -> Any:
 def _check_device(config: RunConfig) -> None:
     import torch
 
+    if config.execute.runner == "ray":
+        return  # the nodes have the devices
     device, there = config.compute.device, torch.cuda.device_count()
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= there:
         raise ConfigError(

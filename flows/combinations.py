@@ -22,7 +22,9 @@ def combinations(config: str, overrides: Sequence[str] = ()) -> list[list[str]]:
     axes = read_toml(config).get("sweep")
     if not isinstance(axes, dict) or not axes or not all(isinstance(v, list) and v for v in axes.values()):
         raise ConfigError(f'{config} needs a [sweep] table of lists, e.g. "prune.ratio" = [0.2, 0.5]')
-    if fixed := sorted(axis for axis in axes if axis == "store" or axis.partition(".")[0] == "execute"):
+    if fixed := sorted(
+        axis for axis in axes if axis in ("store", "store_remote") or axis.partition(".")[0] == "execute"
+    ):
         raise ConfigError(f"{', '.join(fixed)} in {config}: a whole sweep has one, so it cannot be an axis of it")
     if double := sorted(axes.keys() & {override.partition("=")[0].strip() for override in overrides}):
         raise ConfigError(f"{', '.join(double)}: an axis of the sweep in {config} cannot be set too; change the file")

@@ -12,10 +12,12 @@ from flows.job import Job
 from flows.places import Place
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
+from storage.remote import remote_of
 from tasks.data import MissingData
 from tasks.step import Step
 
 Reference = tuple[str, str]
+_MISSING = "give the same command again; hosts with stores of their own need store_remote"
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,13 @@ def _outcome(store: ArtifactStore, step: Step, ticket: Any, result: State | Base
         if isinstance(result, BaseException):
             raise result
         result.result()
+        manifest = store.find(step.stage, step.key)
+        if manifest is None and step.store_remote is not None:  # made on a host with a store of its own
+            manifest = remote_of(step.store_remote).bring(store, step.stage, step.key)
     except MissingData as missing:
         return Outcome(skipped=str(missing), error=None if step.stage == "evaluate" else missing)
     except Exception as error:
         return Outcome(error=error)
-    manifest = store.find(step.stage, step.key)
     if manifest is None:
-        return Outcome(error=StorageError(f"what {step.label} made is no longer in {store.root}: run again"))
+        return Outcome(error=StorageError(f"what {step.label} made is not in {store.root}: {_MISSING}"))
     return Outcome(manifest, ticket=ticket)

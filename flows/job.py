@@ -28,16 +28,17 @@ def title_of(settings: RunConfig) -> str:
     return f"{settings.name}: {settings.model.path} at {settings.prune.ratio:g}"
 
 
-def prepare(
-    settings: RunConfig, *, look_only: bool = False, outside: Outside | None = None, chosen: tuple[str, ...] = ()
-) -> Job:
+def prepare(settings: RunConfig, *, look_only: bool = False) -> Job:
     """The job of a configuration. What is wrong with it, its model or its data shows here, before anything is computed.
 
-    With look_only, as in `saap plan`, nothing is written and no model downloaded. outside: what was looked at already.
+    With look_only, as in `saap plan`, nothing is written and no model downloaded.
     Raises ConfigError, SaapError or StorageError.
     """
     check_remote(settings, look_only=look_only)
-    outside = outside or Outside(settings, look_only=look_only)
+    return _job(settings, Outside(settings, look_only=look_only), look_only=look_only)
+
+
+def _job(settings: RunConfig, outside: Outside, chosen: tuple[str, ...] = (), *, look_only: bool = False) -> Job:
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     steps = build(settings, run_id, outside)  # first what needs no torch
     if look_only or work_left(steps):
@@ -56,16 +57,14 @@ def prepare_all(config: str, runs: Sequence[Sequence[str]], overrides: Sequence[
 
     runs: what `combinations` gives. A model and a folder of data that several runs share are looked at once.
     """
-    remotes: set[str | None] = set()
     outside = SharedOutside()
-    jobs = []
+    jobs: list[Job] = []
     for chosen in runs:
         settings = load_config(config, (*chosen, *overrides))
-        if settings.store_remote not in remotes:
+        if not jobs:  # the others have the same remote store
             check_remote(settings)
-            remotes.add(settings.store_remote)
         try:
-            jobs.append(prepare(settings, outside=outside.of(settings), chosen=tuple(chosen)))
+            jobs.append(_job(settings, outside.of(settings), tuple(chosen)))
         except ValueError as error:  # ConfigError, SaapError
             if getattr(error, "exit_code", None) is None:
                 raise

@@ -101,12 +101,15 @@ class Slots:
         return min(may, key=lambda step: 0 if model_of(step) in theirs else 1 if model_of(step) not in known else 2)
 
     def start(self, step: Step, after: list[Any]) -> None:
-        slot = min(self._free(), key=lambda slot: slot.model != model_of(step))
+        slot = self._slot_for(step)
         slot.start(step, after).add_done_callback(lambda future: self._ended.put((slot, future)))
 
     def wait(self) -> Ended:
         slot, future = self._ended.get()
         return slot.end(future)
+
+    def _slot_for(self, step: Step) -> "Slot":
+        return min(self._free(), key=lambda slot: slot.model != model_of(step))
 
     def _free(self) -> list["Slot"]:
         return [slot for slot in self._slots if slot.step is None]

@@ -1,17 +1,24 @@
-"""Steps on a Ray cluster, by Prefect's runner for it. Every node must see the store, at the same path."""
+"""Steps on a Ray cluster, by Prefect's runner for it.
+
+Every node sees the store at the same path, or has one of its own there, which is a cache of the remote store.
+"""
 
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
+from prefect import get_run_logger
 from prefect.futures import PrefectFuture
+from prefect.settings import get_current_settings
 from prefect.states import State
 from prefect_ray import RayTaskRunner
 from prefect_ray.context import remote_options
 
 from flows.places import ALONE, Ended, WorkerDied, beside, crashed, model_of, task_named
+from flows.server import LOOPBACK
 from storage.errors import StorageError
 from tasks.compute import placed
 from tasks.step import Step
@@ -26,6 +33,7 @@ class Ray:
     def __init__(self, address: str | None) -> None:
         self._address = address
         self._runner: RayTaskRunner[Any] | None = None
+        self._said: dict[str, int] = {}
         self._at_work: dict[Any, tuple[Step, PrefectFuture[Any]]] = {}  # by Ray's reference
 
     def choose(self, ready: Sequence[Step]) -> Step | None:
@@ -38,7 +46,11 @@ class Ray:
         compute = json.loads(step.compute)
         threads = compute["threads"] or max(1, cores)
         on_gpu = compute["device"] != "cpu" and (model_of(step) is not None or step.stage in ALONE)
-        asked = {"num_cpus": threads} | ({"num_gpus": 1} if on_gpu and gpus else {})
+        asked = {"num_cpus": threads} | ({"num_gpus": 1} if on_gpu and (gpus or compute["device"] != "auto") else {})
+        if asked != self._said and not any(fits(asked, node) for node in ray.nodes()):
+            self._said = asked
+            wanted = " and ".join(f"{count} {what.removeprefix('num_')}" for what, count in asked.items())
+            get_run_logger().warning("%s waits for a node with %s: the cluster has none now", step.label, wanted)
         with remote_options(**asked):
             future = self._runner.submit(task_named(step.stage), {"step": placed(step, None, threads)}, wait_for=after)
         self._at_work[future.wrapped_future] = step, future
@@ -55,8 +67,9 @@ class Ray:
             return step, None, WorkerDied(f"Ray lost {step.label} ({line}): the same command goes on from here")
 
     def _started(self) -> RayTaskRunner[Any]:
+        quiet = {"log_to_driver": False, "logging_level": "WARNING"}
         own = {} if self._address else {"include_dashboard": False}
-        runner: RayTaskRunner[Any] = RayTaskRunner(self._address, init_kwargs={"log_to_driver": False, **own})
+        runner: RayTaskRunner[Any] = RayTaskRunner(self._address, init_kwargs=quiet | own)
         try:
             if self._address:
                 _knock(self._address)
@@ -66,6 +79,13 @@ class Ray:
             raise StorageError(
                 f"no Ray cluster at execute.address = '{self._address}' ({line}): ray start --head starts one"
             ) from error
+        url = str(get_current_settings().api.url)
+        if far := out_of_reach(url, socket.gethostname(), ray.nodes()):
+            runner.__exit__(None, None, None)
+            raise StorageError(
+                f"{', '.join(far)} cannot reach the Prefect server at {url}, which steps there report to: start one "
+                "with prefect server start --host 0.0.0.0, and set PREFECT_API_URL to it"
+            )
         return runner
 
     def __enter__(self) -> "Ray":
@@ -76,6 +96,18 @@ class Ray:
             for reference in self._at_work:  # what is at work is of no use any more
                 ray.cancel(reference, force=True)
             self._runner.__exit__(*raised)
+
+
+def fits(asked: Mapping[str, int], node: Mapping[str, Any]) -> bool:
+    """Whether a node would have what a step asks for, with nothing else at work there."""
+    there = {"num_cpus": node["Resources"].get("CPU", 0), "num_gpus": node["Resources"].get("GPU", 0)}
+    return bool(node["Alive"]) and all(there[what] >= count for what, count in asked.items())
+
+
+def out_of_reach(server: str, here: str, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The hosts of the cluster that cannot reach a server: all others, if it listens on this one's loopback only."""
+    hosts = {node["NodeManagerHostname"] for node in nodes if node["Alive"]}
+    return sorted(hosts - {here}) if urlsplit(server).hostname in LOOPBACK else []
 
 
 def _knock(address: str) -> None:

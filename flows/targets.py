@@ -10,8 +10,10 @@ from flows.combinations import combinations
 from storage.errors import StorageError
 from storage.runs import all_runs
 from storage.warehouse import Warehouse
+from tasks.compute import MEMORY
 from tasks.config import load_config
 
+_ELSEWHERE = ("store", "store_remote", "compute", "execute")
 ALL = "saap sql 'select run_id, name, status from runs'"
 
 
@@ -96,6 +98,8 @@ def _config(file: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _settings(config: dict[str, Any]) -> str:
-    """What tells two runs apart: not the store's place, nor how the work is done."""
-    elsewhere = ("store", "store_remote", "compute")
-    return json.dumps({k: v for k, v in config.items() if k not in elsewhere}, sort_keys=True)
+    """What tells two runs apart: not the store's place, nor how and where the work is done."""
+    told = {name: value for name, value in config.items() if name not in _ELSEWHERE}
+    if isinstance(recover := told.get("recover"), dict):
+        told["recover"] = {name: value for name, value in recover.items() if name not in MEMORY}
+    return json.dumps(told, sort_keys=True)

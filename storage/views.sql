@@ -59,7 +59,8 @@ select l.run_id, l.name, l.model, l.data, l.criterion, r.config->>'$.criterion.v
     r.config->>'$.prune.compensation' as compensation, r.config->>'$.recover.recipe' as recipe,
     try_cast(r.config->>'$.calibrate.count' as bigint) as samples,
     try_cast(r.config->>'$.calibrate.seed' as bigint) as seed,
-    json_merge_patch(r.config, '{"name": null, "store": null, "store_remote": null, "compute": null, "calibrate": {"seed": null}}') as settings
+    json_merge_patch(r.config, '{"name": null, "store": null, "store_remote": null, "compute": null, "execute": null,
+        "recover": {"micro_batch_size": null, "gradient_checkpointing": null}, "calibrate": {"seed": null}}') as settings
 from results l join runs r using (run_id) left join cost c using (run_id);
 
 -- the same, over the seeds: mean and sample standard deviation of each number; a run made twice counts once

@@ -61,6 +61,8 @@ def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:
     """
     store, remote = ArtifactStore(step.store), remote_of(step.store_remote) if step.store_remote else None
     fetched = False
+    if remote is not None:
+        store.prepare()  # a host that has none yet
     with store.lock(step.stage, step.key):
         manifest = store.find(step.stage, step.key)
         if manifest is None and remote is not None:

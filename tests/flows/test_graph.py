@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flows.combinations import combinations
 from flows.graph import Graph
 from flows.job import prepare_all
-from flows.places import beside, gpu_of
+from flows.places import Slots, beside, gpu_of, model_of
 from flows.sweep import saap_sweep
 from storage.artifacts import MANIFEST
 from storage.locks import holder
@@ -102,6 +103,27 @@ def test_each_slot_sees_a_gpu_of_its_own_and_its_share_of_the_cores(config, monk
     assert torch.get_num_threads() == every
 
 
+def test_a_slot_is_given_steps_of_the_model_that_it_has(config, tiny_folder, tmp_path):
+    folders = [str(shutil.copytree(tiny_folder, tmp_path / name)) for name in "abc"]
+    swept(config, f'{{ "model.path" = {folders} }}')
+    jobs = prepare_all(str(config), combinations(str(config)), ())
+    score = [next(step for step in job.steps if step.stage == "score") for job in jobs]
+    calibrate = jobs[0].steps[0]
+    assert [model_of(step) for step in (*score, calibrate)] == [*folders, None]
+    slots = Slots(2)
+    first, second = slots._slots
+    first.model, second.model = folders[:2]
+    assert slots._slot_for(score[0]) is first
+    assert slots._slot_for(score[1]) is second
+    second.step = calibrate
+    assert slots.choose([score[1], score[2], score[0]]) is score[0]
+    assert slots.choose([score[1], score[2]]) is score[2]  # no slot has it
+    assert slots.choose([score[1]]) is score[1]  # rather than do nothing
+    assert slots._slot_for(score[1]) is first
+    first.step = score[1]
+    assert slots.choose([score[0]]) is None
+
+
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [
@@ -117,7 +139,7 @@ def test_what_a_place_cannot_do_is_refused(config, overrides, word):
 
 
 def test_a_store_and_a_place_are_no_axes(config):
-    for axis in ('"execute.slots" = [1, 2]', 'store = ["a", "b"]'):
+    for axis in ('"execute.slots" = [1, 2]', 'store = ["a", "b"]', 'store_remote = ["s3://a/b"]'):
         original = config.read_text()
         with pytest.raises(ConfigError, match="whole sweep"):
             combinations(str(swept(config, f"{{ {axis} }}")))

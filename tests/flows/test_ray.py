@@ -68,6 +68,24 @@ def test_a_sweep_outlives_a_node_and_finds_what_one_process_finds(config, store,
     assert rows(store) == rows(tmp_path / "serial")
 
 
+def test_a_step_fits_a_node_that_has_all_it_asks_for():
+    from flows.ray_place import fits
+
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}]
+    for asked, found in (({"num_cpus": 4}, [True, False]), ({"num_cpus": 2, "num_gpus": 1}, [False, True])):
+        assert [fits(asked, node) for node in nodes] == found
+    assert not fits({"num_cpus": 1}, {"Alive": False, "Resources": {"CPU": 4.0}})
+
+
+def test_a_server_of_this_machine_alone_is_out_of_reach_of_other_hosts():
+    from flows.ray_place import out_of_reach
+
+    nodes = [{"Alive": alive, "NodeManagerHostname": name} for alive, name in ((True, "a"), (True, "b"), (False, "c"))]
+    assert out_of_reach("http://127.0.0.1:4200/api", "a", nodes) == ["b"]
+    assert out_of_reach("http://127.0.0.1:4200/api", "a", nodes[:1]) == []
+    assert out_of_reach("http://head:4200/api", "a", nodes) == []
+
+
 def test_a_cluster_that_is_not_there_is_one_line(config, prefect_server):
     asked = ("--set", "execute.runner='ray'", "--set", "execute.address='127.0.0.1:9'")
     refused(saap("run", config, *asked), "ray start --head")

@@ -227,13 +227,16 @@ def test_a_remote_that_goes_away_fails_the_run_in_a_line_and_the_same_command_go
     assert "score" not in {stage for stage, *_ in executed(stages(store))}
 
 
-def test_the_remote_is_in_no_key_and_tells_no_runs_apart(config, tmp_path):
+def test_the_remote_and_how_the_work_is_done_are_in_no_key_and_tell_no_runs_apart(config, tmp_path):
     from flows.dag import build
     from flows.targets import _settings
     from tasks.config import load_config
 
     without = load_config(config)
-    with_ = load_config(config, ("store_remote='s3://bucket/x'",))
+    how = ("execute.runner='processes'", "compute.batch_size=2", "recover.micro_batch_size=2")
+    with_ = load_config(config, ("store_remote='s3://bucket/x'", *how))
     assert [step.key for step in build(without)] == [step.key for step in build(with_)]
     assert {step.store_remote for step in build(with_)} == {"s3://bucket/x"}
-    assert _settings(json.loads(without.model_dump_json())) == _settings(json.loads(with_.model_dump_json()))
+    other = load_config(config, ("prune.ratio=0.3",))
+    told = [_settings(json.loads(settings.model_dump_json())) for settings in (without, with_, other)]
+    assert told[0] == told[1] != told[2]

@@ -43,9 +43,14 @@ def test_a_run_and_a_sweep_show_results_widths_and_checkpoints(config, store, ti
     assert (len(attention.split(None, 1)[1]), attention[10], attention[-1]) == (6, "█", "█")
     assert "| pruned |" in shown
     before = {a.id for a in artifacts("markdown")}
-    saap_sweep(str(swept(config, '{ "prune.ratio" = [0.2, 0.3] }')), quick)
+    saap_sweep(str(swept(config, '{ "prune.ratio" = [0.2, 0.3] }')), ["name='of a sweep'", *quick])
     (comparison,) = (a.data for a in artifacts("markdown") if a.key == "sweep" and a.id not in before)
     assert "| 0.3 | pruned |" in comparison
+    for ratio in ("0.2", "0.3"):
+        flow_run = named(f"of a sweep: {tiny_folder} at {ratio}")
+        with get_client(sync_client=True) as client:
+            of_run = client.read_artifacts(flow_run_filter=FlowRunFilter(id={"any_": [flow_run.id]}))
+        assert {"results", "run", "report"} == {artifact.key for artifact in of_run}
 
 
 def test_a_killed_run_shows_how_far_it_came_and_is_crashed_once_the_next_run_begins(

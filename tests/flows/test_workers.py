@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not BINARIES, reason="PostgreSQL is not installed: apt install postgresql"),
 ]
 ROOT = Path(__file__).parents[2]
+NETWORKS = itertools.count()
 
 
 def free_port():
@@ -87,7 +89,7 @@ def server(database, tmp_path_factory):
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
     }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "0.0.0.0", "--port", str(port)]
     with (home / "log").open("wb") as log:
         running = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -131,27 +133,56 @@ def state(environment, flow_run):
 
 
 @contextlib.contextmanager
+def network():
+    """A network of its own, joined to this machine by two interfaces: what runs a command there, and our address there.
+
+    Without the right to make one it is this machine's.
+    """
+    number = next(NETWORKS)
+    name = f"saap{os.getpid()}-{number}"
+    ours, theirs = (f"198.18.{os.getpid() % 256}.{4 * number + side}" for side in (1, 2))
+    try:
+        for words in (
+            f"netns add {name}",
+            f"link add {name} type veth peer name eth0 netns {name}",
+            f"addr add {ours}/30 dev {name}",
+            f"link set {name} up",
+            f"-n {name} addr add {theirs}/30 dev eth0",
+            f"-n {name} link set eth0 up",
+            f"-n {name} link set lo up",
+        ):
+            subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        yield [], "127.0.0.1"
+    else:
+        yield ["ip", "netns", "exec", name], ours
+    finally:
+        if Path("/run/netns", name).exists():
+            subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@contextlib.contextmanager
 def worker(environment, folder):
-    """A worker as on a host of its own: its folder, and a way to kill all that runs there."""
+    """A worker as on a host of its own: its folder and, if that is possible, its network; a way to kill all there."""
     folder.mkdir()
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "saap", "--name", folder.name]
-    with (folder / "log").open("wb") as log:
-        started = subprocess.Popen(
-            command, env={**environment, "PREFECT_HOME": str(folder)}, cwd=folder, stdout=log, stderr=log
-        )
+    with network() as (there, server), (folder / "log").open("wb") as log:
+        url = environment["PREFECT_API_URL"].replace("127.0.0.1", server)
+        own = {**environment, "PREFECT_HOME": str(folder), "PREFECT_API_URL": url}
+        started = subprocess.Popen([*there, *command], env=own, cwd=folder, stdout=log, stderr=log)
 
-    def kill():
-        there = [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]
-        for process in there:
+        def kill():
+            there = [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]
+            for process in there:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            started.wait()
+
+        try:
+            yield kill
+        finally:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        started.wait()
-
-    try:
-        yield kill
-    finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            kill()
+                kill()
 
 
 def test_a_sweep_outlives_the_worker_it_runs_on(config, store, server, tmp_path):

@@ -42,7 +42,11 @@ def warehouse(measured, tmp_path_factory):
     store.prepare()
     warehouse = Warehouse(store.root)
     for run_id in ("r0", "r1", "r2"):
-        places = {"r0": {}, "r1": {"store_remote": None}, "r2": {"store_remote": "s3://bucket/x"}}[run_id]
+        places = {
+            "r0": {},
+            "r1": {"store_remote": None, "execute": {"runner": "ray"}},
+            "r2": {"store_remote": "s3://bucket/x", "recover": {"micro_batch_size": 2}},
+        }[run_id]
         config = json.dumps({"name": run_id, **places, "calibrate": {"seed": int(run_id[1])}})
         record = RunRecord(store.root, run_id, **(ABOUT | {"config": config}))
         for position, ((_, variant, metric), values) in enumerate(

@@ -1,4 +1,6 @@
 import json
+import shutil
+import weakref
 
 import pytest
 
@@ -8,22 +10,39 @@ from tasks.inputs import Checkpoint, forget_model, load_model
 from tasks.step import Step
 
 
-@pytest.mark.parametrize(("use", "on_disk"), [("whole", False), ("layers", True), ("slices", False)])
-def test_offload_leaves_on_disk_what_a_step_uses_layer_by_layer(tiny_folder, tmp_path, use, on_disk):
-    def model(compute):
-        step = Step(
-            stage="score",
-            key="key",
-            params=json.dumps({"dtype": "float32"}),
-            inputs=(),
-            outside=(("model", str(tiny_folder)), ("tokenizer", str(tiny_folder))),
-            compute=compute.model_dump_json(),
-            store=str(tmp_path),
-        )
-        return load_model(step, Checkpoint(tiny_folder), use=use)
+def loaded(folder, compute=None, dtype="float32", **how):
+    """The model as a step gets it."""
+    step = Step(
+        stage="score",
+        key="key",
+        params=json.dumps({"dtype": dtype}),
+        inputs=(),
+        outside=(("model", str(folder)), ("tokenizer", str(folder))),
+        compute=(compute or Compute()).model_dump_json(),
+        store=str(folder),
+    )
+    return load_model(step, Checkpoint(folder), **how)
 
-    try:
-        assert not is_offloaded(model(Compute()))
-        assert is_offloaded(model(Compute(offload=True))) == on_disk
-    finally:
-        forget_model()
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    yield
+    forget_model()
+
+
+@pytest.mark.parametrize(("use", "on_disk"), [("whole", False), ("layers", True), ("slices", False)])
+def test_offload_leaves_on_disk_what_a_step_uses_layer_by_layer(tiny_folder, use, on_disk):
+    assert not is_offloaded(loaded(tiny_folder, use=use))
+    assert is_offloaded(loaded(tiny_folder, Compute(offload=True), use=use)) == on_disk
+
+
+def test_the_last_model_stays_loaded_and_no_other_one(tiny_folder, tmp_path):
+    first = loaded(tiny_folder)
+    assert loaded(tiny_folder) is first
+    gone = weakref.ref(first)
+    del first
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    second = loaded(other)
+    assert gone() is None
+    assert loaded(other) is second
+    assert loaded(other, dtype="bfloat16") is not second

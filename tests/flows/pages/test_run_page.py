@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from flows.pages.render import _library
-from flows.pages.write import write_report
+from flows.pages.write import report_file, write_report
 from storage.errors import StorageError
 from tests.flows.pages.conftest import HALF, HOSTILE, MODEL, RUN, rows_in
-from tests.flows.pages.made import CHANNELS, HEADS, LAYERS
+from tests.flows.pages.made import CHANNELS, HEADS, LAYERS, Maker
 from tests.storage.test_warehouse import ask
 
 
@@ -205,3 +205,17 @@ def test_a_run_that_is_not_there_is_one_line(run_store, tmp_path):
         write_report(root, "nothing")
     with pytest.raises(StorageError, match="cannot write"):
         write_report(root, HALF, tmp_path / "none" / "x.html")
+
+
+def test_a_page_that_cannot_be_written_leaves_those_of_the_other_runs(tmp_path):
+    from prefect.logging import disable_run_logger
+
+    from flows.at_work import _tell
+
+    maker, runs = Maker(tmp_path / "store"), ["r1", "r2", "r3"]
+    for run_id in runs:
+        maker.run(run_id, stages=())
+    report_file(maker.store.root, "r2").mkdir()
+    with disable_run_logger():
+        _tell(maker.warehouse, runs)
+    assert [report_file(maker.store.root, run_id).is_file() for run_id in runs] == [True, False, True]
