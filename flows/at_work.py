@@ -122,6 +122,11 @@ class Run:
             else:
                 get_run_logger().info("logged to MLflow as run %s", there)
 
+    def page_is_due(self, step: Step, told: float) -> bool:
+        """Whether its page is written now that it made this step: not too often, and before a training begins."""
+        trains = step.stage == "prune" and self.job.settings.recover.recipe != "none"
+        return trains or time.monotonic() - told > PAGE_SECONDS
+
     def interrupt(self, error: BaseException) -> bool:
         """The record's end, if it has begun and not ended. Returns whether."""
         if self._record is None or self._record.finished:
@@ -163,7 +168,7 @@ def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
                         run.share()
                         run.track()
                     yield over
-                elif step.run_id in runs and outcome.ticket is not None and time.monotonic() - told > PAGE_SECONDS:
+                elif (its := runs.get(step.run_id)) and outcome.ticket is not None and its.page_is_due(step, told):
                     _tell(warehouse, [step.run_id])
                     told = time.monotonic()
     except BaseException as error:

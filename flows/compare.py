@@ -51,6 +51,11 @@ class Comparison:
     missing: int  # runs that are not complete
     runs: int
 
+    @property
+    def several(self) -> bool:
+        """Whether a row is of more than one run."""
+        return any(row.runs > 1 for row in self.rows)
+
 
 @dataclass(frozen=True)
 class _Combination:
@@ -64,7 +69,10 @@ class _Combination:
 
 
 def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
-    """What the store holds of a sweep. Raises ConfigError for a file without a [sweep] table."""
+    """What the store holds of a sweep; no number of the paper beside those of the mini pack, which compare with none.
+
+    Raises ConfigError for a file without a [sweep] table.
+    """
     sweep = combinations(config, overrides)
     names = [choice.partition("=")[0] for choice in sweep[0]]
     axes = [name for name in names if name not in ("prune.ratio", "calibrate.seed")]
@@ -76,6 +84,9 @@ def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     with Warehouse(store).reading() as connection:
         runs = _runs_of(connection, wanted)
         rows = _rows(connection, wanted, runs, axes)
+    if load_config(config, (*sweep[0], *overrides)).data == "mini":
+        for row in rows:
+            row.published, row.misprint = {}, False
     return Comparison(axes, rows, len(sweep) - len(runs), len(sweep))
 
 
@@ -183,10 +194,11 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text: mean ± spread over the seeds; 'paper' is LLaMA-7B as printed, for the eye only."""
     shown = [m for m in MEASURES if any(m in row.means for row in comparison.rows)]
     published = any(row.published for row in comparison.rows)
-    columns = [*map(axis_name, comparison.axes), "ratio", "variant", "seeds", *(_COLUMNS[m][0] for m in shown)]
+    seeds = ["seeds"] if comparison.several else []
+    columns = [*map(axis_name, comparison.axes), "ratio", "variant", *seeds, *(_COLUMNS[m][0] for m in shown)]
     rows = []
     for row in comparison.rows:
-        cells = [*row.chosen, f"{row.ratio:g}" if row.ratio else "", row.variant, str(row.runs)]
+        cells = [*row.chosen, f"{row.ratio:g}" if row.ratio else "", row.variant, *[str(row.runs) for _ in seeds]]
         cells += [_cell(row.mean(m), row.spread(m), _COLUMNS[m][1]) for m in shown]
         cells.append("" if row.variant == "dense" else _cell(row.seconds))
         if published:

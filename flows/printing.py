@@ -62,12 +62,9 @@ def print_comparison(
     from tasks.config import load_config
 
     found = compare(str(config), overrides)
-    print_table(*table(found), title=config.stem)
-    console.print(
-        "perplexities (↓) at 128 tokens, accuracies in %, mean ± standard deviation over the seeds of the calibration",
-        style="dim",
-        highlight=False,
-    )
+    print_table(*table(found), title=config.stem, keep=len(found.axes) + 2)
+    spread = ", mean ± standard deviation over the seeds of the calibration" if found.several else ""
+    console.print(f"perplexities (↓) at 128 tokens, accuracies in %{spread}", style="dim", highlight=False)
     for line in headlines(found):
         console.print(line, highlight=False)
     _say_what_data_is_for(load_config(config, overrides).data)
@@ -86,9 +83,42 @@ def print_comparison(
         )
 
 
-def print_table(columns: list[str], rows: Any, title: str | None = None) -> None:
-    """A table without frames; in a terminal too narrow for it the longest cells are cut, never wrapped."""
+def print_table(columns: list[str], rows: Any, title: str | None = None, keep: int = 1) -> None:
+    """A table without frames. One that is too wide is printed in parts below each other, each with the first columns.
+
+    keep: how many those are. In a terminal too narrow for a part the longest cells are cut, never wrapped.
+    """
     texts = [[str(value) for value in row] for row in rows]
+    room = max(WIDTH, console.width) if sys.stdout.isatty() else WIDTH
+    for number, places in enumerate(_parts(columns, texts, room, keep)):
+        if number:
+            console.print()
+        part = [[row[place] for place in places] for row in texts]
+        _print_part([columns[place] for place in places], part, None if number else title)
+
+
+def _parts(columns: list[str], texts: list[list[str]], room: int, keep: int) -> list[list[int]]:
+    """Which columns each part has: as few parts as can be, about equally wide; one if a column fits in none."""
+    widths = [_needed([column], [[row[place]] for row in texts]) for place, column in enumerate(columns)]
+    least = sum(widths[:keep]) + max(widths[keep:], default=0)
+
+    def filled(room: int) -> list[list[int]]:
+        parts = [[*range(keep)]]
+        for place in range(keep, len(columns)):
+            if sum(widths[one] for one in parts[-1]) + widths[place] > room:
+                parts.append([*range(keep)])
+            parts[-1].append(place)
+        return parts
+
+    if least > room:
+        return [[*range(len(columns))]]
+    number = len(filled(room))
+    while room > least and len(filled(room - 1)) == number:
+        room -= 1
+    return filled(room)
+
+
+def _print_part(columns: list[str], texts: list[list[str]], title: str | None) -> None:
     gap = 2 if _needed(columns, texts, gap=2) <= WIDTH else 1
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, gap, 0, 0))
     for place, column in enumerate(columns):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flows.targets import find_run, matching_runs
+from flows.targets import complete_run, find_run, matching_runs
 from tasks.config import ConfigError
 
 app = typer.Typer(
@@ -20,7 +20,12 @@ app = typer.Typer(
 STAGES = {"pruned": "prune", "recovered": "recover"}
 
 SourceArgument = Annotated[
-    str, typer.Argument(help="A checkpoint's folder, or a run: its id, or how that begins or ends.", show_default=False)
+    str,
+    typer.Argument(
+        help="A checkpoint's folder, or a run: its id, or how that begins or ends.",
+        show_default=False,
+        autocompletion=complete_run,
+    ),
 ]
 VariantOption = Annotated[
     Literal["pruned", "recovered"] | None,
@@ -123,7 +128,13 @@ def hf(
 @app.command()
 def mlflow(
     run_id: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run: its id, or how that begins or ends.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="A run: its id, or how that begins or ends.",
+            show_default=False,
+            autocompletion=complete_run,
+        ),
     ],
     uri: Annotated[
         str | None,

@@ -7,11 +7,18 @@ import typer
 
 from flows.commands.store import StoreOption, there
 from flows.printing import console, print_table
+from flows.targets import ALL, complete_run, pick
 
 
 def gc(
     store: StoreOption = Path("saap_store"),
-    run: Annotated[list[str] | None, typer.Option(help="Let this run go too. May be repeated.")] = None,
+    run: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let this run go too: its id, or how that begins or ends. May be repeated.",
+            autocompletion=complete_run,
+        ),
+    ] = None,
     name: Annotated[list[str] | None, typer.Option(help="Let all runs of this name go too. May be repeated.")] = None,
     older: Annotated[float | None, typer.Option(min=0, help="Let runs go too that began more days ago.")] = None,
     remote: Annotated[
@@ -31,10 +38,13 @@ def gc(
     """
     from storage.artifacts import ArtifactStore
     from storage.gc import find_waste, remove, select_runs
+    from storage.runs import all_runs
 
     there(store)
     artifacts = ArtifactStore(store)
-    dropped = select_runs(artifacts.root, ids=run or (), names=name or (), older_than_days=older)
+    known = all_runs(artifacts.root)
+    picked = [pick(known, one, str(artifacts.root), ALL) for one in run or ()]
+    dropped = select_runs(artifacts.root, ids=picked, names=name or (), older_than_days=older)
     elsewhere: set[tuple[str, str]] = set()
     if remote is not None:
         from storage.remote import remote_of

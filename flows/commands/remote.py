@@ -7,6 +7,7 @@ import typer
 
 from flows.commands.store import StoreOption, there
 from flows.printing import console, print_table
+from flows.targets import complete_run, find_run, pick
 
 RemoteOption = Annotated[
     str, typer.Option("--remote", help="The remote store: a URL like s3://bucket/prefix, or a folder.")
@@ -16,7 +17,12 @@ RemoteOption = Annotated[
 def push(
     remote: RemoteOption,
     run: Annotated[
-        str | None, typer.Argument(help="Run id or its beginning or end; the newest when absent.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Run id or its beginning or end; the newest when absent.",
+            show_default=False,
+            autocompletion=complete_run,
+        ),
     ] = None,
     store: StoreOption = Path("saap_store"),
 ) -> None:
@@ -24,7 +30,6 @@ def push(
 
     Runs with store_remote in their configuration do that themselves. Nothing there is removed or replaced.
     """
-    from flows.targets import find_run
     from storage.artifacts import ArtifactStore
     from storage.errors import StorageError
     from storage.remote import remote_of
@@ -52,7 +57,6 @@ def pull(
 
     Then sql, report, show, diff and the exports know it like a run of this store.
     """
-    from flows.targets import pick
     from storage.artifacts import ArtifactStore
     from storage.remote import remote_of
 

@@ -22,7 +22,7 @@ def absent(run: dict[str, Any], config: dict[str, Any], stages: set[str], what: 
         return "The stage is done, but its artifact is no longer in the store."
     name = f"The {what} stage"
     if run["status"] == "running":
-        return f"{name} has not been reached yet: this page is written again after each stage."
+        return f"{name} has not been reached yet: this page is written again as the run goes on."
     return f"{name} is missing: the run is {run['status']}. The same command goes on from there."
 
 

@@ -10,6 +10,7 @@ from flows.figure import draw
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.warehouse import Warehouse
+from tasks.data import mini_folder
 from tests.flows.conftest import saap
 from tests.flows.pages.conftest import rows_in
 
@@ -27,6 +28,7 @@ def swept(tiny_folder, tmp_path_factory, prefect_server):
 name = "criteria"
 store = "{folder / "store"}"
 model.path = "{tiny_folder}"
+data = "{mini_folder()}"
 calibrate = {{ count = 4, length = 16 }}
 prune = {{ align = 8, protect = [0, -1] }}
 recover = {{ recipe = "none" }}
@@ -97,6 +99,16 @@ def test_the_comparison_is_the_mean_and_the_spread_over_the_seeds(swept):
         store, "select published, tuned from criteria_published where criterion = 'wanda_sp' and ratio = 0.5"
     )
     assert published == [(223.46, False)]
+
+
+def test_no_number_of_the_paper_stands_beside_the_mini_packs_and_no_column_of_ones(swept, tmp_path):
+    file, _ = swept
+    mini = tmp_path / "mini.toml"  # the same texts, so the same artifacts
+    mini.write_text(file.read_text().replace(str(mini_folder()), "mini").replace("[0, 1]", "[0]"))
+    comparison = compare(str(mini))
+    assert comparison.missing == 0
+    columns, _ = table(comparison)
+    assert not {"seeds", "paper, llama-7b"} & set(columns)
 
 
 def test_runs_that_are_not_there_are_counted_not_invented(swept, tmp_path):

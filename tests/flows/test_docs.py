@@ -1,35 +1,49 @@
-"""Every command in README and docs: it exists, its configuration is valid, its query has an answer."""
+"""Every command, query, program and table of README and docs: it is there, with these options, fields and columns.
 
+tests/flows/test_docs_run.py runs the commands.
+"""
+
+import argparse
 import re
+import runpy
 import shlex
-from pathlib import Path
+import tomllib
 
 import pytest
+import torch
 import typer.main
-from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.combinations import combinations
-from storage.remote import Remote
-from tasks.config import load_config
-from tests.flows.pages.made import Maker
+from storage.query import ask
+from storage.runs import RunRecord
+from tasks.config import check_config, load_config
+from tests.flows.documented import PAGES, ROOT, blocks, commands
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-RUN = "20261127T120000-0aa001"
 COMMANDS = typer.main.get_command(app)
-PLACES = {" …": "", "/path/to/data": "mini", "data=hub": "data=mini", " RUN": f" {RUN}", "20261122T091500-a1b2c3": RUN}
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
 
-def shell_lines():
-    """(page:line, command) of every shell line inside a code block."""
+def saap_lines():
+    """Every line of a shell block that begins with saap, and every one in the comments of configs/."""
     for page in PAGES:
-        inside, language = False, ""
-        for number, line in enumerate(page.read_text().splitlines(), 1):
-            if line.startswith("```"):
-                inside, language = not inside, line[3:].strip()
-            elif inside and language in ("", "sh", "bash") and re.match(r"(saap|python|make|prefect|pip) ", line):
+        for number, line in commands(page):
+            if line.startswith("saap "):
                 yield pytest.param(line, id=f"{page.name}:{number}")
+    for file in CONFIGS:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            if found := re.match(r"#.*?(saap (?!_)[a-z].*)", line):
+                yield pytest.param(found[1], id=f"{file.name}:{number}")
+
+
+def benchmarks():
+    """The words after `python` of every command that runs a benchmark, in blocks and in the text."""
+    found = {}
+    for page in PAGES:
+        lines = [line.partition("  # ")[0] for _, line in commands(page)]
+        lines += re.findall(r"`(python benchmarks/[^`]*)`", page.read_text())
+        found |= {line.removeprefix("python "): page.name for line in lines if line.startswith("python ")}
+    return [pytest.param(words, id=f"{page}: {words[:60]}") for words, page in found.items()]
 
 
 def mentions():
@@ -40,18 +54,12 @@ def mentions():
             yield pytest.param(words, id=f"{page.name}: {words[:40]}")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a store of one run, a remote one that has it too, and mine.toml."""
-    maker = Maker(tmp_path_factory.mktemp("docs") / "saap_store")
-    maker.run(RUN)
-    maker.warehouse.rebuild()
-    folder = maker.store.root.parent
-    (folder / "shared").mkdir()
-    Remote(str(folder / "shared")).push(maker.store, RUN)
-    (folder / "mine.toml").write_text(f"store = '{maker.store.root}'\n")
-    (folder / "configs").symlink_to(ROOT / "configs")
-    return folder
+def code(*languages):
+    """Every block of these languages."""
+    for page in PAGES:
+        for language, lines in blocks(page):
+            if language in languages:
+                yield pytest.param("\n".join(line for _, line in lines), id=f"{page.name}:{lines[0][0]}")
 
 
 def parsed(words):
@@ -68,37 +76,17 @@ def parsed(words):
     return " ".join(names), context.params
 
 
-@pytest.mark.parametrize("line", shell_lines())
-def test_a_command_of_a_block_is_one(line, place, monkeypatch, tiny_folder):
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("SAAP_STORE", str(place / "saap_store"))
-    for written, here in {**PLACES, "s3://bucket/prefix": str(place / "shared")}.items():
-        line = line.replace(written, here)
-    program, *words = shlex.split(re.sub(r"/models/[^ ]+", str(tiny_folder), line), comments=True)
-    if program == "saap":
-        check_saap(words)
-    elif program == "python":
-        file = ROOT / words[0]
-        code = file.read_text() + (ROOT / "benchmarks" / "common.py").read_text()
-        options = [word for word in words[1:] if word.startswith("--")]
-        named = 'f"--{name}"' in code  # options made in a loop over names
-        assert all(f'"{word}"' in code or (named and f'"{word[2:]}"' in code) for word in options), line
-    elif program == "make":
-        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    else:
-        assert program in ("prefect", "pip")
-
-
-def check_saap(words):
-    words = words[: words.index(">")] if ">" in words else words
-    name, values = parsed(words)
+@pytest.mark.parametrize("line", saap_lines())
+def test_a_saap_command_is_one_and_its_configuration_is_valid(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "mine.toml").touch()
+    words = shlex.split(line.replace(" …", "").replace(" && ", " # "), comments=True)[1:]
+    name, values = parsed(words[: words.index(">")] if ">" in words else words)
     if name in ("run", "plan"):
         load_config(values["config"], tuple(values["set_"] or ()))
     elif name in ("sweep", "compare"):
         assert combinations(str(values["config"]), tuple(values["set_"] or ()))
-    elif not name.startswith("export"):
-        done = CliRunner().invoke(app, words)
-        assert done.exit_code == 0, (words, done.output, done.exception)
 
 
 @pytest.mark.parametrize("words", mentions())
@@ -112,6 +100,65 @@ def test_a_command_named_in_a_text_is_one(words):
     assert set(re.findall(r"--[a-z][a-z-]*", words)) <= known, words
 
 
+class Taken(Exception):
+    """The arguments of a benchmark, which goes no further."""
+
+
+@pytest.mark.parametrize("words", benchmarks())
+def test_a_benchmark_takes_the_arguments_of_the_docs(words, monkeypatch, tmp_path):
+    file, *arguments = shlex.split(words)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    if "argparse" not in (ROOT / file).read_text():
+        assert not arguments
+        return
+    read = argparse.ArgumentParser.parse_args
+
+    def stop(*of, **how):
+        raise Taken(read(*of, **how))
+
+    program = runpy.run_path(str(ROOT / file))
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", stop)
+    monkeypatch.setattr("sys.argv", [file, *arguments])
+    with pytest.raises(Taken) as taken:
+        program["main"]()
+    for row in getattr(taken.value.args[0], "criteria", ()):
+        program["parse"](row)
+
+
+@pytest.mark.parametrize("text", [one for one in code("python") if not one.id.startswith("sweeps.md")])
+def test_a_program_in_the_text_runs(text, tiny_llama, tmp_path, tiny_folder):
+    """The one in docs/sweeps.md is run by tests/flows/test_workers.py."""
+    model, tokens = tiny_llama(intermediate_size=128), torch.arange(60).view(3, 20)
+    model.save_pretrained(tmp_path / "my-llama")
+    exec(text.replace("/models/", f"{tmp_path}/"), {"model": model, "tokens": tokens})
+    assert "save(" not in text or (tmp_path / "my-llama-20" / "config.json").exists()
+
+
+@pytest.mark.parametrize("text", code("toml"))
+def test_a_configuration_in_the_text_is_one(text):
+    check_config(tomllib.loads(text))
+
+
+def columns_of(page):
+    """Table → columns, as a page's table of the warehouse's tables has them."""
+    rows = re.findall(r"^\| (\w+) \| an? (?!row is)[^|]*\| ([^|]*) \|$", page.read_text(), re.MULTILINE)
+    return {table: re.findall(r'"?(\w+)"?(?: \([^)]*\))?(?:,|$)|(…)', columns) for table, columns in rows}
+
+
+def test_the_tables_of_the_warehouse_have_the_columns_that_the_docs_say(tmp_path):
+    about = {"name": "run", "model": "m", "data": "mini", "criterion": "saap", "ratio": 0.2, "config": "{}"}
+    RunRecord(tmp_path, "20261127T120000-0aa001", **about).finish("completed")
+    said = columns_of(ROOT / "docs" / "pipeline.md")
+    tables = {"runs", "stage_runs", "groups", "widths", "metrics", "items", "speed", "training", "published_results"}
+    assert said.keys() == tables
+    for table, columns in said.items():
+        there = [row[0] for row in ask(tmp_path, f"describe {table}")[1]]
+        named = [name for name, more in columns if not more]
+        assert set(named) <= set(there), table
+        assert any(more for _, more in columns) or set(there) == set(named), table
+
+
 def test_the_pages_have_commands_at_all():
-    assert len(list(shell_lines())) > 30
+    assert len(list(saap_lines())) > 60
+    assert len(benchmarks()) > 20
     assert len(list(mentions())) > 10

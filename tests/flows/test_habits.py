@@ -29,8 +29,11 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("words", "at", "offered"), [("saap re", 1, {"report", "rebuild"}), ("saap show 20261127T12", 2, {FIRST})]
-)
+    ("words", "at", "offered"),
+    [("saap re", 1, {"report", "rebuild"})]
+    + [(f"saap {command} 20261127T12", len(command.split()) + 1, {FIRST})
+       for command in ("show", "diff", "push", "gc --run", "export gguf", "export hf", "export mlflow")],
+)  # fmt: skip
 def test_the_shell_completes_commands_and_runs(made, words, at, offered):
     asked = {"_SAAP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at), "SAAP_STORE": str(made)}
     assert set(saap(environment=asked).stdout.split()) == offered
@@ -65,6 +68,7 @@ def test_a_run_can_be_named_by_its_begin_or_end_but_by_nothing_else(made):
     for named in (FIRST, "20261127T12", "0aa001"):
         assert FIRST in saap("show", named, "--store", made).stdout
     assert SECOND in saap("show", "--store", made).stdout  # the newest
+    assert f"runs/{FIRST}" in saap("gc", "--run", "0aa001", "--store", made).stdout
     refused(saap("show", "20261127", "--store", made), "2 runs", FIRST, SECOND)
     refused(saap("show", "120000", "--store", made), "no such run", "saap sql")
 
@@ -95,12 +99,26 @@ def test_the_leaderboard_fits_100_columns_rounded_and_csv_has_every_digit(made):
     lines = saap("sql", "from leaderboard", "--store", made).stdout.splitlines()
     assert max(map(len, lines)) <= 100
     assert any("100.0 M" in line for line in lines)
+    assert not any(line.startswith("run_id") for line in lines)  # its halves above each other
     (pruned, *_) = (
         line
         for line in saap("sql", "from leaderboard", "--store", made, "--csv").stdout.splitlines()
         if "pruned" in line
     )
     assert "90000000" in pruned
+
+
+def test_a_table_beyond_100_columns_is_printed_in_parts_and_nothing_is_cut(capsys):
+    columns = ["variant", *(f"column {number}" for number in range(20))]
+    rows = [[name, *(f"{name[0]}{number}" for number in range(20))] for name in ("dense", "pruned")]
+    printing.print_table(columns, rows, title="wide")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "wide"
+    assert max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines[1:] if line.strip()] == ["variant", "dense", "pruned"] * 3
+    words = " ".join(lines).split()
+    for number in range(20):
+        assert words.count(f"d{number}") == words.count(f"p{number}") == 1
 
 
 def test_a_narrow_terminal_cuts_long_cells_and_wraps_none(monkeypatch):

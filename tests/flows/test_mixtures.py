@@ -38,6 +38,7 @@ def test_a_run_prunes_recovers_and_measures_a_mixture(criterion, config, store, 
     assert done.returncode == 0, done.stderr
     head = next(line for line in done.stdout.splitlines() if "params" in line)
     assert head.split()[-5:] == ["params", "active", "weights", "tok/s", "speed"]
+    assert max(len(line.rstrip()) for line in done.stdout.splitlines() if "/" not in line) <= 100
     sizes = ask(store, "select variant, parameters, active_parameters from speed")
     assert [row["variant"] for row in sizes] == ["dense", "pruned", "recovered"]
     dense, pruned, recovered = ((int(row["parameters"]), int(row["active_parameters"])) for row in sizes)

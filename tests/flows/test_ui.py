@@ -10,6 +10,7 @@ from flows.markdown import _block
 from flows.run import saap_run
 from flows.sweep import saap_sweep
 from storage.runs import all_runs, read_run
+from tests.flows.pages.conftest import rows_in
 from tests.flows.test_graph import QUICK, at_work_in, start, swept
 
 pytestmark = pytest.mark.slow
@@ -66,6 +67,9 @@ def test_a_killed_run_shows_how_far_it_came_and_is_crashed_once_the_next_run_beg
         time.sleep(1)
     assert len(shares) >= 2
     assert all(0 <= share < 100 for share in shares)
+    page = store / "runs" / all_runs(store)[0] / "report.html"
+    assert rows_in(page, "kept")
+    assert "has not been reached yet" in page.read_text()
     killed.kill()
     killed.communicate(timeout=60)
     assert named(name).state_name == "Running"

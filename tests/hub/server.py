@@ -1,5 +1,6 @@
 """A small model hub on loopback: what huggingface_hub and datasets ask of the real one, answered out of memory."""
 
+import base64
 import hashlib
 import json
 import re
@@ -20,6 +21,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
     renamed: str = ""
+    private: bool = False
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         content = repr(sorted((path, hashlib.sha256(data).hexdigest()) for path, data in files.items()))
@@ -117,6 +119,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._resolve(found[1] or "models/", found[2], found[3])
         elif found := re.fullmatch(r"/cdn/(\w+/[^/]+/[^/]+)/(\w{40})/(.+)", path):
             self._file(self.hub.repositories[found[1]].commits[found[2]][found[3]], {}, cut=fault == "cut")
+        elif found := re.fullmatch(
+            r"/api/(repos/create|validate-yaml|models/([^/]+/[^/]+)/(preupload|commit)/main)", path
+        ):
+            self._take(found[3] or found[1], found[2], body)
         elif path == "/xet-token":
             about = {"Cas-Url": self.hub.xet, "Access-Token": "t", "Token-Expiration": "9999999999"}
             self._send(200, b"", {f"X-Xet-{name}": value for name, value in about.items()})
@@ -173,6 +179,26 @@ class _Handler(BaseHTTPRequestHandler):
                 "lastModified": "2026-01-01T00:00:00.000Z",
             }
             self._json(about | {"siblings": [{"rfilename": p} for p in sorted(files)]})
+
+    def _take(self, what: str, name: str, body: bytes) -> None:
+        """The steps of an upload, all of whose files come inside the commit."""
+        if not self.headers.get("Authorization", "").startswith("Bearer "):
+            self._send(401)
+        elif what == "repos/create":
+            about = json.loads(body)
+            name = f"{about['organization']}/{about['name']}"
+            self.hub.repository(f"models/{name}").private = about.get("visibility") == "private"
+            self._json({"url": f"http://127.0.0.1:{self.server.server_address[1]}/{name}"})
+        elif what == "preupload":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            self._json({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in files]})
+        elif what == "commit":
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = {x["value"]["path"]: base64.b64decode(x["value"]["content"]) for x in lines if x["key"] == "file"}
+            commit = self.hub.repository(f"models/{name}").commit(files)
+            self._json({"commitUrl": f"http://127.0.0.1/{name}/commit/{commit}", "commitOid": commit})
+        else:
+            self._json({"errors": [], "warnings": []})
 
     def _resolve(self, kind: str, name: str, rest: str) -> None:
         repository = self._repository(f"{kind}{name}")
