@@ -72,8 +72,8 @@ class StageLines(logging.Filter):
             print(f"\r\x1b[K{self._line}", end="", file=self._out, flush=True)
 
     def _end_line(self) -> None:
-        """Leave the line of the stage before; a file gets each line once, when it is whole."""
+        """Leave the line of the stage before, over which a bar may have been drawn; a file gets each line once."""
         line, self._line = self._line, ""
         self._group = ""
         if line:
-            print("" if self._out.isatty() else line, file=self._out, flush=True)
+            print(f"\r\x1b[K{line}" if self._out.isatty() else line, file=self._out, flush=True)

@@ -81,7 +81,7 @@ def accuracy(
     about = ACCURACY[benchmark]
     if data_file is not None:
         read_rows(data_file, about.columns)
-    _describe_machine_once()
+    _quieten()
     lm = SharedQuestionLM(model, tokenizer, batch_tokens)
     with tempfile.TemporaryDirectory() as folder, _downloading(benchmark, data_file is None):
         spec = benchmark if data_file is None else str(task_file(Path(folder), benchmark, Path(data_file)))
@@ -113,10 +113,17 @@ def _number(value: Any) -> float:
 
 
 @lru_cache(maxsize=1)
-def _describe_machine_once() -> None:
-    """Let lm-eval look at the machine once. It starts ten programs for this, for every result that it writes."""
+def _quieten() -> None:
+    """Let lm-eval look at the machine once, for which it starts ten programs a result, ask no git and draw no bar.
+
+    git, which is asked about the user's folder, would complain on the screen outside a repository.
+    """
+    from lm_eval import evaluator
+    from lm_eval.api import task
     from torch.utils import collect_env
 
+    evaluator.get_git_commit_hash = lambda: None
+    task.tqdm = lambda docs, **_: docs
     collect_env.get_pretty_env_info = lru_cache(maxsize=1)(collect_env.get_pretty_env_info)
 
 

@@ -50,18 +50,19 @@ class SharedQuestionLM(HFLM):
         self._share = family_of(self.config).rotary and (window is None or window >= self.max_length)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As in lm-eval, whose bars are there whatever TQDM_DISABLE says: here it hides them."""
-        return super().loglikelihood(requests, disable_tqdm or bool(os.environ.get("TQDM_DISABLE")))
+        """As in lm-eval, without its bars, which would stay on the screen."""
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         if not self._share:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+            shown = not os.environ.get("TQDM_DISABLE")
+            return super()._loglikelihood_tokens(requests, disable_tqdm=not shown, override_bs=override_bs)
         questions = sorted(self._questions(requests), key=len, reverse=True)
         results: dict[int, tuple[float, bool]] = {}
         budget, start = self._batch_tokens, 0
-        with tqdm(total=len(requests), desc="answers", unit="answer", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc="answers", unit="answer") as bar:
             while start < len(questions):
                 rows = max(1, budget // len(questions[start]))
                 try:

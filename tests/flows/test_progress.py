@@ -1,8 +1,17 @@
 """A real run on the screen: one line a stage, no log lines of Prefect unless asked for."""
 
+import contextlib
+import fcntl
 import io
 import logging
+import os
+import pty
 import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +34,28 @@ def test_a_run_prints_a_line_a_stage_and_all_of_prefect_where_asked(config, pref
     assert not re.search(r"\r|%\||it/s", done.stderr)  # nobody's progress bars in a pipe
     assert "page: " in done.stdout
     assert "Finished in state" in saap("run", config, "-v").stderr
+
+
+@pytest.mark.slow
+def test_in_a_terminal_bars_count_up_and_leave_the_lines_of_the_stages_alone(config, prefect_server, tmp_path):
+    """In a folder that is no git repository, as users have them."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    command = [sys.executable, "-m", "flows.cli", "run", str(config)]
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    screen = b""
+    with contextlib.suppress(OSError):  # at its end
+        while part := os.read(ours, 65536):
+            screen += part
+    assert running.wait(timeout=60) == 0, screen.decode()
+    text = screen.decode().replace("\x1b[K", "").replace("\r\n", "\n")
+    assert re.search(r"\rscore: +\d+%\|.*\d/\d+ \[\d\d:\d\d<\d\d:\d\d, +[\d.]+sample/s\]", text)
+    left = [line.rpartition("\r")[2].strip() for line in text.split("\n")]
+    assert [LINE.match(line) for line in left if line and not LINE.match(line)] == [], left
+    assert [LINE.match(line)[2] for line in left if line] == STAGES
 
 
 def record(message, *values, level=logging.INFO, seconds=None):
