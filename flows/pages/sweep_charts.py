@@ -13,8 +13,11 @@ COSTS = {
 }
 
 
-def trade(quality: str, cost: str, labels: list[str], ghosts: bool) -> dict[str, Any]:
-    """Points with their spread over the seeds, joined along the ratios; a ring marks a model's Pareto front."""
+def trade(quality: str, cost: str, labels: list[str], ghosts: bool, spreads: bool) -> dict[str, Any]:
+    """Points with their spread over the seeds, joined along the ratios; a ring marks a model's Pareto front.
+
+    ghosts, spreads: whether there are any; Vega complains about a layer without data.
+    """
     perplexity = quality != "average"
     scale = {"type": "log", "nice": False, "padding": 10} if perplexity else {"zero": False, "padding": 10}
     x = {
@@ -34,7 +37,7 @@ def trade(quality: str, cost: str, labels: list[str], ghosts: bool) -> dict[str,
     mean = {**y, "field": quality}
     layers = [
         _lines(mean, color),
-        _spreads(quality, y, color),
+        *([_spreads(quality, y, color)] if spreads else []),
         _points(quality, mean, color),
         _rings(quality, cost, mean),
     ]

@@ -90,7 +90,7 @@ def settings(rows: Rows, labels: list[str], ghosts: bool) -> Section:
     sized = any(row["parameters"] is not None for row in rows)
     costs = ["parameters_m", "megabytes", "tokens_per_s"] if sized else ["kept_m"]
     drawn = [
-        Chart(charts.trade(quality, cost, labels, ghosts),
+        Chart(charts.trade(quality, cost, labels, ghosts, any(row[f"{quality}_low"] is not None for row in rows)),
               f"{charts.QUALITY[quality]} against {charts.COSTS[cost]}", wide=False)
         for quality in qualities for cost in costs
     ]  # fmt: skip

@@ -30,6 +30,7 @@
                           description: node.dataset.name });
     if (document.getElementById("rows-ghosts")) spec.datasets = { ghosts: rowsOf("rows-ghosts") };
     const result = await window.vegaEmbed(node, spec, { renderer: "svg", actions: false, mode: "vega-lite", config, tooltip: { theme: "custom" } });
+    result.view.logLevel(1); // errors only: filters may leave a layer empty, which Vega warns about
     node.view = result.view;
   };
   const drawn = Promise.all(charts.map(draw));

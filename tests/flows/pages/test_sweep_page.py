@@ -2,6 +2,7 @@
 
 import pytest
 
+from flows.pages.write import write_sweep
 from tests.flows.pages.conftest import rows_in
 from tests.storage.test_warehouse import ask
 
@@ -10,6 +11,19 @@ def test_it_opens_without_an_error_or_a_request(sweep_store, look):
     seen = look(sweep_store[1])
     assert (seen.said, seen.asked) == ([], [])
     assert seen.page.locator(".chart svg.marks").count() == 9  # three measures against three costs
+
+
+def test_a_sweep_without_seeds_and_filters_that_leave_nothing_are_no_complaint(sweep_store, look, tmp_path):
+    ids = [f"20261127T1200{number:02d}-0bb{number:03d}" for number in (0, 2)]
+    seen = look(write_sweep(sweep_store[0].root, "once", ids, tmp_path / "once.html"))
+    assert (seen.said, seen.asked) == ([], [])
+    assert seen.page.locator(".chart svg.marks").count() == 9
+    seen = look(sweep_store[1])
+    for box in seen.page.locator(".filters input[name=model]").all():
+        box.uncheck()
+    seen.page.wait_for_timeout(100)
+    assert seen.page.locator("#settings tbody tr:visible").count() == 0
+    assert seen.said == []
 
 
 def test_means_and_spreads_over_the_seeds_are_those_of_the_view(sweep_store):
