@@ -34,9 +34,9 @@ def export_gguf(folder: str | Path, file: str | Path, *, floats: str = "f16") ->
     """Write the checkpoint in `folder` as one GGUF file, tokenizer included.
 
     Float tensors become `floats` ('f16' or 'f32'), norms and biases float32. int4 layers become Q4_1 blocks of the same
-    codes, scales and zeros: nothing is quantised again. Their MLP channels are padded with zeros to a multiple of 32,
-    which changes no output. What Q4_1 cannot hold (other bits than 4, groups that are no multiple of 32, other inputs
-    that 32 does not divide) is written as `floats` of the same values.
+    codes, scales and zeros: nothing is quantised again. MLP channels are padded with zeros to a multiple of 32, which
+    changes no output and lets llama-quantize make every type. What Q4_1 cannot hold (other bits than 4, groups that are
+    no multiple of 32, other inputs that 32 does not divide) is written as `floats` of the same values.
 
     The file appears whole or not at all; tensors are read one at a time. Raises SaapError for a model, tokenizer or
     value that llama.cpp or the format cannot hold.
@@ -114,8 +114,7 @@ def _write_settings(writer: gguf.GGUFWriter, config: Any, kind: GGMLQuantization
     writer.add_context_length(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or 2**31))
     writer.add_embedding_length(config.hidden_size)
     writer.add_vocab_size(config.vocab_size)
-    coded = getattr(config, "groupwise", None) is not None
-    writer.add_feed_forward_length([padded(c.intermediate_size) if coded else c.intermediate_size for c in layers])
+    writer.add_feed_forward_length([padded(c.intermediate_size) for c in layers])
     writer.add_head_count([c.num_attention_heads for c in layers])
     writer.add_head_count_kv([c.num_key_value_heads for c in layers])
     writer.add_key_length(size)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,15 @@ def gguf_tensors(model: Any, stored: Stored, floats: GGMLQuantizationType) -> It
             rotated = {"attn_q": own.num_attention_heads, "attn_k": own.num_key_value_heads}.get(name)
             source, target = f"model.layers.{layer}.{path}", f"blk.{layer}.{name}"
             coded = isinstance(linear, GroupwiseLinear)
-            # channels may be padded: what they multiply is zero
-            pad = (coded and name in ("ffn_gate", "ffn_up"), coded and name == "ffn_down")
+            # channels are padded: what they multiply is zero, and llama-quantize wants whole blocks
+            pad = (name in ("ffn_gate", "ffn_up"), name == "ffn_down")
             if coded:
                 yield _coded(stored, source, f"{target}.weight", linear, pad, floats, rotated)
             else:
-                yield _float(
-                    stored, f"{source}.weight", f"{target}.weight", tuple(linear.weight.shape), floats, rotated
-                )
+                shape = tuple(linear.weight.shape)
+                yield _float(stored, f"{source}.weight", f"{target}.weight", shape, floats, rotated, pad)
             if f"{source}.bias" in stored:
-                yield _float(stored, f"{source}.bias", f"{target}.bias", (linear.out_features,), plain, rotated, pad[0])
+                yield _float(stored, f"{source}.bias", f"{target}.bias", (linear.out_features,), plain, rotated, pad[:1])
 
 
 def _float(
@@ -123,16 +123,16 @@ def _float(
     shape: tuple[int, ...],
     kind: GGMLQuantizationType,
     rotated: int | None = None,
-    pad: bool = False,
+    pad: tuple[bool, ...] = (),
 ) -> Tensor:
     stored.expect(source, shape)
-    rows = padded(shape[0]) if pad else shape[0]
+    whole = tuple(padded(n) if wanted else n for n, wanted in zip_longest(shape, pad, fillvalue=False))
 
     def read() -> np.ndarray:
-        value = _pad(_interleave(stored.read(source).float().numpy(), rotated), rows)
-        return _as_float(value, kind, name)
+        value = _interleave(stored.read(source).float().numpy(), rotated)
+        return _as_float(np.pad(value, [(0, b - a) for a, b in zip(shape, whole, strict=True)]), kind, name)
 
-    return Tensor(name, kind, (rows, *shape[1:]), read)
+    return Tensor(name, kind, whole, read)
 
 
 def _coded(

@@ -72,6 +72,22 @@ def test_llama_cpp_computes_what_torch_does(case, tiny_tokenizer, tmp_path):
                 assert other.greedy(IDS, 24) == greedy_of(model, IDS, 24)
 
 
+def test_channels_of_float_models_come_in_whole_blocks_too(tiny_tokenizer, tmp_path):
+    """llama-quantize makes no Q4_0, Q4_1 or Q8_0 of a file that has one row that 32 does not divide."""
+    model = pruned("llama")
+    _, file = exported(model, tiny_tokenizer, tmp_path, floats="f32")
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
+    widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+    assert any(width % 32 for width in widths)
+    for layer, (block, width) in enumerate(zip(model.model.layers, widths, strict=True)):
+        down, up = stored[f"blk.{layer}.ffn_down.weight"], stored[f"blk.{layer}.ffn_up.weight"]
+        assert down.shape[1] == up.shape[0] == -(-width // 32) * 32
+        assert np.array_equal(down[:, :width], block.mlp.down_proj.weight.detach().numpy())
+        assert np.array_equal(up[:width], block.mlp.up_proj.weight.detach().numpy())
+        assert not down[:, width:].any()
+        assert not up[width:].any()
+
+
 def test_a_sliding_window_bounds_the_context(tiny_tokenizer, tmp_path):
     model = pruned("mistral, sliding window, one KV head")
     _, file = exported(model, tiny_tokenizer, tmp_path, floats="f32")
