@@ -113,7 +113,9 @@ def gguf_tensors(model: Any, stored: Stored, floats: GGMLQuantizationType) -> It
                 shape = tuple(linear.weight.shape)
                 yield _float(stored, f"{source}.weight", f"{target}.weight", shape, floats, rotated, pad)
             if f"{source}.bias" in stored:
-                yield _float(stored, f"{source}.bias", f"{target}.bias", (linear.out_features,), plain, rotated, pad[:1])
+                yield _float(
+                    stored, f"{source}.bias", f"{target}.bias", (linear.out_features,), plain, rotated, pad[:1]
+                )
 
 
 def _float(
