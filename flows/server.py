@@ -64,7 +64,7 @@ def prefect_api(store: Path, meanwhile: tuple[str, ...] = ()) -> Iterator[str]:
         # begun before Prefect is imported here, so that the two imports, of two seconds each, go on side by side
         starting = None if os.environ.get("PREFECT_API_URL") else stack.enter_context(_own_server(store / "prefect"))
         import httpx
-        from prefect.settings import get_current_settings
+        from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, get_current_settings, temporary_settings
 
         users = get_current_settings().api.url
         try:
@@ -75,7 +75,10 @@ def prefect_api(store: Path, meanwhile: tuple[str, ...] = ()) -> Iterator[str]:
             else:
                 for module in meanwhile:
                     importlib.import_module(module)
-                yield starting()
+                url = starting()
+                # nobody watches heartbeats there, and the thread that sends them takes up to a second to end
+                with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                    yield url
         except httpx.HTTPError as error:
             at = f" at {users}" if users else f"; see {store / 'prefect' / 'server.log'}"
             line = str(error).partition("\n")[0] or type(error).__name__
