@@ -179,8 +179,9 @@ def test_a_run_shows_up_readable_in_prefect(config, store, prefect_server):
             time.sleep(0.2)
         assert {"score", "evaluate pruned arc_easy", "speed"} <= names
         assert len(names) == len(stages)
-        artifacts = [a for a in client.read_artifacts() if a.flow_run_id == flow_run.id and a.type == "table"]
-    rows = json.loads(artifacts[0].data)
+        of_run = FlowRunFilter(id={"any_": [flow_run.id]})
+        (shown,) = [a for a in client.read_artifacts(flow_run_filter=of_run) if a.type == "table"]
+    rows = json.loads(shown.data)
     assert [row["variant"] for row in rows] == ["dense", "pruned", "recovered"]
     with Warehouse(store).reading() as connection:
         query = "select value from metrics where variant = 'pruned' and benchmark = 'arc_easy' and papers"
