@@ -7,6 +7,8 @@ import argparse
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -123,6 +125,16 @@ def test_a_benchmark_takes_the_arguments_of_the_docs(words, monkeypatch, tmp_pat
         program["main"]()
     for row in getattr(taken.value.args[0], "criteria", ()):
         program["parse"](row)
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in (ROOT / "benchmarks").glob("*.py") if "from tests" in file.read_text()]
+)
+def test_a_benchmark_that_takes_from_the_tests_finds_them(file, tmp_path):
+    program = "import runpy, sys; sys.path.insert(0, sys.argv[1]); runpy.run_path(sys.argv[2])"
+    command = [sys.executable, "-c", program, str(file.parent), str(file)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("text", [one for one in code("python") if not one.id.startswith("sweeps.md")])
