@@ -76,15 +76,15 @@ def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     sweep = combinations(config, overrides)
     names = [choice.partition("=")[0] for choice in sweep[0]]
     axes = [name for name in names if name not in ("prune.ratio", "calibrate.seed")]
-    store = Path(load_config(config, overrides).store)
-    outside = SharedOutside(look_only=True)
-    wanted = [_combination(load_config(config, (*chosen, *overrides)), chosen, axes, outside) for chosen in sweep]
+    settings = [load_config(config, (*chosen, *overrides)) for chosen in sweep]
+    store, outside = Path(settings[0].store), SharedOutside(look_only=True)
+    wanted = [_combination(one, chosen, axes, outside) for one, chosen in zip(settings, sweep, strict=True)]
     if Warehouse(store).is_empty():
         return Comparison(axes, [], len(sweep), len(sweep))
     with Warehouse(store).reading() as connection:
         runs = _runs_of(connection, wanted)
         rows = _rows(connection, wanted, runs, axes)
-    if load_config(config, (*sweep[0], *overrides)).data == "mini":
+    if settings[0].data == "mini":
         for row in rows:
             row.published, row.misprint = {}, False
     return Comparison(axes, rows, len(sweep) - len(runs), len(sweep))
