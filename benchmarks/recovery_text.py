@@ -1,75 +1,212 @@
-"""What the rows of the recovery decide: Alpaca's, or passages of WikiText-2 other than those it is measured on.
+"""What a recovery brings back, by its text, its recipe and its schedule: one command for all of docs/recovery.md's trials.
 
-    python benchmarks/recovery_text.py --data FOLDER        # a data folder (docs/data.md); 25 minutes on two cores
+    python benchmarks/recovery_text.py --data FOLDER                     # a data folder (docs/data.md); 240 steps a row
+    python benchmarks/recovery_text.py --data FOLDER --minutes 15 --rows alpaca prose+own --ratios 0.2 0.5
+    python benchmarks/recovery_text.py --data FOLDER --rows own:distill=0.9 alpaca=0.2+prose=0.8:learning_rate=3e-3
 
-Two runs of configs/recovery.toml at 20 %, of about as many steps: 2,000 rows of Alpaca, and the lines of WikiText-2's
-test part from the 1,000th on, cut into 130 words; the perplexities read the first 8,192 tokens, which end long before.
-Prints a table and, as its last line, one JSON object.
+A model is pruned by `--criterion`, a row of benchmarks/criteria.py, once for each seed and ratio, and each row recovers
+a copy of it. A row names its texts with their shares (equal ones where it gives none): `alpaca` (its first rows),
+`prose` (of the calibration set, apart from what ranks), `own` (written by the dense model), or `wikitext2`, passages
+of the test set behind those that are measured: how far text of the tested kind would bring it, no recovery to use. After
+a colon come the recipe (`recipe=lora`; groupwise where it says none), its options and those of the training. The row
+`untrained` is the codes alone: what quantising costs.
+
+Shown are perplexities, and how much of ln(pruned / dense) is closed, on WikiText-2 and PTB, which only report, and on
+text held out: novels, Alpaca's last rows, and text of the model's own with another seed. "Held out" is the mean share
+closed on these three, by which rows are to be chosen. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
+import copy
 import json
+import math
 import random
 import tempfile
+import time
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
+from common import embedded, most_held, where
+from criteria import Cost, cut, parse, texts_of
+from pruning_peers import losses
 
-from flows.commands.run import run
-from storage.warehouse import Warehouse
+import saap
+from tasks.data import read_data
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "recovery.toml"
-QUERY = """select steps, pruned_wikitext2, wikitext2, gap_closed, pruned_ptb, ptb, gap_closed_ptb from recovery
-    join runs using (run_id) order by started_at desc limit 1"""
-
-
-def passages(data: Path) -> list[dict[str, str]]:
-    """The lines that the perplexity does not read, as rows of the recovery, shuffled."""
-    lines = pq.read_table(data / "wikitext2_raw" / "test.parquet")["text"].to_pylist()[1000:]
-    words = [line.split() for line in lines]
-    cut = [line[start : start + 130] for line in words for start in range(0, len(line), 130)]
-    texts = [" ".join(part) for part in cut if len(part) >= 30]
-    random.Random(0).shuffle(texts)
-    return [{"instruction": "Write a passage.", "input": "", "output": text} for text in texts]
+OTHER_SEED = 1_000_003  # added: text that is neither what ranks nor what is measured
+HELD_OUT_ROWS = 64
+ROWS = ["untrained", "alpaca", "prose", "own", "alpaca+prose", "alpaca+own", "prose+own", "alpaca+prose+own"]
+TEXTS = ("wikitext2", "ptb", "novels", "alpaca", "own")  # measured on; the last three are held out
 
 
-def recovered(data: Path, examples: int, store: Path) -> dict[str, float]:
-    """Run the pipeline and return the row of the view `recovery`."""
-    sets = [
-        f'data="{data}"',
-        f"recover.examples={examples}",
-        'evaluate.benchmarks=["wikitext2", "ptb"]',
-        "speed.runs=0",
-    ]
-    run(CONFIG, sets, store)
-    with Warehouse(store).reading() as connection:
-        answer = connection.execute(QUERY)
-        return dict(zip([column[0] for column in answer.description], answer.fetchone(), strict=True))
+def parse_row(row: str) -> tuple[dict[str, float], dict[str, Any]]:
+    """'text=share+text:option=value' → (share of each text, options)."""
+    texts, _, rest = row.partition(":")
+    _, options, _ = parse(f"random:{rest}" if rest else "random")
+    shares = {}
+    if texts != "untrained":
+        named = [part.partition("=") for part in texts.split("+")]
+        shares = {name: float(share) if share else 1 / len(named) for name, _, share in named}
+    if unknown := sorted(set(shares) - {"alpaca", "prose", "own", "wikitext2"}):
+        raise SystemExit(f"no text is called {', '.join(unknown)}")
+    return shares, options
+
+
+class Source:
+    """The rows of each text, made on first use."""
+
+    def __init__(self, data: str, model: Any, tokenizer: Any, length: int, seed: int) -> None:
+        self.data, self.model, self.tokenizer, self.length, self.seed = data, model, tokenizer, length, seed
+        self.known: dict[str, list[dict[str, Any]]] = {}
+
+    def rows(self, shares: dict[str, float], count: int) -> list[dict[str, Any]]:
+        """`count` rows, mixed as the pipeline mixes them."""
+        found = [row for name, share in shares.items() for row in self._some(name, round(share * count))]
+        random.Random(self.seed).shuffle(found)
+        return found
+
+    def _some(self, name: str, count: int) -> list[dict[str, Any]]:
+        if len(self.known.get(name, ())) < count:
+            self.known[name] = getattr(self, f"_{name}")(count)
+        return self.known[name][:count]
+
+    def _alpaca(self, count: int) -> list[dict[str, Any]]:
+        return read_data(self.data, "recovery")[:-1000]
+
+    def _prose(self, count: int) -> list[dict[str, Any]]:
+        novels = [row["text"] for row in read_data(self.data, "calibration")]
+        about = {"count": count, "length": self.length, "seed": self.seed + OTHER_SEED}
+        return _sequences(saap.sample_tokens(novels[: len(novels) * 3 // 4], self.tokenizer, **about)[0])
+
+    def _own(self, count: int) -> list[dict[str, Any]]:
+        about = {"count": count, "length": self.length, "seed": self.seed + OTHER_SEED}
+        return _sequences(saap.own_text(self.model, self.tokenizer, **about))
+
+    def _wikitext2(self, count: int) -> list[dict[str, Any]]:
+        text = "\n\n".join(row["text"] for row in read_data(self.data, "wikitext2"))
+        ids = torch.tensor(self.tokenizer(text, verbose=False)["input_ids"][10_000:])
+        return _sequences(ids[: len(ids) // self.length * self.length].view(-1, self.length))
+
+
+def _sequences(tokens: torch.Tensor) -> list[dict[str, Any]]:
+    return [{"tokens": ids} for ids in tokens.tolist()]
+
+
+def measured_texts(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[list[str], dict[str, Any]]:
+    """(texts to calibrate on, name → windows int64 (n, length)) of TEXTS."""
+    windows, length = arguments.windows, arguments.length
+    calibration, held_out = texts_of("held-out", arguments.data, tokenizer, windows, length)
+    last = ["\n".join(row.values()) + "\n" for row in read_data(arguments.data, "recovery")[-1000:]]
+    held_out["alpaca"], _ = saap.sample_tokens(last, tokenizer, count=windows, length=length, seed=0)
+    held_out["own"] = saap.own_text(model, tokenizer, count=windows, length=length, seed=2 * OTHER_SEED)
+    _, test = texts_of("test", arguments.data, tokenizer, windows, length)
+    return calibration, {name: {**test, **held_out}[name] for name in TEXTS}
+
+
+def recovered(
+    small: Any, rows: list[dict[str, Any]], tokenizer: Any, options: dict[str, Any], model: Any, work: str
+) -> tuple[Any, int]:
+    """(the recovered model in floats, its steps)."""
+    recipe_of = saap.RECIPES[options.get("recipe", "groupwise")]
+    recipe = recipe_of(**{f.name: options[f.name] for f in fields(recipe_of) if f.name in options})
+    settings = {f.name: options[f.name] for f in fields(saap.Training) if f.name in options}
+    training = saap.Training(**settings)
+    teacher = model if training.distill else None
+    done, steps = saap.recover(copy.deepcopy(small), rows, tokenizer, work, recipe, training, teacher)
+    return saap.dequantize(done), steps[-1].step
+
+
+class Table:
+    """Prints rows, and keeps them as figures."""
+
+    def __init__(self, texts: dict[str, Any]) -> None:
+        self.texts, self.figures, self.ends = texts, {}, {}  # type: ignore[var-annotated]
+        print(f"{'':<46}{'steps':>6}{'s':>7}{'GB':>6}" + "".join(f"{name:>17}" for name in texts) + f"{'held out':>10}")
+
+    def losses(self, model: Any) -> dict[str, float]:
+        return {name: float(losses(model, windows).mean()) for name, windows in self.texts.items()}
+
+    def add(self, name: str, model: Any, steps: int, seconds: float, peak: int) -> None:
+        """A row. The first one is dense, and those named `pruned …` are what later ones start from."""
+        found = self.losses(model)
+        if not self.ends:
+            self.ends["dense"] = found
+        if name.startswith("pruned"):
+            self.ends["pruned"] = found
+        closed, shown = {}, ""
+        for text, loss in found.items():
+            shown += f"{math.exp(loss):>10.1f}"
+            if name == "dense" or name.startswith("pruned"):
+                shown += " " * 7
+                continue
+            dense, pruned = (self.ends[end][text] for end in ("dense", "pruned"))
+            closed[text] = (pruned - loss) / (pruned - dense)
+            shown += f"{closed[text]:>7.0%}"
+        held_out = sum(closed[text] for text in TEXTS[2:]) / 3 if closed else math.nan
+        print(f"{name:<46}{steps:>6}{seconds:>7.0f}{peak / 1e9:>6.2f}{shown}{held_out:>10.1%}", flush=True)
+        self.figures[name] = {
+            **{text: round(math.exp(loss), 2) for text, loss in found.items()},
+            "closed": {text: round(share, 4) for text, share in closed.items()},
+            **{"steps": steps, "seconds": round(seconds, 1), "peak_bytes": peak},
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a data folder (docs/data.md)")
-    parser.add_argument("--store", type=Path, default=Path("saap_store"))
+    parser.add_argument("--model", type=Path, help="a checkpoint folder; the embedded SmolLM2-135M when absent")
+    parser.add_argument("--data", required=True, help="a data folder (docs/data.md), or hub")
+    parser.add_argument("--rows", nargs="+", default=ROWS)
+    parser.add_argument("--criterion", default="saap_plus:take_heads=measured:ridge=held_out")
+    parser.add_argument("--own", type=int, default=206, help="sequences of the model's own that the criterion gets")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=240, help="of eight examples")
+    parser.add_argument("--minutes", type=float, help="train so long in place of --steps")
+    parser.add_argument("--windows", type=int, default=64, help="of each text that is measured")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a window, and of an example at most")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    data = arguments.data.resolve()
-    found = {"alpaca": recovered(data, 2000, arguments.store)}
+    parsed = {row: parse_row(row) for row in arguments.rows}
+    device = arguments.device
+
     with tempfile.TemporaryDirectory() as folder:
-        own = Path(folder)
-        for source in data.iterdir():
-            if source.name != "alpaca":
-                (own / source.name).symlink_to(source)
-        (own / "alpaca").mkdir()
-        pq.write_table(pa.Table.from_pylist(passages(data)), own / "alpaca" / "train.parquet")
-        found["wikitext2"] = recovered(own, 1920, arguments.store)
-    print(f"{'rows of':<12}{'steps':>6}{'WikiText-2':>12}{'closed':>8}{'PTB':>8}{'closed':>8}")
-    for name, row in found.items():
-        print(
-            f"{name:<12}{row['steps']:>6}{row['wikitext2']:>12.1f}{row['gap_closed']:>8.0%}"
-            f"{row['ptb']:>8.1f}{row['gap_closed_ptb']:>8.0%}"
-        )
-    print(json.dumps(found))
+        source = arguments.model or embedded(Path(folder))
+        model = saap.load(source, dtype="bfloat16", device=device).requires_grad_(False)
+        tokenizer = saap.load_tokenizer(source)
+    calibration, texts = measured_texts(arguments, model, tokenizer)
+    print(f"{arguments.windows} × {arguments.length} tokens of each text, bfloat16, {where(device)}")
+    table = Table(texts)
+    table.add("dense", model, 0, 0, 0)
+    for seed in arguments.seeds:
+        tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, length=128, seed=seed)
+        if arguments.own:
+            own = saap.own_text(model, tokenizer, count=arguments.own, length=128, seed=seed)
+            tokens = torch.cat([tokens, own])
+        text = Source(arguments.data, model, tokenizer, arguments.length, seed)
+        for ratio in arguments.ratios:
+            small, *spent = cut(arguments.criterion, model, tokens, ratio, seed, 32, Cost(device))
+            small.requires_grad_(False)
+            end = f", {ratio:g}, seed {seed}"
+            table.add(f"pruned{end}", small, 0, *spent)
+            for row, (shares, options) in parsed.items():
+                if not shares:
+                    form = {"group_size": options.get("group_size", 32), "tokens": tokens if options.get("feedback") else None}
+                    codes = saap.dequantize(saap.to_groupwise(small, **form))
+                    table.add(row + end, codes, 0, 0, 0)
+                    continue
+                settings = {"batch_size": 8, "minutes": arguments.minutes, "seed": seed, "max_length": arguments.length}
+                settings |= {"save_steps": 10**6, **options}
+                count = settings["batch_size"] * settings.pop("steps", arguments.steps) + HELD_OUT_ROWS
+                settings["held_out"] = (HELD_OUT_ROWS + 0.5) / count
+                examples = text.rows(shares, count)
+                start, made = time.perf_counter(), []  # type: ignore[var-annotated]
+                with tempfile.TemporaryDirectory() as work:
+                    job = small, examples, tokenizer, settings, model, work
+                    peak = most_held(lambda job=job, made=made: made.append(recovered(*job)), device)  # type: ignore[misc]
+                table.add(row + end, *made[0], time.perf_counter() - start, peak)
+    print(json.dumps(table.figures))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from saap.errors import SaapError
+from saap.int4.error_feedback import Feedback
 from saap.models.checkpoint import complete
 from saap.models.families import family_of
 from saap.models.modeling_groupwise import GroupwiseLinear, use_groupwise
@@ -51,13 +52,20 @@ def pack(codes: torch.Tensor, bits: int = 4) -> torch.Tensor:
 
 @torch.no_grad()
 def to_groupwise(
-    model: Any, group_size: int | None = 32, *, bits: int = 4, groups: int | None = None, consume: bool = False
+    model: Any,
+    group_size: int | None = 32,
+    *,
+    bits: int = 4,
+    groups: int | None = None,
+    tokens: torch.Tensor | None = None,
+    consume: bool = False,
 ) -> Any:
     """A copy of a Llama-like model in codes of `bits` bits: every linear layer of its decoder layers.
 
     Embeddings and head stay floats. group_size: inputs that share a scale and a zero. groups, given instead: how many
-    quantisation groups a row has, whatever its width. consume: free the weights of `model` as they are quantised, so
-    that memory never holds both. Raises SaapError for a family without such a form, or for impossible sizes.
+    quantisation groups a row has, whatever its width. tokens, int64 (D, T): text on whose inputs the codes make up for
+    each other's rounding (`quantize_with_feedback`); without it each weight is rounded to the nearest code. consume:
+    free the weights of `model` as they are quantised, so that memory never holds both. Raises SaapError for a family without such a form, or for impossible sizes.
     """
     if not 2 <= bits <= 8:
         raise SaapError(f"bits must be 2 to 8, got {bits}")
@@ -81,11 +89,13 @@ def to_groupwise(
     form: dict[str, Any] = {"bits": bits, **({"group_size": group_size} if groups is None else {"groups": groups})}
     use_groupwise(small.model.layers, **form)
     small.config.groupwise = form
-    for layer, source in zip(small.model.layers, family.layers(model), strict=True):
+    feedback = None if tokens is None else Feedback(model, tokens, bits, lambda width: group_size or -(-width // groups))
+    for number, (layer, source) in enumerate(zip(small.model.layers, family.layers(model), strict=True)):
+        found = {} if feedback is None else feedback.layer(number)
         for name, module in source.named_modules():
             if isinstance(module, nn.Linear):
                 target: Any = layer.get_submodule(name).to_empty(device=module.weight.device)
-                codes, scale, zero = quantize(module.weight, target.group_size, bits)
+                codes, scale, zero = found.get(name) or quantize(module.weight, target.group_size, bits)
                 target.codes, target.scale, target.zero = pack(codes, bits), scale, zero
                 if consume:
                     module.weight = None  # type: ignore[assignment]

@@ -25,8 +25,11 @@ class Recipe:
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
 
-    def prepare(self, model: Any) -> Any:
-        """The model to train, from a float model, which is used up. What is to learn has `requires_grad`."""
+    def prepare(self, model: Any, tokens: torch.Tensor) -> Any:
+        """The model to train, from a float model, which is used up. What is to learn has `requires_grad`.
+
+        tokens: int64 (D, T), some of the text it is to be trained on.
+        """
         raise NotImplementedError
 
     def finish(self, model: Any) -> Any:
@@ -52,16 +55,24 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Groupwise(Recipe):
-    """Group-wise codes with float zeros, which take up the adapters exactly (SAAP §III-D)."""
+    """Group-wise codes with float zeros, which take up the adapters exactly (SAAP §III-D).
+
+    rounding: "feedback", so that the codes make up for each other's rounding on the text they are trained on
+    (`quantize_with_feedback`), or "nearest", each weight to the code next to it, as in the paper.
+    """
 
     bits: int = 4
     group_size: int | None = 32
     groups: int | None = None
+    rounding: str = "feedback"
 
-    def prepare(self, model: Any) -> Any:
+    def prepare(self, model: Any, tokens: torch.Tensor) -> Any:
         list(self.layers(model))
+        if self.rounding not in ("feedback", "nearest"):
+            raise SaapError(f"rounding must be feedback or nearest, got {self.rounding!r}")
         size = self.group_size if self.groups is None else None
-        small = to_groupwise(model, size, bits=self.bits, groups=self.groups, consume=True)
+        text = tokens if self.rounding == "feedback" else None
+        small = to_groupwise(model, size, bits=self.bits, groups=self.groups, tokens=text, consume=True)
         add_adapters(small, self.rank, self.alpha, self.aims_at)
         return small
 
@@ -73,7 +84,7 @@ class Groupwise(Recipe):
 class Lora(Recipe):
     """LoRA (arXiv 2106.09685) on the float weights, by peft, merged into them."""
 
-    def prepare(self, model: Any) -> Any:
+    def prepare(self, model: Any, tokens: torch.Tensor) -> Any:
         from peft import LoraConfig, inject_adapter_in_model
 
         targets = [path for path, _ in self.layers(model) if self.aims_at(path)]
@@ -112,13 +123,13 @@ class Qlora(Lora):
     would lose what was learned.
     """
 
-    def prepare(self, model: Any) -> Any:
+    def prepare(self, model: Any, tokens: torch.Tensor) -> Any:
         from saap.recovery.nf4 import to_nf4
 
         for path, module in list(self.layers(model)):
             model.set_submodule(path, to_nf4(module))
         model.is_loaded_in_4bit = True  # how peft knows
-        return super().prepare(model)
+        return super().prepare(model, tokens)
 
     @torch.no_grad()
     def finish(self, model: Any) -> Any:

@@ -14,6 +14,7 @@ from saap.recovery.recipes import Groupwise, Recipe
 from saap.recovery.training import Training, TrainingStep
 from saap.texts import alpaca_example, token_example
 
+WINDOWS = 128  # of text that the codes are made on
 HELD_OUT_AT_MOST = 128  # rows: to tell checkpoints apart; 4 % of Alpaca every 50 steps takes longer than training on it
 
 
@@ -53,7 +54,7 @@ def recover(
     _check(training, teacher, device)
     learnt_from, held_out = _examples(rows, tokenizer, training)
     set_seed(training.seed)
-    prepared = recipe.prepare(model)
+    prepared = recipe.prepare(model, _windows(learnt_from, training.max_length))
     empty = skeleton(prepared) if fsdp else None
     if fsdp:
         shard(prepared, device)
@@ -101,6 +102,17 @@ def _examples(
             f"fewer than micro_batch_size {training.micro_batch_size}: give more examples or raise max_length"
         )
     return examples[:kept], examples[kept:]
+
+
+def _windows(examples: list[dict[str, Any]], length: int) -> torch.Tensor:
+    """int64 (D, length): the first `WINDOWS` windows of the examples, one behind the other; at least one, maybe short."""
+    tokens: list[int] = []
+    for example in examples:
+        tokens += example["input_ids"]
+        if len(tokens) >= WINDOWS * length:
+            break
+    count = min(len(tokens) // length, WINDOWS)
+    return torch.tensor(tokens[: count * length] if count else tokens).view(max(count, 1), -1)
 
 
 def fastest_attention(model: Any, device: str, precision: str, length: int) -> str:
