@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from saap.evaluation.joined import joined_kernels
 from saap.evaluation.sizes import Size
 from saap.progress import tqdm
 
@@ -22,8 +23,8 @@ class Speed:
     """One variant. Medians of the timed runs; spread = interquartile range / median; ratios pair with the first.
 
     tokens_per_s: decode with a KV cache, all rows of the batch; prefill_tokens_per_s: the prompt alone. On a GPU
-    decoding replays a CUDA graph over a static cache, and eager_tokens_per_s is the same without the graph; on a CPU
-    both are the plain loop. active_parameters: those that one token passes (`Size.active`). weight_bytes: what the
+    decoding replays a CUDA graph of joined kernels over a static cache, and eager_tokens_per_s is the same without graph
+    and joining; on a CPU both are the plain loop. active_parameters: those that one token passes (`Size.active`). weight_bytes: what the
     parameters and buffers occupy as stored; peak_bytes: those, and the most that was allocated beside them on a GPU
     (CPU: NaN). macs_per_token: multiply-accumulates of the linear layers for one new token, attention over the prompt
     included.
@@ -168,7 +169,8 @@ class Decoder:
 class GraphDecoder(Decoder):
     """Times one model on a GPU by CUDA events, over a static cache: decoding replays the graph of one step.
 
-    Launching several hundred kernels a token takes longer than a small model's arithmetic, and would hide it.
+    Launching several hundred kernels a token takes longer than a small model's arithmetic, and would hide it. In the
+    graph the small ones are joined (`joined_kernels`), as a serving engine does.
     """
 
     @torch.inference_mode()
@@ -183,13 +185,13 @@ class GraphDecoder(Decoder):
         self._prefill()
         side = torch.cuda.Stream()  # capturing needs a few steps on a stream that is not the default one
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), joined_kernels(model):
             for _ in range(3):
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         self._prefill()
-        with torch.cuda.graph(self.graph):
+        with joined_kernels(model), torch.cuda.graph(self.graph):
             self._step()
         self._held = torch.cuda.memory_allocated() - before
         self.extra_bytes = float(torch.cuda.max_memory_allocated() - before)
