@@ -34,7 +34,9 @@ def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     from saap.recovery.recover import fastest_attention
 
     device = arguments.device
-    model = RECIPES[name](rank=arguments.rank).prepare(randomly_pruned(random_llama(arguments.shape, device), 0.2))
+    model = RECIPES[name](rank=arguments.rank).prepare(
+        randomly_pruned(random_llama(arguments.shape, device), 0.2), torch.zeros(1, 8, dtype=torch.int64)
+    )
     model.set_attn_implementation(fastest_attention(model, device, "bfloat16", arguments.length))
     student = Student(model).train()
     learned = [p for p in student.parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""What a recovery brings back, by its text, its recipe and its schedule: one command for all of docs/recovery.md's trials.
+"""What a recovery brings back, by its text, recipe and schedule: one command for the trials of docs/recovery.md.
 
     python benchmarks/recovery_text.py --data FOLDER                     # a data folder (docs/data.md); 240 steps a row
     python benchmarks/recovery_text.py --data FOLDER --minutes 15 --rows alpaca prose+own --ratios 0.2 0.5
@@ -7,9 +7,9 @@
 A model is pruned by `--criterion`, a row of benchmarks/criteria.py, once for each seed and ratio, and each row recovers
 a copy of it. A row names its texts with their shares (equal ones where it gives none): `alpaca` (its first rows),
 `prose` (of the calibration set, apart from what ranks), `own` (written by the dense model), or `wikitext2`, passages
-of the test set behind those that are measured: how far text of the tested kind would bring it, no recovery to use. After
-a colon come the recipe (`recipe=lora`; groupwise where it says none), its options and those of the training. The row
-`untrained` is the codes alone: what quantising costs.
+of the test set behind those that are measured: how far text of the tested kind would bring it, no recovery to use.
+After a colon come the recipe (`recipe=lora`; groupwise where it says none), its options and those of the training. The
+row `untrained` is the codes alone: what quantising costs.
 
 Shown are perplexities, and how much of ln(pruned / dense) is closed, on WikiText-2 and PTB, which only report, and on
 text held out: novels, Alpaca's last rows, and text of the model's own with another seed. "Held out" is the mean share
@@ -37,7 +37,17 @@ from tasks.data import read_data
 
 OTHER_SEED = 1_000_003  # added: text that is neither what ranks nor what is measured
 HELD_OUT_ROWS = 64
-ROWS = ["untrained", "alpaca", "prose", "own", "alpaca+prose", "alpaca+own", "prose+own", "alpaca+prose+own"]
+ROWS = [
+    "untrained:rounding=nearest",
+    "untrained",
+    "alpaca",
+    "prose",
+    "own",
+    "alpaca+prose",
+    "alpaca+own",
+    "prose+own",
+    "alpaca+prose+own",
+]
 TEXTS = ("wikitext2", "ptb", "novels", "alpaca", "own")  # measured on; the last three are held out
 
 
@@ -109,10 +119,10 @@ def recovered(
     small: Any, rows: list[dict[str, Any]], tokenizer: Any, options: dict[str, Any], model: Any, work: str
 ) -> tuple[Any, int]:
     """(the recovered model in floats, its steps)."""
-    recipe_of = saap.RECIPES[options.get("recipe", "groupwise")]
-    recipe = recipe_of(**{f.name: options[f.name] for f in fields(recipe_of) if f.name in options})
-    settings = {f.name: options[f.name] for f in fields(saap.Training) if f.name in options}
-    training = saap.Training(**settings)
+    kind = saap.RECIPES[options.get("recipe", "groupwise")]
+    recipe, training = (
+        made(**{f.name: options[f.name] for f in fields(made) if f.name in options}) for made in (kind, saap.Training)
+    )
     teacher = model if training.distill else None
     done, steps = saap.recover(copy.deepcopy(small), rows, tokenizer, work, recipe, training, teacher)
     return saap.dequantize(done), steps[-1].step
@@ -192,9 +202,9 @@ def main() -> None:
             table.add(f"pruned{end}", small, 0, *spent)
             for row, (shares, options) in parsed.items():
                 if not shares:
-                    form = {"group_size": options.get("group_size", 32), "tokens": tokens if options.get("feedback") else None}
-                    codes = saap.dequantize(saap.to_groupwise(small, **form))
-                    table.add(row + end, codes, 0, 0, 0)
+                    text_of = {"feedback": tokens, "nearest": None}
+                    codes = saap.to_groupwise(small, tokens=text_of[options.get("rounding", "feedback")])
+                    table.add(row + end, saap.dequantize(codes), 0, 0, 0)
                     continue
                 settings = {"batch_size": 8, "minutes": arguments.minutes, "seed": seed, "max_length": arguments.length}
                 settings |= {"save_steps": 10**6, **options}

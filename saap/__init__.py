@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from saap.evaluation.sizes import size_of
     from saap.evaluation.speed import compare_speed
     from saap.int4.adapter import PooledAdapter, add_adapters, merge_adapters
+    from saap.int4.error_feedback import quantize_with_feedback
     from saap.int4.kernels import use_int4_kernels
     from saap.int4.quantize import dequantize, quantize, to_groupwise
     from saap.models.checkpoint import load, save
@@ -54,6 +55,7 @@ _NAMES = {
     "saap.evaluation.sizes": "size_of",
     "saap.evaluation.speed": "compare_speed",
     "saap.int4.adapter": "PooledAdapter add_adapters merge_adapters",
+    "saap.int4.error_feedback": "quantize_with_feedback",
     "saap.int4.kernels": "use_int4_kernels",
     "saap.int4.quantize": "dequantize quantize to_groupwise",
     "saap.models.checkpoint": "load save",

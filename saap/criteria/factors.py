@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from saap.errors import SaapError
 from saap.models.families import Part
 from saap.models.groups import group_matrices
+from saap.models.offload import input_device, is_offloaded
 from saap.progress import tqdm
-from saap.scoring.backward import input_device, is_offloaded
 
 RANK, ALPHA = 8, 16.0
 LEARNING_RATE = 1e-3

@@ -8,9 +8,9 @@ from torch import nn
 
 from saap.errors import SaapError
 from saap.models.groups import discover
+from saap.models.offload import is_offloaded
 from saap.pruning.plan import PROTECTED, select
 from saap.pruning.surgery import prune
-from saap.scoring.backward import is_offloaded
 from saap.scoring.fisher import mask_gradient
 
 STEP = 0.01  # share of the prunable parameters that goes between two backward passes

@@ -9,10 +9,11 @@ from torch import nn
 from saap.errors import SaapError
 from saap.models.groups import discover
 from saap.models.logits import logits_of
+from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
 from saap.progress import tqdm
 from saap.pruning.plan import PROTECTED, select
-from saap.scoring.backward import frozen, input_device, is_offloaded
+from saap.scoring.backward import frozen
 from saap.scoring.statistics import output_matrices
 
 STEPS = 120

@@ -8,10 +8,10 @@ from torch import nn
 
 from saap.errors import SaapError
 from saap.models.groups import discover, refuse_experts
+from saap.models.offload import is_offloaded
+from saap.models.stream import Stream
 from saap.progress import tqdm
 from saap.pruning.plan import PROTECTED, select
-from saap.scoring.backward import is_offloaded
-from saap.scoring.stream import Stream
 
 BATCH = 4  # sequences at once; no part of the result
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from saap.models.families import family_of
 
+
 @contextmanager
 def joined_kernels(model: nn.Module, backend: str = "inductor") -> Iterator[None]:
     """While open, the layers' RMS norms, rotary embeddings and MLPs run compiled, one kernel in place of up to ten.

@@ -23,11 +23,11 @@ class Speed:
     """One variant. Medians of the timed runs; spread = interquartile range / median; ratios pair with the first.
 
     tokens_per_s: decode with a KV cache, all rows of the batch; prefill_tokens_per_s: the prompt alone. On a GPU
-    decoding replays a CUDA graph of joined kernels over a static cache, and eager_tokens_per_s is the same without graph
-    and joining; on a CPU both are the plain loop. active_parameters: those that one token passes (`Size.active`). weight_bytes: what the
-    parameters and buffers occupy as stored; peak_bytes: those, and the most that was allocated beside them on a GPU
-    (CPU: NaN). macs_per_token: multiply-accumulates of the linear layers for one new token, attention over the prompt
-    included.
+    decoding replays a CUDA graph of joined kernels over a static cache, and eager_tokens_per_s is the same without
+    graph and joining; on a CPU both are the plain loop. active_parameters: those that one token passes (`Size.active`).
+    weight_bytes: what the parameters and buffers occupy as stored; peak_bytes: those, and the most that was allocated
+    beside them on a GPU (CPU: NaN). macs_per_token: multiply-accumulates of the linear layers for one new token,
+    attention over the prompt included.
     """
 
     variant: str

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from saap.errors import SaapError
 from saap.models.products import FastLinears, product
-from saap.scoring.stream import Stream
+from saap.models.stream import Stream
 
 DAMPING = 0.01  # of the mean diagonal, as in GPTQ
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's range, the best by squared error is taken
@@ -28,11 +26,13 @@ def quantize_with_feedback(weight: torch.Tensor, gram: torch.Tensor, group_size:
     Args:
         gram: float (in, in), G = Σ_t x_t x_tᵀ.
 
-    Returns codes uint8 (out, in), scale and zero float16 (out, ⌈in/group_size⌉), as `quantize` does, in its form.
-    Raises SaapError when a value does not fit float16.
+    Returns codes uint8 (out, in), scale and zero float16 (out, ⌈in/group_size⌉), in the form of `quantize`.
+    Raises SaapError when a value does not fit float16 or is not finite.
     """
     rows, width = weight.shape
     left, gram = weight.detach().float().clone(), gram.double().clone()
+    if not torch.isfinite(gram).all():
+        raise SaapError("an activation is not finite: load the model in float32")
     diagonal = gram.diagonal()
     diagonal[diagonal == 0] = 1.0  # an input that is always 0
     diagonal += DAMPING * diagonal.mean()
@@ -64,6 +64,8 @@ def _rounded(values: torch.Tensor, a: torch.Tensor, b: torch.Tensor, bits: int) 
 def _grid(block: torch.Tensor, weights: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero, float16 (out,), of the inputs of one quantisation group."""
     low, high = block.amin(1), block.amax(1)
+    if not torch.isfinite(torch.stack([low, (high - low) / (2**bits - 1)]).half()).all():
+        raise SaapError("a weight is too large, or not a number, for group-wise codes with float16 scales")
     best = torch.full_like(low, torch.inf)
     scale, zero = (torch.empty_like(low, dtype=torch.float16) for _ in range(2))
     for share in SHRINK:
@@ -74,20 +76,22 @@ def _grid(block: torch.Tensor, weights: torch.Tensor, bits: int) -> tuple[torch.
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, a, scale), torch.where(better, b, zero)
-    if not torch.isfinite(best).all():
-        raise SaapError("a weight is too large, or not a number, for group-wise codes with float16 scales")
     return scale, zero
 
 
 class Feedback:
     """The codes of a model's layers, one layer after another, each on inputs behind the codes before it."""
 
-    def __init__(self, model: nn.Module, tokens: torch.Tensor, bits: int, size: Callable[[int], int]) -> None:
-        """tokens: int64 (D, T). size: the group size of a matrix with so many inputs."""
-        self.stream, self.bits, self.size = Stream(model, tokens, BATCH), bits, size
+    def __init__(self, model: nn.Module, tokens: torch.Tensor, form: dict[str, int]) -> None:
+        """tokens: int64 (D, T). form: bits, and group_size or groups, as in `to_groupwise`."""
+        self.stream, self.bits, self.form = Stream(model, tokens, BATCH), form["bits"], form
+
+    def size(self, width: int) -> int:
+        """Inputs of a quantisation group of a matrix with so many."""
+        return self.form["group_size"] if "group_size" in self.form else -(-width // self.form["groups"])
 
     def layer(self, number: int) -> dict[str, Codes]:
-        """path in the layer → codes, scale and zero, of every linear layer. Layers are asked for in order, each once."""
+        """path in the layer → codes, scale and zero, of its linear layers. Layers are asked for in order, once."""
         layer = self.stream.layers[number]
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         grams = {name: torch.zeros(2 * (m.in_features,), device=m.weight.device) for name, m in linears.items()}

@@ -65,7 +65,8 @@ def to_groupwise(
     Embeddings and head stay floats. group_size: inputs that share a scale and a zero. groups, given instead: how many
     quantisation groups a row has, whatever its width. tokens, int64 (D, T): text on whose inputs the codes make up for
     each other's rounding (`quantize_with_feedback`); without it each weight is rounded to the nearest code. consume:
-    free the weights of `model` as they are quantised, so that memory never holds both. Raises SaapError for a family without such a form, or for impossible sizes.
+    free the weights of `model` as they are quantised, so that memory never holds both. Raises SaapError for a family
+    without such a form, or for impossible sizes.
     """
     if not 2 <= bits <= 8:
         raise SaapError(f"bits must be 2 to 8, got {bits}")
@@ -89,7 +90,7 @@ def to_groupwise(
     form: dict[str, Any] = {"bits": bits, **({"group_size": group_size} if groups is None else {"groups": groups})}
     use_groupwise(small.model.layers, **form)
     small.config.groupwise = form
-    feedback = None if tokens is None else Feedback(model, tokens, bits, lambda width: group_size or -(-width // groups))
+    feedback = None if tokens is None else Feedback(model, tokens, form)
     for number, (layer, source) in enumerate(zip(small.model.layers, family.layers(model), strict=True)):
         found = {} if feedback is None else feedback.layer(number)
         for name, module in source.named_modules():

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 
 from saap.models.families import family_of
 
@@ -22,3 +23,14 @@ def device_map(config: Any, device: str) -> dict[str, str]:
         if name and not f"{path}.".startswith(f"{name}.") and not name.startswith(f"{path}.")
     }
     return others | {f"{path}.{number}": "disk" for number in range(len(layers))}
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids have to be; the CPU for an embedding that accelerate keeps elsewhere."""
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights of the model on the CPU or on disk, away from the device that computes."""
+    return any(parameter.is_meta for parameter in model.parameters())

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from saap.errors import SaapError
 from saap.models.families import family_of
 from saap.models.groups import discover
+from saap.models.offload import is_offloaded
 from saap.models.products import FastLinears, product
+from saap.models.stream import Pass, Stream
 from saap.progress import tqdm
-from saap.scoring.backward import is_offloaded
-from saap.scoring.stream import Pass, Stream
 
 RIDGE = 1.0  # chosen on held-out calibration and instruction text, see docs/saap_plus.md
 HELD_OUT = "held_out"

@@ -82,7 +82,9 @@ def recover(
 def _examples(
     rows: list[dict[str, Any]], tokenizer: Any, training: Training
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows to train on, and the last rows, which are held out. Rows whose answer is cut off are left out.
+    """The rows to train on, and the last rows, which are held out.
+
+    Rows whose answer is empty or cut off are left out: they would teach the model to answer nothing.
 
     Tokens and labels are int32 arrays: a list takes 36 bytes for each.
     """
@@ -92,7 +94,8 @@ def _examples(
             example = token_example(row["tokens"], tokenizer, training.max_length)
         else:
             example = alpaca_example(row, tokenizer, training.max_length, training.loss_on == "text")
-        if any(label != -100 for label in example["labels"]):
+        answered = "tokens" in row or row["output"].strip()
+        if answered and any(label != -100 for label in example["labels"]):
             compact = {name: array("i", example[name]) for name in ("input_ids", "labels")}
             examples.append({**example, **compact})
     kept = len(examples) - min(int(len(examples) * training.held_out), HELD_OUT_AT_MOST)
@@ -105,7 +108,7 @@ def _examples(
 
 
 def _windows(examples: list[dict[str, Any]], length: int) -> torch.Tensor:
-    """int64 (D, length): the first `WINDOWS` windows of the examples, one behind the other; at least one, maybe short."""
+    """int64 (D, length): the tokens of the first examples, one behind the other; D is `WINDOWS` at most."""
     tokens: list[int] = []
     for example in examples:
         tokens += example["input_ids"]

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from saap.models.families import family_of
 from saap.models.groups import weight_of
 from saap.models.logits import cross_entropy
+from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
 from saap.progress import tqdm
 
@@ -87,17 +88,6 @@ def see_gradients(
             with watch_gradients(linears, see):
                 backward(model, batch)
             bar.update(len(batch))
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where token ids have to be; the CPU for an embedding that accelerate keeps elsewhere."""
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
-    return torch.device("cpu") if weight.is_meta else weight.device
-
-
-def is_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate keeps weights of the model on the CPU or on disk, away from the device that computes."""
-    return any(parameter.is_meta for parameter in model.parameters())
 
 
 @contextmanager

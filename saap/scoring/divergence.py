@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from saap.models.logits import logits_of
+from saap.models.offload import input_device
 from saap.models.products import FastLinears
-from saap.scoring.backward import input_device
 
 LOGITS = 1 << 23  # at a time: 32 MB of float32
 

@@ -11,8 +11,9 @@ from torch import nn
 from saap.errors import SaapError
 from saap.models.families import Experts, family_of
 from saap.models.groups import discover, layer_parts
+from saap.models.offload import input_device, is_offloaded
 from saap.progress import tqdm
-from saap.scoring.backward import backward, input_device, is_offloaded, watch_gradients
+from saap.scoring.backward import backward, watch_gradients
 
 See = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from saap.errors import SaapError
 from saap.models.groups import layer_parts, weight_of
+from saap.models.offload import input_device, is_offloaded
 from saap.progress import tqdm
-from saap.scoring.backward import backward, input_device, is_offloaded, watch_gradients
+from saap.scoring.backward import backward, watch_gradients
 from saap.scoring.expert_importance import ExpertChannels
 from saap.scoring.salience import TILE, channel_sums
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from saap.errors import SaapError
+from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
 from saap.progress import tqdm
-from saap.scoring.backward import input_device, is_offloaded
 from saap.texts import leading_bos
 
 AT_ONCE = 64  # sequences

@@ -15,8 +15,9 @@ from torch import nn
 from saap.errors import SaapError
 from saap.models.families import Part
 from saap.models.groups import group_matrices
+from saap.models.offload import input_device, is_offloaded
 from saap.progress import tqdm
-from saap.scoring.backward import input_device, is_offloaded, see_gradients
+from saap.scoring.backward import see_gradients
 
 Structure = tuple[int, str]  # (layer, kind)
 

@@ -45,7 +45,7 @@ def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[
 
 
 @stage(
-    version=5,
+    version=6,
     publishes=Checkpoint,
     params=_params,
     fingerprint=_fingerprint,

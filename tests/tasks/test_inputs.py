@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 
-from saap.scoring.backward import is_offloaded
+from saap.models.offload import is_offloaded
 from tasks.config import Compute
 from tasks.inputs import Checkpoint, forget_model, load_model
 from tasks.step import Step

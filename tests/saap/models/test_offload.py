@@ -11,7 +11,7 @@ from accelerate import cpu_offload, dispatch_model
 from transformers import AutoModelForCausalLM
 
 from saap import SaapError, load, prune, save, score, to_groupwise, weight_norms
-from saap.scoring.backward import is_offloaded
+from saap.models.offload import is_offloaded
 from tests.saap.models.families import CASES, IDS, build, publish_baichuan, random_keep
 
 

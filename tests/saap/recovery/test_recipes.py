@@ -36,7 +36,7 @@ def learn(model):
 def test_the_finished_model_is_plain_and_computes_what_the_trained_one_did(recipe, tiny_llama, tmp_path):
     source = tiny_llama(attention_bias=True)
     untouched = source.state_dict()["model.embed_tokens.weight"].clone()
-    model = recipe.prepare(source)
+    model = recipe.prepare(source, IDS)
     learn(model)
     model.eval()  # measuring the held-out loss must not change what is merged
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
@@ -58,7 +58,7 @@ def test_adapters_merge_exactly_in_every_layout(case):
     recipe = Groupwise(rank=4, alpha=8.0, group_size=16)
     model = build(case)
     small = prune(model, random_keep(model))
-    trained = recipe.prepare(small)
+    trained = recipe.prepare(small, IDS)
     learn(trained)
     ids = IDS.clamp(min=3)
     loss = Student(trained, None, 0.0)(ids, torch.ones_like(ids), ids)["loss"]
@@ -72,7 +72,7 @@ def test_adapters_merge_exactly_in_every_layout(case):
 
 def test_lora_recovers_the_attention_of_a_mixture_of_experts():
     model, recipe = mixture("mixtral"), Lora(rank=4, alpha=8.0)
-    trained = recipe.prepare(model)
+    trained = recipe.prepare(model, IDS)
     learn(trained)
     with torch.no_grad():
         before = trained.eval()(IDS).logits
@@ -83,9 +83,9 @@ def test_lora_recovers_the_attention_of_a_mixture_of_experts():
 def test_untrained_adapters_leave_lora_as_it_was_and_qlora_as_nf4_is(tiny_llama):
     model = tiny_llama()
     expected = {n: p.detach().clone() for n, p in model.named_parameters()}
-    same = Lora(rank=4).finish(Lora(rank=4).prepare(copy.deepcopy(model))).state_dict()
+    same = Lora(rank=4).finish(Lora(rank=4).prepare(copy.deepcopy(model), IDS)).state_dict()
     assert all(torch.equal(same[name], weight) for name, weight in expected.items())
-    four = Qlora(rank=4).finish(Qlora(rank=4).prepare(model)).state_dict()
+    four = Qlora(rank=4).finish(Qlora(rank=4).prepare(model, IDS)).state_dict()
     for name, weight in expected.items():
         if name.split(".")[-2] not in NAMES:
             assert torch.equal(four[name], weight)
@@ -112,7 +112,7 @@ def test_nf4_rows_of_any_length_are_read_right_forward_and_back(width):
 @pytest.mark.parametrize("name", RECIPES)
 def test_only_the_targets_learn(name, tiny_llama):
     recipe = RECIPES[name](rank=4, targets=("q_proj", "down_proj"))
-    model = recipe.prepare(tiny_llama())
+    model = recipe.prepare(tiny_llama(), IDS)
     learned = [path for path, p in model.named_parameters() if p.requires_grad]
     assert {part for path in learned for part in path.split(".") if part in NAMES} == {"q_proj", "down_proj"}
     assert len(learned) == 2 * 2 * 6
@@ -125,18 +125,18 @@ def test_only_the_targets_learn(name, tiny_llama):
 def test_a_family_without_an_int4_form_has_lora_and_says_so_of_groupwise():
     torch.manual_seed(0)
     config = BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.1)
-    model = Lora(rank=4, targets=("query_key_value",)).prepare(BloomForCausalLM(config).eval())
+    model = Lora(rank=4, targets=("query_key_value",)).prepare(BloomForCausalLM(config).eval(), IDS)
     learn(model)
     with torch.no_grad():
         trained = model(IDS).logits
         assert (Lora(rank=4).finish(model)(IDS).logits - trained).abs().max() < 1e-4
     with pytest.raises(SaapError, match="bloom"):
-        Groupwise().prepare(BloomForCausalLM(config))
+        Groupwise().prepare(BloomForCausalLM(config), IDS)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_gradient_checkpointing_changes_no_gradient(name, tiny_llama):
-    model = RECIPES[name](rank=4).prepare(tiny_llama())
+    model = RECIPES[name](rank=4).prepare(tiny_llama(), IDS)
     learn(model)
     student, grads = Student(model).train(), []
     labels = IDS.clone()
@@ -175,11 +175,11 @@ def test_lora_and_qlora_learn_through_the_same_training(name, tiny_folder, tiny_
 )
 def test_what_cannot_be_is_refused(tiny_llama, options, message):
     with pytest.raises(SaapError, match=message):
-        Groupwise(**options).prepare(tiny_llama())
+        Groupwise(**options).prepare(tiny_llama(), IDS)
 
 
 def test_the_float_weights_are_gone_once_they_are_quantised(tiny_llama):
     model = tiny_llama()
     before = sum(p.numel() for p in model.parameters())
-    Groupwise(rank=4).prepare(model)
+    Groupwise(rank=4).prepare(model, IDS)
     assert sum(p.numel() for p in model.parameters()) < before / 2

@@ -10,6 +10,8 @@ from torch.distributed.tensor import DTensor
 from saap import RECIPES, SaapError
 from saap.recovery.shard import claimed, gather, shard, skeleton
 
+TOKENS = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(0))
+
 
 def bytes_of(model):
     held = [t.to_local() if isinstance(t, DTensor) else t for t in model.model.layers.state_dict().values()]
@@ -39,7 +41,7 @@ def process(rank, folder, prepared, tokens, answer):
 
 @pytest.mark.parametrize("recipe", ["groupwise", "lora"])
 def test_each_process_holds_its_half_and_computes_the_whole(tiny_llama, tmp_path, recipe):
-    prepared = RECIPES[recipe](rank=4).prepare(tiny_llama(tie_word_embeddings=True))
+    prepared = RECIPES[recipe](rank=4).prepare(tiny_llama(tie_word_embeddings=True), TOKENS)
     tensors = len(prepared.state_dict())
     tokens = torch.randint(0, 512, (2, 9), generator=torch.Generator().manual_seed(0))
     context = multiprocessing.get_context("spawn")
@@ -57,7 +59,7 @@ def test_each_process_holds_its_half_and_computes_the_whole(tiny_llama, tmp_path
 
 
 def test_nf4_weights_are_refused(tiny_llama):
-    prepared = RECIPES["qlora"](rank=4).prepare(tiny_llama())
+    prepared = RECIPES["qlora"](rank=4).prepare(tiny_llama(), TOKENS)
     with pytest.raises(SaapError, match="NF4 weights cannot be shared out"):
         shard(prepared, torch.device("cpu"))
 

@@ -10,7 +10,7 @@ from transformers.models.bloom.modeling_bloom import BloomBlock
 
 from saap.models.families import Experts, family_of
 from saap.models.groups import KINDS, layer_parts
-from saap.scoring.backward import input_device
+from saap.models.offload import input_device
 
 
 class Pass:
