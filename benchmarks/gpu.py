@@ -95,7 +95,7 @@ def whole_run(device: str, tiny: bool) -> Figures:
 
 
 STEPS: dict[str, tuple[Callable[[str, bool], Figures], int]] = {  # and seconds it may take
-    "kernels": (kernels, 70),
+    "kernels": (kernels, 110),
     "scoring": (scoring, 100),
     "decode": (decode, 200),
     "fisher_and_refit": (fisher_and_refit, 90),

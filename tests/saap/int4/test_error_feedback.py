@@ -89,7 +89,7 @@ def test_what_is_not_finite_or_too_large_is_refused(place, value):
     x = correlated(32)
     given = {"weight": torch.ones(4, 32), "gram": torch.from_numpy(x.T @ x)}
     given[place][1, 3] = value
-    with pytest.raises(SaapError, match="float16|finite"):
+    with pytest.raises(SaapError, match=r"float16|finite"):
         quantize_with_feedback(given["weight"], given["gram"], 16)
 
 
