@@ -17,6 +17,7 @@ BATCH = 8  # sequences at once; no part of the result
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+@torch.no_grad()
 def quantize_with_feedback(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bits: int = 4) -> Codes:
     """Codes of a weight (out, in) whose product with its inputs x_t stays near: Σ_t ‖(W − Ŵ) x_t‖² is to be small.
 
@@ -82,6 +83,7 @@ def _grid(block: torch.Tensor, weights: torch.Tensor, bits: int) -> tuple[torch.
 class Feedback:
     """The codes of a model's layers, one layer after another, each on inputs behind the codes before it."""
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module, tokens: torch.Tensor, form: dict[str, int]) -> None:
         """tokens: int64 (D, T). form: bits, and group_size or groups, as in `to_groupwise`."""
         self.stream, self.bits, self.form = Stream(model, tokens, BATCH), form["bits"], form
@@ -90,23 +92,12 @@ class Feedback:
         """Inputs of a quantisation group of a matrix with so many."""
         return self.form["group_size"] if "group_size" in self.form else -(-width // self.form["groups"])
 
+    @torch.no_grad()
     def layer(self, number: int) -> dict[str, Codes]:
         """path in the layer → codes, scale and zero, of its linear layers. Layers are asked for in order, once."""
         layer = self.stream.layers[number]
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        grams = {name: torch.zeros(2 * (m.in_features,), device=m.weight.device) for name, m in linears.items()}
-
-        def watch(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                x = inputs[0].flatten(0, -2).float().T
-                grams[name] += product(x, x)
-
-            return hook
-
-        with FastLinears(), ExitStack() as stack:
-            for name, module in linears.items():
-                stack.callback(module.register_forward_pre_hook(watch(name)).remove)
-            self.stream.through(number)
+        grams = self._grams(number, linears)
         found = {
             name: quantize_with_feedback(m.weight, grams[name], self.size(m.in_features), self.bits)
             for name, m in linears.items()
@@ -120,6 +111,28 @@ class Feedback:
         for name, module in linears.items():
             module.weight = floats[name]
         return found
+
+    def _grams(self, number: int, linears: dict[str, nn.Linear]) -> dict[str, torch.Tensor]:
+        """Σ x xᵀ of the inputs of each linear layer, float32 (in, in); those with the same inputs share one."""
+        grams: dict[str, torch.Tensor] = {}
+        last: list[Any] = [None, ""]  # the inputs that came last, and whose they were
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                if inputs[0] is last[0]:
+                    grams[name] = grams[last[1]]
+                    return
+                last[:] = inputs[0], name
+                x = inputs[0].flatten(0, -2).float().T
+                grams[name] = product(x, x).add_(grams.get(name, 0.0))
+
+            return hook
+
+        with FastLinears(), ExitStack() as stack:
+            for name, module in linears.items():
+                stack.callback(module.register_forward_pre_hook(watch(name)).remove)
+            self.stream.through(number)
+        return grams
 
 
 def _values(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, size: int) -> torch.Tensor:
