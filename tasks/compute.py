@@ -12,6 +12,10 @@ from tasks.step import Step
 # of the recover section: with them memory and time change, and the result by rounding only
 MEMORY = ("micro_batch_size", "gradient_checkpointing")
 
+# oneDNN, and PyTorch around it, remember 1,024 shapes of products each, at a quarter of a megabyte: every length of a
+# batch with every width of an uneven model. One pass through a model has fewer; a new one costs half a millisecond.
+SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
+
 
 def compute_of(config: RunConfig) -> str:
     """What is in no key, as JSON: the compute section, and how recovery fits into memory."""
@@ -25,7 +29,12 @@ def placed(step: Step, gpu: str | None, threads: int | None) -> Step:
 
 
 def take_place(step: Step) -> None:
-    """See the GPU of this place only. Before torch looks for GPUs: it does so once a process."""
+    """See the GPU of this place only, remember few shapes of products. Before torch looks: it does so once a process.
+
+    What the user has set for shapes stays.
+    """
+    for name, value in SHAPES.items():
+        os.environ.setdefault(name, value)
     gpu = json.loads(step.compute).get("gpu")
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu

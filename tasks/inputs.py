@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.artifact import Artifact
 from tasks.compute import compute_settings
+from tasks.memory import give_back
 from tasks.step import Step
 
 if TYPE_CHECKING:
@@ -89,3 +90,4 @@ def _load_model(*how: Any) -> "nn.Module":
 def forget_model() -> None:
     """Release the model that `load_model` keeps."""
     _kept.clear()
+    give_back()

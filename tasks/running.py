@@ -13,6 +13,7 @@ from storage.remote import Remote, remote_of
 from storage.remote_files import RemoteError
 from tasks.compute import take_place
 from tasks.data import MissingData
+from tasks.memory import give_back
 from tasks.progress import shown_progress
 from tasks.stage import Stage, stage_named
 from tasks.step import Step
@@ -81,6 +82,7 @@ def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:
             }
             with store.publish(step.stage, step.key, **about, summary=(summary := {})) as folder:
                 summary.update(stage.run(step, folder))
+            give_back()
             store.drop_work(step.stage, step.key)
         else:
             summary = manifest["summary"]

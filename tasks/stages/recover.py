@@ -1,5 +1,6 @@
 """Train the pruned model back, by one of the recipes."""
 
+import gc
 import random
 import shutil
 from collections.abc import Mapping
@@ -80,6 +81,7 @@ def recover(
         device=compute["device"],
     )
     steps = run_launched(job, compute["launch"]) if compute["launch"] else run(job)
+    gc.collect()  # the trainer and what it knows refer to each other, and to both models
     shutil.copy(checkpoint.place / "plan.parquet", folder)
     write_card(step, folder)
     write_table(folder, "training", steps)

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -46,3 +48,15 @@ def test_the_last_model_stays_loaded_and_no_other_one(tiny_folder, tmp_path):
     assert gone() is None
     assert loaded(other) is second
     assert loaded(other, dtype="bfloat16") is not second
+
+
+def test_a_forgotten_model_is_memory_of_the_system_again(tmp_path):
+    """In a process of its own: this one's heap has other things among what is freed."""
+    code = (
+        "import psutil, torch; from tasks import inputs\n"
+        "small = [torch.ones(2**16) for _ in range(1000)]; held = psutil.Process().memory_info().rss\n"
+        "inputs._kept['model'] = small[:-1]; last = small[-1]; del small; inputs.forget_model()\n"
+        "print(held - psutil.Process().memory_info().rss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 200 * 2**20, "of 250 MiB"
