@@ -224,7 +224,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def headlines(comparison: Comparison) -> list[str]:
-    """A line a model, variant and ratio or target: the setting with the lowest perplexity, beside the highest and the dense."""
+    """A line a model, variant and ratio (or target): the setting of lowest perplexity, beside highest and dense."""
     place = comparison.axes.index("model.path") if "model.path" in comparison.axes else None
 
     def model(row: Row) -> str:
@@ -233,8 +233,9 @@ def headlines(comparison: Comparison) -> list[str]:
     measured = [row for row in comparison.rows if "wikitext2" in row.means]
     dense = {model(row): row for row in measured if row.variant == "dense"}
     lines = []
-    for key in dict.fromkeys((model(row), row.variant, row.aim) for row in measured if row.variant != "dense"):
-        rows = [row for row in measured if (model(row), row.variant, row.aim) == key]
+    pruned = [row for row in measured if row.variant != "dense"]
+    for key in dict.fromkeys((model(row), row.variant, row.aim) for row in pruned):
+        rows = [row for row in pruned if (model(row), row.variant, row.aim) == key]
         best, *_, worst = sorted(rows, key=lambda row: row.means["wikitext2"]) if len(rows) > 1 else (rows[0], rows[0])
         if key[0] in dense and best.means["wikitext2"] < worst.means["wikitext2"]:
             lines.append(_headline(comparison.axes, best, worst, dense[key[0]]))

@@ -60,8 +60,9 @@ def _panel(panel, rows: list[Row], settings: list[tuple[str, ...]], measure: str
         place = [settings.index(row.chosen) for row in here]
         aside = 0.3 * ((index + 0.5) / len(aims) - 0.5)  # ratios of one setting stand next to each other
         at = [p + aside for p in place] if numbers is None else [numbers[p] for p in place]
+        label = aim if any(row.target for row in here) else f"ratio {aim}"
         style = {"marker": "o", "markersize": 4, "capsize": 3, "linestyle": "none" if numbers is None else "-"}
-        panel.errorbar(at, value, spread, color=f"C{index}", label=f"ratio {aim}" if here and not here[0].target else aim, **style)
+        panel.errorbar(at, value, spread, color=f"C{index}", label=label, **style)
         published = [(x, row.published[measure]) for x, row in zip(at, here, strict=True) if measure in row.published]
         if published:
             panel.scatter(*zip(*published, strict=True), marker="D", s=22, facecolors="none", edgecolors=f"C{index}",

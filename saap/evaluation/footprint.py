@@ -36,7 +36,9 @@ class Footprint:
         if output_bias:
             outputs = [m for layer in self._parts for own in layer.values() for part, m in own if part.axis == 1]
             self._count += sum(linear.out_features for linear in outputs if linear.bias is None)
-        self._bytes = self._count * self._width + sum(b.numel() * b.element_size() for b in buffers.values())
+        self._bytes = self._count * self._width
+        for buffer in buffers.values():
+            self._bytes += buffer.numel() * (self._width if buffer.is_floating_point() else buffer.element_size())
         if groupwise is not None:
             for layer in family_of(model.config).layers(model):
                 for linear in (m for m in layer.modules() if isinstance(m, nn.Linear)):
