@@ -53,11 +53,11 @@ def speed(step: Step, folder: Path, *, dense: Weights, pruned: Weights, recovere
     write_table(folder, "speed", [asdict(row) for row in rows])
     summary = {row.variant: f"{row.tokens_per_s:.1f} tokens/s" for row in rows}
     if target is not None:
-        summary["of_target"] = _checked(target, next(row.decode_ratio for row in rows if row.variant == "pruned"))
+        summary["of_target"] = checked(target, next(row.decode_ratio for row in rows if row.variant == "pruned"))
     return summary
 
 
-def _checked(target: str, found: float) -> str:
+def checked(target: str, found: float) -> str:
     """The speed of the pruned model beside its target, with a warning where they differ."""
     _, wanted = parse_target(target)
     said = f"{found:.2f}x of {target}"
