@@ -126,7 +126,8 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
     cached = sum(row[1] == "cached" for row in rows)
     console.print(f"{cached} of {len(rows)} steps are cached in {Path(settings.store).resolve()}", highlight=False)
     if settings.prune.target is not None:
-        console.print(f"prune.target = '{settings.prune.target}': a ratio of {job.settings.prune.ratio:g}", highlight=False)
+        found = f"a ratio of {job.settings.prune.ratio:g}"
+        console.print(f"prune.target = '{settings.prune.target}': {found}", highlight=False)
 
 
 def config(

@@ -157,7 +157,7 @@ def test_a_speed_is_planned_from_measured_times_and_checked_by_the_speed_stage(c
     about = run(config, "prune.target='1.1x'", *overrides)
     assert about["status"] == "completed"
     artifacts = ArtifactStore(store)
-    keys = {stage: key for stage, key in artifacts.all()}
+    keys = dict(artifacts.all())
     groups = discover(load(wide))
     table = LayerTimes(artifacts.path("layer_times", keys["layer_times"])).read()
     assert {kind for kind, *_ in table} == {"attention", "mlp"}
@@ -207,7 +207,7 @@ def test_a_target_is_an_axis_of_a_sweep(config, store, prefect_server):
 
     quick = ['evaluate = { benchmarks = ["wikitext2"], windows = [32], max_tokens = 512 }', 'recover.recipe = "none"']
     lines = [line for line in config.read_text().splitlines() if not line.startswith(("evaluate", "recover", "speed"))]
-    axes = ['[sweep]', '"prune.target" = ["210K", "180K"]', '"criterion.name" = ["magnitude", "flap"]']
+    axes = ["[sweep]", '"prune.target" = ["210K", "180K"]', '"criterion.name" = ["magnitude", "flap"]']
     config.write_text("\n".join([*lines, *quick, "speed.runs = 0", *axes]))
     assert len(saap_sweep(str(config))) == 4
     found = compare(str(config))
