@@ -136,7 +136,7 @@ def test_bytes_are_those_of_the_checkpoint_that_the_run_ends_with(config, store,
     dtype = "bfloat16" if any("bfloat16" in part for part in overrides) else "float32"
     groupwise = stage == "recover" and not any("lora" in part for part in overrides)
     width = 2 if dtype == "bfloat16" else 4
-    target = (260 if width == 2 else 390) if groupwise else 200 * width
+    target = (215 if width == 2 else 375) if groupwise else 200 * width
     run(config, f"prune.target='{target}KB'", *overrides, "evaluate.variants=[]", "speed.runs=0")
     artifacts = ArtifactStore(store)
     (key,) = [key for found, key in artifacts.all() if found == stage]
