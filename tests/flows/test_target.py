@@ -205,7 +205,7 @@ def make_wide(folder, config):
 def test_a_target_is_an_axis_of_a_sweep(config, store, prefect_server):
     from flows.sweep import saap_sweep
 
-    quick = ['evaluate = { benchmarks = ["wikitext2"], windows = [32], max_tokens = 512 }', 'recover.recipe = "none"']
+    quick = ['evaluate = { benchmarks = ["wikitext2"], windows = [128], max_tokens = 512 }', 'recover.recipe = "none"']
     lines = [line for line in config.read_text().splitlines() if not line.startswith(("evaluate", "recover", "speed"))]
     axes = ["[sweep]", '"prune.target" = ["210K", "180K"]', '"criterion.name" = ["magnitude", "flap"]']
     config.write_text("\n".join([*lines, *quick, "speed.runs = 0", *axes]))
