@@ -19,12 +19,14 @@ from tasks.toml import ConfigError
 
 @dataclass(frozen=True)
 class Facts:
-    """A model as its files describe it: its config, its coupled groups, the last names of its linear layers.
+    """A model as its files describe it: empty (on the meta device), its config, its coupled groups, the last names of
+    its linear layers.
 
     tokens, begins, ends: how many tokens the tokenizer has, whether it has one for the beginning of a text, and one for
     its end.
     """
 
+    model: Any
     config: Any
     groups: Any
     linears: frozenset[str]
@@ -54,7 +56,7 @@ def check_before_start(config: RunConfig, source: ModelSource) -> None:
         raise ConfigError("execute.runner = 'ray' needs Ray: pip install -c constraints.txt 'saap[ray]'")
     if config.speed.llama_cpp and find_spec("xllamacpp") is None:
         raise ConfigError("speed.llama_cpp needs llama.cpp: pip install -c constraints.txt xllamacpp")
-    facts = facts_of(source)
+    facts = facts_of(source, config.prune.heads)
     _check_family(config, facts)
     _check_offload(config, source)
     _check_tokenizer(config, source, facts)
@@ -63,12 +65,12 @@ def check_before_start(config: RunConfig, source: ModelSource) -> None:
 
 
 @lru_cache(maxsize=32)
-def facts_of(source: ModelSource) -> Facts:
+def facts_of(source: ModelSource, heads: str = "kv") -> Facts:
     """Facts of a model, from config.json, the headers of the weight files and the tokenizer; read once a process."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from saap import discover, load_tokenizer
+    from saap import choose_heads, discover, load_tokenizer
     from saap.models.checkpoint import load_config
     from saap.models.validation import check_sizes
 
@@ -94,7 +96,8 @@ def facts_of(source: ModelSource) -> Facts:
         for name, module in layer.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    return Facts(config, discover(model), frozenset(linears), tokens, begins, ends)
+    choose_heads(model, heads)
+    return Facts(model, config, discover(model), frozenset(linears), tokens, begins, ends)
 
 
 def _layers(model: Any) -> Any:
@@ -175,6 +178,10 @@ def _check_experts(config: RunConfig, kind: str) -> None:
         raise ConfigError(
             f"prune.compensation = 'bias' is not made for experts ({kind}): set it to 'least_squares' or 'none'"
         )
+    if config.prune.target_is_speed:
+        raise ConfigError(
+            f"a target of speed is not made for experts ({kind}): give prune.target in parameters or bytes"
+        )
     if config.compute.offload:
         raise ConfigError(f"compute.offload is not made for experts ({kind}): set it to false")
 
@@ -208,7 +215,9 @@ def _check_tokenizer(config: RunConfig, source: ModelSource, facts: Facts) -> No
 
 
 def _check_plan(config: RunConfig, facts: Facts) -> None:
-    """Whether the ratio can be reached, which does not depend on the scores."""
+    """Whether the ratio can be reached, which does not depend on the scores. That of a target has yet to be found."""
+    if config.prune.target is not None and "ratio" not in config.prune.model_fields_set:
+        return
     import numpy as np
 
     from saap import select

@@ -11,6 +11,7 @@ import duckdb
 
 from flows.combinations import combinations
 from flows.dag import build
+from flows.to_ratio import NotTimed, with_ratio
 from storage.artifacts import ArtifactStore
 from storage.warehouse import Warehouse
 from tasks.config import RunConfig, load_config
@@ -28,12 +29,18 @@ class Row:
     chosen: tuple[str, ...]
     ratio: float
     variant: str
+    target: str = ""  # what the ratio was found for
     runs: int = 0
     means: dict[str, float] = field(default_factory=dict)  # by measure
     spreads: dict[str, float] = field(default_factory=dict)  # sample standard deviations, of two seeds or more
     seconds: float | None = None  # to rank
     published: dict[str, float] = field(default_factory=dict)  # measure → the paper's number
     misprint: bool = False
+
+    @property
+    def aim(self) -> str:
+        """What was asked for: the target, else the ratio."""
+        return self.target or f"{self.ratio:g}"
 
     def mean(self, measure: str) -> float | None:
         return self.means.get(measure)
@@ -44,7 +51,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """axes: what the sweep varies, except ratio and seed. Rows are in the order of the sweep, dense first."""
+    """axes: what the sweep varies, except ratio, target and seed. Rows are in the order of the sweep, dense first."""
 
     axes: list[str]
     rows: list[Row]
@@ -64,6 +71,7 @@ class _Combination:
     chosen: tuple[str, ...]
     model: str
     ratio: float
+    target: str
     keys: list[str]
     parameters: float | None  # of the pruned model, if it is there
 
@@ -75,7 +83,7 @@ def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     """
     sweep = combinations(config, overrides)
     names = [choice.partition("=")[0] for choice in sweep[0]]
-    axes = [name for name in names if name not in ("prune.ratio", "calibrate.seed")]
+    axes = [name for name in names if name not in ("prune.ratio", "prune.target", "calibrate.seed")]
     settings = [load_config(config, (*chosen, *overrides)) for chosen in sweep]
     store, outside = Path(settings[0].store), SharedOutside(look_only=True)
     wanted = [_combination(one, chosen, axes, outside) for one, chosen in zip(settings, sweep, strict=True)]
@@ -92,14 +100,18 @@ def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
 
 def _combination(settings: RunConfig, chosen: list[str], axes: list[str], outside: SharedOutside) -> _Combination:
     values = {path: str(parse_value(text)) for path, _, text in (choice.partition("=") for choice in chosen)}
+    place = tuple(values[axis] for axis in axes), values.get("model.path", "")
+    target = settings.prune.target or ""
+    try:
+        settings = with_ratio(settings, outside.of(settings), look_only=True)
+    except NotTimed:
+        return _Combination(*place, 0.0, target, ["no key yet"], None)
     steps = build(settings, outside=outside.of(settings))
     cut = next(step for step in steps if step.stage == "prune")
     manifest, _ = ArtifactStore(settings.store).inspect(cut.stage, cut.key)
     parameters = manifest["summary"].get("parameters") if manifest else None
     keys = [step.key for step in steps if step.missing is None]
-    return _Combination(
-        tuple(values[axis] for axis in axes), values.get("model.path", ""), settings.prune.ratio, keys, parameters
-    )
+    return _Combination(*place, settings.prune.ratio, target, keys, parameters)
 
 
 def _runs_of(connection: duckdb.DuckDBPyConnection, wanted: list[_Combination]) -> dict[int, str]:
@@ -119,21 +131,22 @@ def _rows(
 ) -> list[Row]:
     """One row a setting and variant, dense first. The dense model appears once, whatever was pruned from it."""
     rows: dict[tuple[Any, ...], Row] = {}
-    places: dict[tuple[tuple[str, ...], float], list[int]] = {}
+    places: dict[tuple[tuple[str, ...], float, str], list[int]] = {}
     for number in sorted(runs):
-        places.setdefault((wanted[number].chosen, wanted[number].ratio), []).append(number)
+        one = wanted[number]
+        places.setdefault((one.chosen, one.ratio, one.target), []).append(number)
     means = _means(connection, [[runs[number] for number in numbers] for numbers in places.values()], axes)
-    for ((chosen, ratio), numbers), here in zip(places.items(), means, strict=True):
+    for ((chosen, ratio, target), numbers), here in zip(places.items(), means, strict=True):
         for row in here:
-            row.chosen, row.ratio = chosen, ratio
+            row.chosen, row.ratio, row.target = chosen, ratio, target
             if row.variant == "dense":
                 model = wanted[numbers[0]].model
                 row.chosen, row.ratio, row.runs = tuple(model if axis == "model.path" else "" for axis in axes), 0.0, 1
-                row.spreads, row.seconds = {}, None
+                row.spreads, row.seconds, row.target = {}, None, ""
             elif row.variant == "pruned" and "parameters" not in row.means:
                 sizes = [size for size in (wanted[number].parameters for number in numbers) if size is not None]
                 row.means |= {"parameters": sum(sizes) / len(sizes)} if sizes else {}
-            rows.setdefault((row.variant, row.ratio, row.chosen), row)
+            rows.setdefault((row.variant, row.aim, row.chosen), row)
     order = {"dense": 0, "pruned": 1, "recovered": 2}
     return sorted(rows.values(), key=lambda row: (order[row.variant], row.ratio))
 
@@ -195,10 +208,12 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     shown = [m for m in MEASURES if any(m in row.means for row in comparison.rows)]
     published = any(row.published for row in comparison.rows)
     seeds = ["seeds"] if comparison.several else []
-    columns = [*map(axis_name, comparison.axes), "ratio", "variant", *seeds, *(_COLUMNS[m][0] for m in shown)]
+    targets = ["target"] if any(row.target for row in comparison.rows) else []
+    columns = [*map(axis_name, comparison.axes), *targets, "ratio", "variant", *seeds, *(_COLUMNS[m][0] for m in shown)]
     rows = []
     for row in comparison.rows:
-        cells = [*row.chosen, f"{row.ratio:g}" if row.ratio else "", row.variant, *[str(row.runs) for _ in seeds]]
+        cells = [*row.chosen, *[row.target for _ in targets], f"{row.ratio:g}" if row.ratio else "", row.variant]
+        cells += [str(row.runs) for _ in seeds]
         cells += [_cell(row.mean(m), row.spread(m), _COLUMNS[m][1]) for m in shown]
         cells.append("" if row.variant == "dense" else _cell(row.seconds))
         if published:
@@ -209,7 +224,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def headlines(comparison: Comparison) -> list[str]:
-    """A line a model, variant and ratio: the setting with the lowest perplexity, beside the highest and the dense."""
+    """A line a model, variant and ratio (or target): the setting of lowest perplexity, beside highest and dense."""
     place = comparison.axes.index("model.path") if "model.path" in comparison.axes else None
 
     def model(row: Row) -> str:
@@ -218,8 +233,9 @@ def headlines(comparison: Comparison) -> list[str]:
     measured = [row for row in comparison.rows if "wikitext2" in row.means]
     dense = {model(row): row for row in measured if row.variant == "dense"}
     lines = []
-    for key in dict.fromkeys((model(row), row.variant, row.ratio) for row in measured if row.variant != "dense"):
-        rows = [row for row in measured if (model(row), row.variant, row.ratio) == key]
+    pruned = [row for row in measured if row.variant != "dense"]
+    for key in dict.fromkeys((model(row), row.variant, row.aim) for row in pruned):
+        rows = [row for row in pruned if (model(row), row.variant, row.aim) == key]
         best, *_, worst = sorted(rows, key=lambda row: row.means["wikitext2"]) if len(rows) > 1 else (rows[0], rows[0])
         if key[0] in dense and best.means["wikitext2"] < worst.means["wikitext2"]:
             lines.append(_headline(comparison.axes, best, worst, dense[key[0]]))
@@ -232,7 +248,7 @@ def _headline(axes: list[str], best: Row, worst: Row, dense: Row) -> str:
         return row.chosen[0] if axes == ["criterion.name"] else ", ".join(settings)
 
     low, high, whole = (_cell(row.means["wikitext2"]) for row in (best, worst, dense))
-    line = f"{best.variant} at {best.ratio:g}: {named(best)} is best on WikiText-2, {low}, where {named(worst)} has "
+    line = f"{best.variant} at {best.aim}: {named(best)} is best on WikiText-2, {low}, where {named(worst)} has "
     line += f"{high} and the dense model {whole}"
     sizes, speeds = ([row.means.get(m) for row in (best, dense)] for m in ("weight_bytes", "tokens_per_s"))
     if sizes[0] and sizes[1]:

@@ -18,6 +18,7 @@ from tasks.stages.fisher import fisher
 from tasks.stages.fluctuation import fluctuation
 from tasks.stages.fuse import fuse
 from tasks.stages.gradients import gradients
+from tasks.stages.layer_times import layer_times
 from tasks.stages.model import model
 from tasks.stages.own_text import own_text
 from tasks.stages.prune import prune, prune_params
@@ -34,18 +35,17 @@ STATISTICS = {stage.name: stage for stage in (score, gradients, activations, fis
 def build(config: RunConfig, run_id: str = "", outside: Outside | None = None) -> list[Step]:
     """The steps of a run in an order they can run in. `outside`: what was looked at already for this configuration.
 
+    A target stands beside the ratio that was found for it (`with_ratio`).
     A benchmark whose data is missing is a step that says so; its key is another once the data is there.
     Raises ConfigError or StorageError for a model, calibration or recovery data that is not there.
     """
     graph = Graph(config, run_id, outside or Outside(config))
-    source = graph.outside.model
-    dense = Source(Checkpoint, path=str(source.path.resolve()))
-    if source.kind == "gguf":
-        dense = graph.add(model, gguf=Source(Gguf, path=str(source.path)))
+    dense = _dense(graph)
+    times = graph.add(layer_times, model=dense) if config.prune.target_is_speed else None
     calibration = graph.add(calibrate, tokenizer=dense, data=graph.data("calibration"))
     if config.calibrate.own:
         calibration = graph.add(own_text, model=dense, calibration=calibration)
-    pruned = _prune(graph, dense, calibration)
+    pruned = _prune(graph, dense, calibration, times)
     variants = {"dense": dense, "pruned": pruned}
     if config.recover.recipe != "none":
         variants["recovered"] = _recover(graph, dense, pruned)
@@ -57,7 +57,21 @@ def build(config: RunConfig, run_id: str = "", outside: Outside | None = None) -
     return graph.steps
 
 
-def _prune(graph: "Graph", dense: Source, calibration: Source) -> Source:
+def timing_steps(config: RunConfig, run_id: str, outside: Outside) -> list[Step]:
+    """The steps of `build` up to the times of layers, which a target of speed needs before the others are known."""
+    graph = Graph(config, run_id, outside)
+    graph.add(layer_times, model=_dense(graph))
+    return graph.steps
+
+
+def _dense(graph: "Graph") -> Source:
+    source = graph.outside.model
+    if source.kind == "gguf":
+        return graph.add(model, gguf=Source(Gguf, path=str(source.path)))
+    return Source(Checkpoint, path=str(source.path.resolve()))
+
+
+def _prune(graph: "Graph", dense: Source, calibration: Source, times: Source | None) -> Source:
     """Rank by the configured criterion, then prune. A statistic that two stages need is computed once."""
     made: dict[str, Source] = {}
 
@@ -81,6 +95,7 @@ def _prune(graph: "Graph", dense: Source, calibration: Source) -> Source:
         groups=groups,
         activations=statistic("activations") if compensation == "bias" else None,
         calibration=calibration if compensation == "least_squares" else None,
+        layer_times=times,
     )
 
 

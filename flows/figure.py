@@ -51,21 +51,22 @@ def draw(comparison: Comparison, file: Path) -> None:
 def _panel(panel, rows: list[Row], settings: list[tuple[str, ...]], measure: str) -> None:  # type: ignore[no-untyped-def]
     from matplotlib.ticker import LogFormatter
 
-    ratios = sorted({row.ratio for row in rows})
+    aims = list(dict.fromkeys(row.aim for row in sorted(rows, key=lambda row: row.ratio)))
     numbers = _numbers(settings)
-    for index, ratio in enumerate(ratios):
-        here = [row for row in rows if row.ratio == ratio and row.mean(measure) is not None]
+    for index, aim in enumerate(aims):
+        here = [row for row in rows if row.aim == aim and row.mean(measure) is not None]
         value = [row.mean(measure) for row in here]
         spread = [row.spread(measure) or 0.0 for row in here]
         place = [settings.index(row.chosen) for row in here]
-        aside = 0.3 * ((index + 0.5) / len(ratios) - 0.5)  # ratios of one setting stand next to each other
+        aside = 0.3 * ((index + 0.5) / len(aims) - 0.5)  # ratios of one setting stand next to each other
         at = [p + aside for p in place] if numbers is None else [numbers[p] for p in place]
+        label = aim if any(row.target for row in here) else f"ratio {aim}"
         style = {"marker": "o", "markersize": 4, "capsize": 3, "linestyle": "none" if numbers is None else "-"}
-        panel.errorbar(at, value, spread, color=f"C{index}", label=f"ratio {ratio:g}", **style)
+        panel.errorbar(at, value, spread, color=f"C{index}", label=label, **style)
         published = [(x, row.published[measure]) for x, row in zip(at, here, strict=True) if measure in row.published]
         if published:
             panel.scatter(*zip(*published, strict=True), marker="D", s=22, facecolors="none", edgecolors=f"C{index}",
-                          label=f"paper, {PAPER_MODEL}, {ratio:g}")  # fmt: skip
+                          label=f"paper, {PAPER_MODEL}, {aim}")  # fmt: skip
     if numbers is None:
         panel.set_xticks(range(len(settings)), [", ".join(s) for s in settings], rotation=40, ha="right", fontsize=7)
         panel.set_xlim(-0.5, len(settings) - 0.5)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flows.checks import check_before_start, check_remote
 from flows.dag import build
+from flows.to_ratio import with_ratio
 from storage.artifacts import ArtifactStore
 from tasks.config import ConfigError, RunConfig, load_config
 from tasks.outside import Outside, SharedOutside
@@ -25,7 +26,7 @@ class Job:
 
 def title_of(settings: RunConfig) -> str:
     """What Prefect's UI calls the run."""
-    return f"{settings.name}: {settings.model.path} at {settings.prune.ratio:g}"
+    return f"{settings.name}: {settings.model.path} at {settings.prune.target or f'{settings.prune.ratio:g}'}"
 
 
 def prepare(settings: RunConfig, *, look_only: bool = False) -> Job:
@@ -40,6 +41,9 @@ def prepare(settings: RunConfig, *, look_only: bool = False) -> Job:
 
 def _job(settings: RunConfig, outside: Outside, chosen: tuple[str, ...] = (), *, look_only: bool = False) -> Job:
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    if settings.prune.target is not None:
+        check_before_start(settings, outside.model)
+        settings = with_ratio(settings, outside, run_id, look_only=look_only)
     steps = build(settings, run_id, outside)  # first what needs no torch
     if look_only or work_left(steps):
         check_before_start(settings, outside.model)

@@ -102,4 +102,6 @@ def _settings(config: dict[str, Any]) -> str:
     told = {name: value for name, value in config.items() if name not in _ELSEWHERE}
     if isinstance(recover := told.get("recover"), dict):
         told["recover"] = {name: value for name, value in recover.items() if name not in MEMORY}
+    if isinstance(cut := told.get("prune"), dict) and cut.get("target") is not None:
+        told["prune"] = {name: value for name, value in cut.items() if name != "ratio"}  # a run's was found
     return json.dumps(told, sort_keys=True)

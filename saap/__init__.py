@@ -15,8 +15,10 @@ from saap.models.registration import register_types
 if TYPE_CHECKING:
     from saap.corpus import ParquetTexts
     from saap.criteria import CRITERIA
-    from saap.errors import DataUnavailable, SaapError
+    from saap.errors import DataUnavailable, OutOfReach, SaapError
     from saap.evaluation.accuracy import ACCURACY, accuracy
+    from saap.evaluation.decode_time import DecodeTime, narrowed
+    from saap.evaluation.footprint import Footprint
     from saap.evaluation.perplexity import Perplexity, perplexity
     from saap.evaluation.sizes import size_of
     from saap.evaluation.speed import compare_speed
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from saap.pruning.least_squares import refit
     from saap.pruning.plan import removed_share, select
     from saap.pruning.surgery import mask, prune, widths
+    from saap.pruning.target import select_for
     from saap.recovery.recipes import RECIPES, Groupwise, Lora, Qlora, Recipe
     from saap.recovery.recover import recover
     from saap.recovery.training import Training
@@ -49,8 +52,10 @@ if TYPE_CHECKING:
 _NAMES = {
     "saap.corpus": "ParquetTexts",
     "saap.criteria": "CRITERIA",
-    "saap.errors": "DataUnavailable SaapError",
+    "saap.errors": "DataUnavailable OutOfReach SaapError",
     "saap.evaluation.accuracy": "ACCURACY accuracy",
+    "saap.evaluation.decode_time": "DecodeTime narrowed",
+    "saap.evaluation.footprint": "Footprint",
     "saap.evaluation.perplexity": "Perplexity perplexity",
     "saap.evaluation.sizes": "size_of",
     "saap.evaluation.speed": "compare_speed",
@@ -69,6 +74,7 @@ _NAMES = {
     "saap.pruning.least_squares": "refit",
     "saap.pruning.plan": "removed_share select",
     "saap.pruning.surgery": "mask prune widths",
+    "saap.pruning.target": "select_for",
     "saap.recovery.recipes": "RECIPES Groupwise Lora Qlora Recipe",
     "saap.recovery.recover": "recover",
     "saap.recovery.training": "Training",

@@ -4,6 +4,14 @@ class SaapError(ValueError):
     exit_code = 2
 
 
+class OutOfReach(SaapError):
+    """A plan would have to remove more than may go. smallest: the size of the smallest plan, where a size was asked."""
+
+    def __init__(self, message: str, smallest: float = float("nan")) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
 class DataUnavailable(SaapError):
     """Data that is not available: a download that failed. The message is one line and says what to do."""
 

@@ -110,6 +110,11 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("item", pa.int32(), "number of the item or window, from 0"),
         ("value", pa.float64(), "1 right, 0 wrong; of a window the mean NLL, nats a token"),
     ),
+    "layer_times": _schema(
+        ("kind", pa.string(), "of the structures that are narrower, in every layer"),
+        ("kept", pa.float64(), "share of their units that stays"),
+        ("time", pa.float64(), "for a token, beside the dense model's: median of the paired ratios"),
+    ),
     "speed": _schema(
         ("variant", pa.string(), "dense, pruned or recovered; with ' in llama.cpp' after it when timed there"),
         ("tokens_per_s", pa.float64(), "decode, median; on a GPU by CUDA graphs"),

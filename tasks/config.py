@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from tasks.how import Compute, Execute, Section, wrong_execution
 from tasks.recovery import Recover, wrong_recovery
 from tasks.toml import ConfigError, one_line, parse_value, read_toml, sections_of, short
-from tasks.values import Amount, Count, Layer, Ratio, Seed, Text, distinct
+from tasks.values import Amount, Count, Layer, Ratio, Seed, Target, Text, distinct, parse_target
 
 ACCURACIES = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa")
 PERPLEXITIES = ("wikitext2", "ptb")
@@ -92,6 +92,11 @@ class Criterion(Section):
 
 class Prune(Section):
     ratio: Ratio = Field(0.2, description="share of all prunable parameters to remove")
+    target: Target | None = Field(
+        None,
+        description="in place of ratio, which is then found: parameters ('80M'), bytes of weights ('120MB') or "
+        "decoding speed beside the dense model's ('1.5x')",
+    )
     search: Literal["auto", "global", "uniform", "uniform_down"] = Field(
         "auto",
         description="one budget for all layers, a share of each (heads rounded, or rounded down), or as published",
@@ -115,6 +120,10 @@ class Prune(Section):
         (0, 1, 2, -1), description="layers left whole; negative: from the end"
     )
     align: Count = Field(32, description="MLP channels are kept in multiples of this")
+
+    @property
+    def target_is_speed(self) -> bool:
+        return self.target is not None and parse_target(self.target)[0] == "speed"
 
 
 class Evaluate(Section):
@@ -209,12 +218,17 @@ def check_config(values: dict[str, Any]) -> RunConfig:
         config = RunConfig.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(fault) for fault in error.errors()[:4])) from error
-    if wrong := wrong_recovery(config.recover) or _wrong_combination(config):
+    if config.prune.target is not None and "ratio" in config.prune.model_fields_set:
+        raise ConfigError("give prune.ratio or prune.target, not both: with a target the ratio is found")
+    if wrong := wrong_combination(config):
         raise ConfigError(wrong)
     return config
 
 
-def _wrong_combination(config: RunConfig) -> str | None:
+def wrong_combination(config: RunConfig) -> str | None:
+    """What does not go together, in a line, or None."""
+    if wrong := wrong_recovery(config.recover):
+        return wrong
     if config.store.startswith("~"):
         return f"store = '{config.store}': '~' is a shell's word and would be a folder of that name; write the path out"
     cut = config.prune
@@ -230,6 +244,10 @@ def _wrong_combination(config: RunConfig) -> str | None:
         return "criterion.take_heads = 'measured' needs six calibration sequences, prune.ridge = 'held_out' two"
     if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
         return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"
+    if cut.target_is_speed and not config.speed.runs:
+        return f"prune.target = '{cut.target}' is checked by the speed stage: set speed.runs to 1 or more"
+    if cut.target_is_speed and config.execute.runner == "ray":
+        return f"prune.target = '{cut.target}' is of one machine: with it use execute.runner = 'serial' or 'processes'"
     return wrong_execution(config.compute, config.execute)
 
 

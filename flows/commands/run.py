@@ -120,10 +120,14 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
     from tasks.config import load_config
 
     settings = load_config(config, _overrides(set_, store))
-    rows = preview_rows(prepare(settings, look_only=True).steps)
+    job = prepare(settings, look_only=True)
+    rows = preview_rows(job.steps)
     print_table(["stage", "", "why", "key"], rows)
     cached = sum(row[1] == "cached" for row in rows)
     console.print(f"{cached} of {len(rows)} steps are cached in {Path(settings.store).resolve()}", highlight=False)
+    if settings.prune.target is not None:
+        found = f"a ratio of {job.settings.prune.ratio:g}"
+        console.print(f"prune.target = '{settings.prune.target}': {found}", highlight=False)
 
 
 def config(

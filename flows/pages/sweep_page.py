@@ -58,7 +58,7 @@ def rows_of(connection: Any, run_ids: list[str]) -> Rows:
     for row in rows:
         fields = flat_fields(json.loads(row["settings"])) if row["variant"] != "dense" else {}
         flat.append({path: json.dumps(value) for path, value in fields.items()})
-    known = {"model.path", "prune.ratio", "criterion.name", "data"}
+    known = {"model.path", "prune.ratio", "prune.target", "criterion.name", "data"}
     seen: dict[str, set[str]] = {}
     for values in flat:
         for path, value in values.items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saap.errors import SaapError
+from saap.errors import OutOfReach
 from saap.models.groups import Groups
 
 _LEAST = 0.01  # of a layer's parameters: what a plan may miss of its ratio
@@ -36,7 +36,7 @@ def select_experts(
     rounded down; of experts always the next lower one), and steps of channels make up for what these take too little.
 
     A layer keeps as many experts as the router picks (`groups.fewest`), and a head and a step of channels.
-    Raises SaapError when the ratio cannot be reached.
+    Raises OutOfReach when the ratio cannot be reached.
     """
     steps = _steps(worth, groups, protected, align)
     every = [step for own in steps.values() for step in own]
@@ -45,7 +45,7 @@ def select_experts(
     budget = ratio * int(groups.parameters.sum())
     if most < (1 - _LEAST) * budget:
         share = most / groups.parameters.sum()
-        raise SaapError(f"ratio {ratio} cannot be reached: at most {share:.3f} of the parameters can go")
+        raise OutOfReach(f"ratio {ratio} cannot be reached: at most {share:.3f} of the parameters can go")
     if search == "global":
         return _global(worth, groups, every, budget)
     return _even(groups, steps, budget / int(groups.parameters[~protected].sum()), search)
@@ -124,7 +124,7 @@ def _even(groups: Groups, steps: dict[tuple[int, str], list[_Step]], share: floa
             allowed[layer] -= _take(step, keep, cost)
         else:
             if kind == "mlp" and own and allowed[layer] > _LEAST * int(cost[groups.layer == layer].sum()):
-                raise SaapError(f"layer {layer} cannot lose {share:.3f} of what may go: lower the ratio, or align")
+                raise OutOfReach(f"layer {layer} cannot lose {share:.3f} of what may go: lower the ratio, or align")
     return keep
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from saap.errors import SaapError
+from saap.errors import OutOfReach, SaapError
 from saap.models.groups import Groups
 from saap.pruning.experts import select_experts
 
@@ -43,7 +43,7 @@ def select(
             budget is met within half a step a layer.
 
     Every layer keeps at least one attention group and one step of channels.
-    Raises SaapError for a bad argument, a score that is not finite, or a ratio out of reach.
+    Raises SaapError for a bad argument or a score that is not finite, OutOfReach for a ratio out of reach.
     """
     if search not in SEARCHES or direction not in DIRECTIONS or kinds not in KINDS_SHARE:
         raise SaapError(f"search must be one of {SEARCHES}, direction of {DIRECTIONS}, kinds of {KINDS_SHARE}")
@@ -53,11 +53,7 @@ def select(
         raise SaapError(f"align must be at least 1, got {align}")
     if not np.isfinite(score).all():
         raise SaapError("a score is not finite")
-    layers = int(groups.layer.max()) + 1
-    for layer in protect:
-        if not -layers <= layer < layers:
-            raise SaapError(f"protect names layer {layer}, but the model has {layers} layers")
-    protected = np.isin(groups.layer, [layer % layers for layer in protect])
+    protected = protected_groups(groups, protect)
     if kinds == "mlp":
         protected |= groups.kind == "attention"
     if "expert" in groups.kind:
@@ -69,12 +65,21 @@ def select(
     budget = ratio * int(groups.parameters.sum())
     if budget >= free:
         share = free / int(groups.parameters.sum())
-        raise SaapError(
+        raise OutOfReach(
             f"ratio {ratio} cannot be reached: what may be pruned holds {share:.3f} of the prunable parameters; lower "
             "the ratio, protect fewer layers" + (", or let heads go too (kinds)" if kinds == "mlp" else "")
         )
     counts = _SHARES.get(search) or (_each_kind if kinds == "equal" else _global)
     return _keep_best(worth, groups, _whole_bundles(counts(worth, groups, budget, protected, align), groups))
+
+
+def protected_groups(groups: Groups, protect: tuple[int, ...]) -> np.ndarray:
+    """bool (N,): the groups of these layers. Raises SaapError for a layer that the model does not have."""
+    layers = int(groups.layer.max()) + 1
+    for layer in protect:
+        if not -layers <= layer < layers:
+            raise SaapError(f"protect names layer {layer}, but the model has {layers} layers")
+    return np.isin(groups.layer, [layer % layers for layer in protect])
 
 
 Counts = dict[tuple[int, str], int]
@@ -128,7 +133,7 @@ def _global(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndar
     order = order[np.argsort(worth[order], kind="stable")]
     removed = np.concatenate([[0], np.cumsum(groups.parameters[order])])
     if removed[-1] < budget:
-        raise SaapError(
+        raise OutOfReach(
             f"ratio {budget / groups.parameters.sum():.3f} cannot be reached: with one attention group and {align} "
             f"channels left in every unprotected layer at most {removed[-1] / groups.parameters.sum():.3f} can go"
         )
@@ -180,7 +185,7 @@ def _uniform(
         else:
             wanted = size * (1 - share) - spare / cost
             if wanted < min(align, size) - align / 2:
-                raise SaapError(
+                raise OutOfReach(
                     f"ratio {budget / groups.parameters.sum():.3f} cannot be reached: layer {layer} would keep fewer "
                     f"than {min(align, size)} channels; lower the ratio or align, or protect fewer layers"
                 )

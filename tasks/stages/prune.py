@@ -16,17 +16,31 @@ from tasks.outside import Outside
 from tasks.stage import Summary, groups_of, stage
 from tasks.stages.activations import Activations
 from tasks.stages.calibrate import Calibration
+from tasks.stages.layer_times import LayerTimes
 from tasks.stages.rank import Ranking
 from tasks.step import Step
+from tasks.target import aim_of
+from tasks.values import parse_target
 
 
 def prune_params(config: RunConfig) -> dict[str, Any]:
     """The prune section, 'auto' replaced by what the criterion was published with."""
-    params, needs = config.prune.model_dump(mode="json", exclude={"heads"}), needs_of(config.criterion.name)
+    params, needs = config.prune.model_dump(mode="json", exclude={"heads", "target"}), needs_of(config.criterion.name)
     params |= {field: getattr(needs, field) for field in ("search", "compensation") if params[field] == "auto"}
     if params["compensation"] != "least_squares":
         del params["ridge"]
-    return params | groups_of(config)
+    return params | groups_of(config) | _target(config)
+
+
+def _target(config: RunConfig) -> dict[str, Any]:
+    """The target, and where it is of bytes the form of what the run ends with, if that is in codes."""
+    cut, recover = config.prune, config.recover
+    if cut.target is None:
+        return {}
+    if parse_target(cut.target)[0] != "bytes" or recover.recipe != "groupwise":
+        return {"target": cut.target}
+    scales = {"groups": recover.groups} if recover.groups else {"group_size": recover.group_size}
+    return {"target": cut.target, "form": {"bits": recover.bits, **scales}}
 
 
 def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
@@ -43,6 +57,7 @@ def prune(
     groups: Ranking,
     activations: Activations | None = None,
     calibration: Calibration | None = None,
+    layer_times: LayerTimes | None = None,
 ) -> Summary:
     import saap
 
@@ -50,7 +65,12 @@ def prune(
     dense = load_model(step, model, use="slices")
     found = saap.discover(dense)
     options = {name: config[name] for name in ("search", "direction", "kinds", "align")}
-    keep = saap.select(groups.read(), found, config["ratio"], protect=tuple(config["protect"]), **options)
+    options["protect"] = tuple(config["protect"])
+    if "target" in config:
+        aim = aim_of(config, dense, found, None if layer_times is None else layer_times.read())
+        keep, _ = saap.select_for(groups.read(), found, aim.size, aim.wanted, **options)
+    else:
+        keep = saap.select(groups.read(), found, config["ratio"], **options)
     write_table(folder, "plan", {"layer": found.layer, "kind": found.kind, "unit": found.unit, "kept": keep})
     write_table(folder, "widths", _widths(found, keep))
     small = saap.prune(dense, keep)
@@ -64,6 +84,7 @@ def prune(
     size = saap.size_of(small)
     active = {} if size.active == size.parameters else {"active_parameters": size.active}
     return {
+        **({"target": config["target"]} if "target" in config else {}),
         "removed_of_prunable": round(saap.removed_share(found, keep), 6),
         "parameters": size.parameters,
         **active,

@@ -1,5 +1,6 @@
 """Speed, memory and size of the variants of a run, alternating in one process."""
 
+import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,9 @@ from tasks.config import RunConfig
 from tasks.inputs import Weights, forget_model
 from tasks.stage import Summary, dtype_of, stage, weights_of
 from tasks.step import Step
+from tasks.values import parse_target
+
+OFF = 0.05  # of a speed: what a target may be missed by
 
 
 class Speeds(Artifact):
@@ -20,7 +24,8 @@ class Speeds(Artifact):
 
 def _params(config: RunConfig) -> dict[str, Any]:
     machine = machine_name(config.compute.device, config.compute.threads)
-    return config.speed.model_dump() | dtype_of(config) | {"machine": machine}
+    target = {"target": config.prune.target} if config.prune.target_is_speed else {}
+    return config.speed.model_dump() | dtype_of(config) | {"machine": machine} | target
 
 
 @stage(version=2, publishes=Speeds, params=_params, fingerprint=weights_of)
@@ -30,6 +35,7 @@ def speed(step: Step, folder: Path, *, dense: Weights, pruned: Weights, recovere
     config = step.config()
     dtype, device = config.pop("dtype"), compute_settings(step)["device"]
     config.pop("machine")
+    target = config.pop("target", None)
     in_llama_cpp = config.pop("llama_cpp")
     forget_model()
     given = {"dense": dense, "pruned": pruned, "recovered": recovered}
@@ -45,7 +51,21 @@ def speed(step: Step, folder: Path, *, dense: Weights, pruned: Weights, recovere
         models.clear()
         rows += llama_cpp_speed(places, sizes, **config)
     write_table(folder, "speed", [asdict(row) for row in rows])
-    return {row.variant: f"{row.tokens_per_s:.1f} tokens/s" for row in rows}
+    summary = {row.variant: f"{row.tokens_per_s:.1f} tokens/s" for row in rows}
+    if target is not None:
+        summary["of_target"] = checked(target, next(row.decode_ratio for row in rows if row.variant == "pruned"))
+    return summary
+
+
+def checked(target: str, found: float) -> str:
+    """The speed of the pruned model beside its target, with a warning where they differ."""
+    _, wanted = parse_target(target)
+    said = f"{found:.2f}x of {target}"
+    if abs(found / wanted - 1) > OFF:
+        logging.getLogger("saap").warning(
+            "the pruned model decodes %.2f times as fast as the dense one, prune.target asks for %s", found, target
+        )
+    return said
 
 
 def machine_name(device: str, threads: int | None) -> str:
