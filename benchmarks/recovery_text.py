@@ -38,7 +38,7 @@ from tasks.data import read_data
 OTHER_SEED = 1_000_003  # added: text that is neither what ranks nor what is measured
 HELD_OUT_ROWS = 64
 ROWS = [
-    "untrained:rounding=nearest",
+    "untrained:rounding=feedback",
     "untrained",
     "alpaca",
     "prose",
@@ -203,7 +203,7 @@ def main() -> None:
             for row, (shares, options) in parsed.items():
                 if not shares:
                     text_of = {"feedback": tokens, "nearest": None}
-                    codes = saap.to_groupwise(small, tokens=text_of[options.get("rounding", "feedback")])
+                    codes = saap.to_groupwise(small, tokens=text_of[options.get("rounding", "nearest")])
                     table.add(row + end, saap.dequantize(codes), 0, 0, 0)
                     continue
                 settings = {"batch_size": 8, "minutes": arguments.minutes, "seed": seed, "max_length": arguments.length}

@@ -20,8 +20,8 @@ class Recover(Section):
     groups: Count | None = Field(
         None, description="scales a row has, whatever its width; takes the place of group_size"
     )
-    rounding: Literal["feedback", "nearest"] = Field(
-        "feedback", description="codes that make up for each other's rounding, or each the nearest, as in the paper"
+    rounding: Literal["nearest", "feedback"] = Field(
+        "nearest", description="each weight to its nearest code, or codes that make up for each other's rounding"
     )
     rank: Count = Field(64, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0, le=1e6)] = Field(16.0, description="adapters are scaled by alpha / rank")

@@ -57,19 +57,19 @@ class Recipe:
 class Groupwise(Recipe):
     """Group-wise codes with float zeros, which take up the adapters exactly (SAAP §III-D).
 
-    rounding: "feedback", so that the codes make up for each other's rounding on the text they are trained on
-    (`quantize_with_feedback`), or "nearest", each weight to the code next to it, as in the paper.
+    rounding: "nearest", each weight to the code next to it, as in the paper, or "feedback", so that the codes make up
+    for each other's rounding on the text they are trained on (`quantize_with_feedback`).
     """
 
     bits: int = 4
     group_size: int | None = 32
     groups: int | None = None
-    rounding: str = "feedback"
+    rounding: str = "nearest"
 
     def prepare(self, model: Any, tokens: torch.Tensor) -> Any:
         list(self.layers(model))
-        if self.rounding not in ("feedback", "nearest"):
-            raise SaapError(f"rounding must be feedback or nearest, got {self.rounding!r}")
+        if self.rounding not in ("nearest", "feedback"):
+            raise SaapError(f"rounding must be nearest or feedback, got {self.rounding!r}")
         size = self.group_size if self.groups is None else None
         text = tokens if self.rounding == "feedback" else None
         small = to_groupwise(model, size, bits=self.bits, groups=self.groups, tokens=text, consume=True)

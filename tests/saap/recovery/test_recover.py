@@ -27,7 +27,7 @@ from saap.recovery.budget import TIMED
 from saap.recovery.trainer import OneDevice
 from tasks.recovery import Recover
 
-RECIPE = Groupwise(rank=8, alpha=16.0)
+RECIPE = Groupwise(rank=8, alpha=16.0, rounding="feedback")
 SETTINGS = {"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 2e-2, "warmup_steps": 2,
             "schedule": "linear", "precision": "float32", "held_out": 0.25, "save_steps": 2, "seed": 3}  # fmt: skip
 
@@ -45,7 +45,7 @@ class Kill(TrainerCallback):
 torch.set_num_threads(1)
 trainer.DEFAULT_CALLBACKS.append(Kill)
 folder, work, rows, settings = sys.argv[1:]
-recipe, training = Groupwise(rank=8, alpha=16.0), Training(**json.loads(settings))
+recipe, training = Groupwise(rank=8, alpha=16.0, rounding="feedback"), Training(**json.loads(settings))
 recover(load(folder), json.loads(rows), load_tokenizer(folder), work, recipe, training)
 """
 
@@ -104,7 +104,7 @@ def test_the_loss_goes_down_and_what_comes_back_is_int4_without_adapters(
 
 
 def test_codes_are_made_on_the_text_that_is_trained_on(tiny_folder, tiny_tokenizer, rows, tmp_path):
-    """The float model's outputs on it are kept better than by the nearest codes; only the groups' form is the same."""
+    """The float model's outputs on it are kept better than by the nearest codes."""
     still = Training(**SETTINGS | {"learning_rate": 1e-12, "epochs": 1})
     exact, apart = load(tiny_folder), {}
     ids = tiny_tokenizer("\n".join(row["output"] for row in rows), return_tensors="pt")["input_ids"][:, :256]
