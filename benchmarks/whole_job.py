@@ -126,7 +126,7 @@ def main() -> None:
     config = arguments.config.resolve()
     builds = {
         "new": Build(HERE, Path(sys.executable), config, arguments.overrides),
-        "old": Build(arguments.against.resolve(), arguments.python, config, arguments.overrides),
+        "old": Build(arguments.against.resolve(), arguments.python.absolute(), config, arguments.overrides),
     }
     taken: dict[str, list[Figures]] = {"new": [], "old": []}
     results: dict[str, Results] = {}
