@@ -85,27 +85,26 @@ class Feedback:
     """The codes of a model's layers, one layer after another, each on inputs behind the codes before it."""
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, tokens: torch.Tensor, form: dict[str, int]) -> None:
-        """tokens: int64 (D, T). form: bits, and group_size or groups, as in `to_groupwise`."""
-        self.stream, self.bits, self.form = Stream(model, tokens, BATCH), form["bits"], form
-
-    def size(self, width: int) -> int:
-        """Inputs of a quantisation group of a matrix with so many."""
-        return self.form["group_size"] if "group_size" in self.form else -(-width // self.form["groups"])
+    def __init__(self, model: nn.Module, tokens: torch.Tensor, bits: int) -> None:
+        """tokens: int64 (D, T)."""
+        self.stream, self.bits = Stream(model, tokens, BATCH), bits
 
     @torch.no_grad()
-    def layer(self, number: int) -> dict[str, Codes]:
-        """path in the layer → codes, scale and zero, of its linear layers. Layers are asked for in order, once."""
+    def layer(self, number: int, empty: nn.Module) -> dict[str, Codes]:
+        """path in the layer → codes, scale and zero, of its linear layers. Layers are asked for in order, once.
+
+        empty: the layer that the codes are for; its group sizes are taken.
+        """
         layer = self.stream.layers[number]
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        sizes: dict[str, Any] = {name: empty.get_submodule(name).group_size for name in linears}
         grams = self._grams(number, linears)
         found = {
-            name: quantize_with_feedback(m.weight, grams[name], self.size(m.in_features), self.bits)
-            for name, m in linears.items()
+            name: quantize_with_feedback(m.weight, grams[name], sizes[name], self.bits) for name, m in linears.items()
         }
         floats = {name: module.weight for name, module in linears.items()}
         for name, module in linears.items():
-            values = _values(*found[name], self.size(module.in_features))
+            values = _values(*found[name], sizes[name])
             module.weight = nn.Parameter(values.to(module.weight.dtype), requires_grad=False)
         with FastLinears():
             self.stream.states = [seen.out for seen in self.stream.through(number)]

@@ -90,9 +90,9 @@ def to_groupwise(
     form: dict[str, Any] = {"bits": bits, **({"group_size": group_size} if groups is None else {"groups": groups})}
     use_groupwise(small.model.layers, **form)
     small.config.groupwise = form
-    feedback = None if tokens is None else Feedback(model, tokens, form)
+    feedback = None if tokens is None else Feedback(model, tokens, bits)
     for number, (layer, source) in enumerate(zip(small.model.layers, family.layers(model), strict=True)):
-        found = {} if feedback is None else feedback.layer(number)
+        found = {} if feedback is None else feedback.layer(number, layer)
         for name, module in source.named_modules():
             if isinstance(module, nn.Linear):
                 target: Any = layer.get_submodule(name).to_empty(device=module.weight.device)
