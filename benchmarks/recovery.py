@@ -5,8 +5,9 @@
 
 Random weights in bfloat16, pruned by 20 % with random scores: speed and memory do not depend on the values. One
 optimiser step of each recipe in turn (loss on half of the tokens, as on Alpaca), after one unmeasured; the peak of each
-is measured in a process of its own, above what that process held before it made the model. Prints a table and, as its
-last line, one JSON object.
+is measured in a process of its own, above what that process held before it made the model. The bound of a step is the
+operations of its matrix products at the speed of the fastest single product here. Prints a table and, as its last line,
+one JSON object.
 """
 
 import argparse
@@ -65,6 +66,30 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def operations_of(step: Callable[[], float]) -> int:
+    """Floating-point operations of the matrix products and the attention of one step."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def fastest_product(arguments: argparse.Namespace) -> float:
+    """Operations a second of one bfloat16 product with the sizes of the MLP: the best of 30."""
+    sizes, rows = SHAPES[arguments.shape], arguments.batch * arguments.length
+    x = torch.randn(rows, sizes["hidden_size"], device=arguments.device).bfloat16()
+    weight = torch.randn(sizes["intermediate_size"], sizes["hidden_size"], device=arguments.device).bfloat16()
+    seconds = []
+    for _ in range(30):
+        wait(arguments.device)
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        wait(arguments.device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * x.numel() * len(weight) / min(seconds)
+
+
 def peak_of(name: str, arguments: argparse.Namespace) -> int:
     """Peak bytes of two optimiser steps, weights included, above what was held before the model was made."""
     small = "tiny" if arguments.shape == "tiny" else "smollm2-135m"
@@ -116,12 +141,16 @@ def main() -> None:
     print(f"{arguments.shape}, 20 % pruned, {arguments.batch} × {arguments.length} tokens a step, bfloat16, on {place}")
     if arguments.device == "cpu":
         print("no GPU here: nothing is claimed about one")
-    print(f"{'recipe':<12}{'tokens/s':>10}{'spread':>9}{'peak MB':>10}{'trained':>10}")
+    speed = fastest_product(arguments)
+    bounds = {name: operations_of(steps[name]) / speed for name in names}
+    print(f"the fastest product: {speed / 1e9:.0f} GFLOP/s")
+    print(f"{'recipe':<12}{'tokens/s':>10}{'spread':>9}{'of bound':>10}{'peak MB':>10}{'trained':>10}")
     for name in names:
         low, middle, high = np.percentile(seconds[name], [25, 50, 75])
         learned = steps[name].learned / 1e6  # type: ignore[attr-defined]
         print(
-            f"{name:<12}{tokens / middle:>10.0f}{(high - low) / middle:>9.0%}{peaks[name] / 1e6:>10.0f}{learned:>9.1f}M"
+            f"{name:<12}{tokens / middle:>10.0f}{(high - low) / middle:>9.0%}{bounds[name] / middle:>10.0%}"
+            f"{peaks[name] / 1e6:>10.0f}{learned:>9.1f}M"
         )
 
     def faster(than: str) -> float:
@@ -130,6 +159,7 @@ def main() -> None:
     figures = {
         **{f"groupwise_over_{name}_speed": round(faster(name), 3) for name in names if name != "groupwise"},
         "tokens_per_s": {name: round(tokens / float(np.median(seconds[name]))) for name in names},
+        "of_bound": {name: round(bounds[name] / float(np.median(seconds[name])), 3) for name in names},
         "groupwise_peak_smallest": int(peaks["groupwise"] == min(peaks.values())),
         "peak_bytes": peaks,
         "device": place,

@@ -9,7 +9,8 @@ a copy of it. A row names its texts with their shares (equal ones where it gives
 `prose` (of the calibration set, apart from what ranks), `own` (written by the dense model), or `wikitext2`, passages
 of the test set behind those that are measured: how far text of the tested kind would bring it, no recovery to use.
 After a colon come the recipe (`recipe=lora`; groupwise where it says none), its options and those of the training. The
-row `untrained` is the codes alone: what quantising costs.
+row `untrained` is the codes alone: what quantising costs. With `choose=gap` the rows of Alpaca and of the prose are not
+the first ones: of three times as many, those on which the pruned model has lost most.
 
 Shown are perplexities, and how much of ln(pruned / dense) is closed, on WikiText-2 and PTB, which only report, and on
 text held out: novels, Alpaca's last rows, and text of the model's own with another seed. "Held out" is the mean share
@@ -33,6 +34,7 @@ from criteria import Cost, cut, parse, texts_of
 from pruning_peers import losses
 
 import saap
+from saap.texts import alpaca_example, token_example
 from tasks.data import read_data
 
 OTHER_SEED = 1_000_003  # added: text that is neither what ranks nor what is measured
@@ -71,11 +73,37 @@ class Source:
         self.data, self.model, self.tokenizer, self.length, self.seed = data, model, tokenizer, length, seed
         self.known: dict[str, list[dict[str, Any]]] = {}
 
-    def rows(self, shares: dict[str, float], count: int) -> list[dict[str, Any]]:
-        """`count` rows, mixed as the pipeline mixes them."""
-        found = [row for name, share in shares.items() for row in self._some(name, round(share * count))]
+    def rows(self, shares: dict[str, float], count: int, small: Any = None) -> list[dict[str, Any]]:
+        """`count` rows, mixed as the pipeline mixes them. small: a pruned model to choose them by."""
+        found = []
+        for name, share in shares.items():
+            wanted = round(share * count)
+            if small is None or name == "own":
+                found += self._some(name, wanted)
+            else:
+                found += self._widest_gaps(self._some(name, 3 * wanted), wanted, small)
         random.Random(self.seed).shuffle(found)
         return found
+
+    def _widest_gaps(self, rows: list[dict[str, Any]], wanted: int, small: Any) -> list[dict[str, Any]]:
+        """The rows with the largest loss of `small` over the dense one's, a label, without the widest hundredth."""
+        examples = [self._example(row) for row in rows]
+        labelled = [n for n, example in enumerate(examples) if any(label != -100 for label in example["labels"])]
+        ids = {n: torch.tensor([examples[n]["input_ids"]], device=small.device) for n in labelled}
+        labels = {n: torch.tensor([examples[n]["labels"]], device=small.device) for n in labelled}
+
+        @torch.no_grad()
+        def loss(model: Any, n: int) -> float:
+            return float(model(ids[n], labels=labels[n], use_cache=False).loss)
+
+        gaps = {n: loss(small, n) - loss(self.model, n) for n in labelled}
+        order = sorted(gaps, key=gaps.__getitem__, reverse=True)[len(gaps) // 100 :]
+        return [rows[n] for n in order[:wanted]]
+
+    def _example(self, row: dict[str, Any]) -> dict[str, Any]:
+        if "tokens" in row:
+            return token_example(row["tokens"], self.tokenizer, self.length)
+        return alpaca_example(row, self.tokenizer, self.length)
 
     def _some(self, name: str, count: int) -> list[dict[str, Any]]:
         if len(self.known.get(name, ())) < count:
@@ -210,7 +238,7 @@ def main() -> None:
                 settings |= {"save_steps": 10**6, **options}
                 count = settings["batch_size"] * settings.pop("steps", arguments.steps) + HELD_OUT_ROWS
                 settings["held_out"] = (HELD_OUT_ROWS + 0.5) / count
-                examples = text.rows(shares, count)
+                examples = text.rows(shares, count, small if settings.pop("choose", "first") == "gap" else None)
                 start, made = time.perf_counter(), []  # type: ignore[var-annotated]
                 with tempfile.TemporaryDirectory() as work:
                     job = small, examples, tokenizer, settings, model, work
