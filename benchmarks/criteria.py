@@ -5,13 +5,14 @@
     python benchmarks/criteria.py --data FOLDER --criteria saap_plus:cuts=[] llm_pruner:kinds=mlp:align=32+least_squares
 
 A row is a criterion, or one of `pruning_peers.py`. After a colon come its options and those of the plan (`cuts`,
-`take_heads`, `variant`, `query_heads`, `search`, `kinds`, `align`, `ridge`), after a plus the compensation; left out,
-they are those of its authors. Texts are either held out, windows of the last quarter of the novels, the others being
-for calibration, and of Alpaca's instructions and answers: choices are made by the geometric mean of their
-perplexities. Or they are the test sets, WikiText-2 and PTB, which only report. Seconds and the most memory held, the
-model in it, are those of all statistics a row needs, of ranking and of cutting (on a CPU that of the process, which
-keeps what rows before it needed). Below a row stands how its perplexities differ from those of the first row at its
-ratio, paired window by window, with a standard error. Prints a table and, as its last line, one JSON object.
+`take_heads`, `variant`, `query_heads`, `search`, `kinds`, `align`, `ridge`; of `saap` also `fusion`, `lambda_scope`,
+`fluctuation`, `asi_scope`), after a plus the compensation; left out, they are those of its authors. Texts are either
+held out, windows of the last quarter of the novels, the others being for calibration, and of Alpaca's instructions
+and answers: choices are made by the geometric mean of their perplexities. Or they are the test sets, WikiText-2 and
+PTB, which only report. Seconds and the most memory held, the model in it, are those of all statistics a row needs, of
+ranking and of cutting (on a CPU that of the process, which keeps what rows before it needed). Below a row stands how
+its perplexities differ from those of the first row at its ratio, paired window by window, with a standard error.
+Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from tasks.config import Criterion, Prune
 from tasks.criteria import NEEDS, SAAP
 from tasks.data import read_data
 
+SAAP_OPTIONS = (("fusion", "lambda_scope"), ("fluctuation",), ("asi_scope",))  # of its three steps
 HEADS = f"{'':<44}{'ratio':>6}{'heads':>7}{'channels':>10}{'layers M':>10}{'all M':>8}"
 
 
@@ -102,8 +104,9 @@ def cut(
 
     def ranked_and_cut() -> Any:
         if name == "saap":
-            fused, *_ = saap.fuse(*known["score"], groups)
-            score = saap.asi(saap.fluctuation(fused, saap.weight_norms(model)), groups)
+            given = [{name: options[name] for name in names if name in options} for names in SAAP_OPTIONS]
+            fused, *_ = saap.fuse(*known["score"], groups, **given[0])
+            score = saap.asi(saap.fluctuation(fused, saap.weight_norms(model), **given[1]), groups, **given[2])
         else:
             chosen = {option: settings[option] for option in needs.options}
             score = saap.CRITERIA[name](model, **known, **chosen)
