@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from saap.errors import SaapError
 from saap.models.offload import input_device, is_offloaded
@@ -13,6 +14,7 @@ from saap.progress import tqdm
 from saap.texts import leading_bos
 
 AT_ONCE = 64  # sequences
+RUN = 256  # tokens of the vocabulary whose probabilities are first summed
 
 
 @torch.no_grad()
@@ -47,12 +49,26 @@ def own_text(model: nn.Module, tokenizer: Any, *, count: int, length: int, seed:
             for place in range(1, length):
                 out = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache = out.past_key_values
-                total = out.logits[:, -1].double().softmax(-1).cumsum(-1)
-                if not torch.isfinite(total).all():
-                    raise SaapError("the logits of the model are not finite: load it in float32")
-                wanted = draw[:, place, None].to(device) * total[:, -1:]
-                step = torch.searchsorted(total, wanted, right=True).clamp_(max=total.shape[1] - 1)
+                step = _drawn(out.logits[:, -1], draw[:, place, None].to(device))
                 tokens.append(step.cpu())
             written.append(torch.cat(tokens, 1))
             bar.update(len(draw))
     return torch.cat(written)
+
+
+def _drawn(logits: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+    """The token that a number in [0, 1), float64 (b, 1), falls on in the distribution of logits (b, V): int64 (b, 1).
+
+    First the run of `RUN` tokens that it falls in, then the token in it, so that few sums are made in float64.
+    """
+    share = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if not torch.isfinite(share).all():
+        raise SaapError("the logits of the model are not finite: load it in float32")
+    runs = F.pad(share, (0, -share.shape[1] % RUN)).unflatten(1, (-1, RUN))
+    behind = runs.sum(-1, dtype=torch.float64).cumsum(-1)
+    wanted = draw * behind[:, -1:]
+    run = torch.searchsorted(behind, wanted, right=True).clamp_(max=behind.shape[1] - 1)
+    before = F.pad(behind, (1, 0)).gather(1, run)
+    inside = runs.take_along_dim(run[..., None], 1)[:, 0].double().cumsum(-1)
+    place = torch.searchsorted(inside, wanted - before, right=True).clamp_(max=RUN - 1)
+    return (run * RUN + place).clamp_(max=share.shape[1] - 1)
