@@ -6,8 +6,9 @@
 Random weights in bfloat16 with SmolLM2's tokenizer: time and memory do not depend on the values. Each stage is a
 command of its own (`saap run`, what comes before it cached), so its peak is the largest resident memory of that
 process, with its imports; its seconds are those in its manifest, with loading the model. Then the smallest model with
-two and four times the tokens. Prints tables and, as its last line, one JSON object. An exponent is the slope of a line
-through the logarithms; what a 70B would need is that line drawn on, on this machine.
+two and four times the tokens. Prints a table and, as its last line, one JSON object. An exponent is the slope of a line
+through the logarithms of all sizes; the fixed costs of small models make it small. What a 70B would need, on this
+machine, is drawn on from the largest size and one of half of it: a straight line, or a power where it grows faster.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def commands(times: int) -> list[tuple[tuple[str, ...], list[str]]]:
     return [
         (("score", "fuse"), drawn),
         (("prune",), [*drawn, "prune.ratio=0.25"]),
-        (("fisher", "rank", "refit"), [*drawn, *PLUS, "prune.ratio=0.25"]),
+        (("fisher", "refit"), [*drawn, *PLUS, "prune.ratio=0.25"]),
         (("recover",), [*drawn, "prune.ratio=0.25", 'recover.recipe="groupwise"', rows, "recover.learning_rate=1e-5"]),
         (("evaluate",), [*drawn, 'evaluate.benchmarks=["wikitext2"]', 'evaluate.variants=["dense"]', *texts]),
         (("speed",), [*drawn, "speed.runs=2", "speed.warmup=1", "speed.new_tokens=16"]),
@@ -75,10 +76,19 @@ def made(shape: str, tokenizer: Path, folder: Path) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), len(saap.discover(model))
 
 
-def exponent(sizes: list[int], taken: list[float]) -> tuple[float, float]:
-    """Slope and intercept of a line through the logarithms."""
-    slope, start = np.polyfit(np.log(sizes), np.log(taken), 1)
-    return float(slope), float(start)
+def exponent(sizes: list[int], taken: list[float]) -> float:
+    """Slope of a line through the logarithms."""
+    return float(np.polyfit(np.log(sizes), np.log(taken), 1)[0])
+
+
+def drawn_on(sizes: list[int], taken: list[float], big: float) -> float:
+    """What the largest size, and the next of half of it or less, say of a bigger one."""
+    known = dict(sorted(zip(sizes, taken, strict=True)))
+    large = max(known)
+    small = max((size for size in known if size <= large / 2), default=min(known))
+    less, more = known[small], known[large]
+    power = exponent([small, large], [less, more])
+    return more * (big / large) ** power if power > 1 else more + (more - less) / (large - small) * (big - large)
 
 
 def main() -> None:
@@ -113,22 +123,22 @@ def report(
     print(f"{'groups':<12}" + "".join(f"{count:>19}" for count in groups))
     figures: dict[str, dict[str, float]] = {}
     for stage in found[0]:
-        with_groups = stage in GROWS_WITH_GROUPS
-        sizes, big = (groups, BIG_GROUPS) if with_groups else (parameters, BIG)
-        lines = [exponent(sizes, [at[stage][n] for at in found]) for n in (0, 1)]
-        seconds, peak = (float(np.exp(start + slope * np.log(big))) for slope, start in lines)
-        of_tokens, _ = exponent([1, 2, 4], [at[stage][0] for at in tokens])
+        axes = [(groups, BIG_GROUPS) if stage in GROWS_WITH_GROUPS else (parameters, BIG), (parameters, BIG)]
+        taken = [[at[stage][n] for at in found] for n in (0, 1)]
+        slopes = [exponent(sizes, each) for (sizes, _), each in zip(axes, taken, strict=True)]
+        seconds, peak = (drawn_on(sizes, each, big) for (sizes, big), each in zip(axes, taken, strict=True))
+        of_tokens = exponent([1, 2, 4], [at[stage][0] for at in tokens])
         cells = "".join(f"{f'{at[stage][0]:.1f} | {at[stage][1] / 1e9:.2f}':>19}" for at in found)
-        slopes = f"{lines[0][0]:.2f} | {lines[1][0]:.2f}"
-        print(f"{stage:<12}{cells}{slopes:>17}{of_tokens:>11.2f}{f'{seconds:.0f} | {peak / 1e9:.0f}':>19}")
+        both = f"{slopes[0]:.2f} | {slopes[1]:.2f}"
+        print(f"{stage:<12}{cells}{both:>17}{of_tokens:>11.2f}{f'{seconds:.0f} | {peak / 1e9:.0f}':>19}")
         figures[stage] = {
-            "exponent": round(lines[0][0], 3),
-            "peak_exponent": round(lines[1][0], 3),
+            "exponent": round(slopes[0], 3),
+            "peak_exponent": round(slopes[1], 3),
             "tokens_exponent": round(of_tokens, 3),
             "seconds_70b": round(seconds),
             "peak_bytes_70b": round(peak),
         }
-    print(f"(exponents are against parameters, of {', '.join(GROWS_WITH_GROUPS)} against groups)")
+    print(f"(against parameters; the seconds of {', '.join(GROWS_WITH_GROUPS)} against groups)")
     print(json.dumps({"parameters": parameters, "groups": groups, "stages": figures, "machine": processor()}))
 
 
