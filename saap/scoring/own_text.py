@@ -62,10 +62,10 @@ def _drawn(logits: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     First the run of `RUN` tokens that it falls in, then the token in it, so that few sums are made in float64.
     """
     share = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    if not torch.isfinite(share).all():
-        raise SaapError("the logits of the model are not finite: load it in float32")
     runs = F.pad(share, (0, -share.shape[1] % RUN)).unflatten(1, (-1, RUN))
     behind = runs.sum(-1, dtype=torch.float64).cumsum(-1)
+    if not torch.isfinite(behind[:, -1]).all():
+        raise SaapError("the logits of the model are not finite: load it in float32")
     wanted = draw * behind[:, -1:]
     run = torch.searchsorted(behind, wanted, right=True).clamp_(max=behind.shape[1] - 1)
     before = F.pad(behind, (1, 0)).gather(1, run)
