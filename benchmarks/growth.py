@@ -88,7 +88,9 @@ def drawn_on(sizes: list[int], taken: list[float], big: float) -> float:
     small = max((size for size in known if size <= large / 2), default=min(known))
     less, more = known[small], known[large]
     power = exponent([small, large], [less, more])
-    return more * (big / large) ** power if power > 1 else more + (more - less) / (large - small) * (big - large)
+    if power > 1:
+        return more * (big / large) ** power
+    return more + max(0.0, more - less) / (large - small) * (big - large)
 
 
 def main() -> None:
