@@ -104,9 +104,11 @@ def cut(
 
     def ranked_and_cut() -> Any:
         if name == "saap":
-            given = [{name: options[name] for name in names if name in options} for names in SAAP_OPTIONS]
-            fused, *_ = saap.fuse(*known["score"], groups, **given[0])
-            score = saap.asi(saap.fluctuation(fused, saap.weight_norms(model), **given[1]), groups, **given[2])
+            to_fuse, to_fluctuate, to_asi = [
+                {name: options[name] for name in names if name in options} for names in SAAP_OPTIONS
+            ]
+            fused, *_ = saap.fuse(*known["score"], groups, **to_fuse)
+            score = saap.asi(saap.fluctuation(fused, saap.weight_norms(model), **to_fluctuate), groups, **to_asi)
         else:
             chosen = {option: settings[option] for option in needs.options}
             score = saap.CRITERIA[name](model, **known, **chosen)

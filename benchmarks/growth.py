@@ -24,7 +24,6 @@ from whole_job import HERE, Build, stage_seconds
 
 NOTHING = ["evaluate.benchmarks=[]", "speed.runs=0", 'recover.recipe="none"', 'data="mini"', 'model.dtype="bfloat16"']
 PLUS = ['criterion.name="saap_plus"', "criterion.cuts=[]"]
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 BIG, BIG_GROUPS = 70.6e9, 80 * (8 + 28_672)  # Llama-3-70B: parameters; KV heads and channels
 GROWS_WITH_GROUPS = ("fuse",)
 
@@ -70,9 +69,7 @@ def made(shape: str, tokenizer: Path, folder: Path) -> tuple[int, int]:
 
     model = random_llama(shape, "cpu")
     model.save_pretrained(folder)
-    for name in TOKENIZER:
-        if (tokenizer / name).is_file():
-            shutil.copy(tokenizer / name, folder)
+    saap.load_tokenizer(tokenizer).save_pretrained(folder)
     return sum(p.numel() for p in model.parameters()), len(saap.discover(model))
 
 

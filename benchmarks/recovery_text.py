@@ -34,7 +34,7 @@ from criteria import Cost, cut, parse, texts_of
 from pruning_peers import losses
 
 import saap
-from saap.texts import alpaca_example, token_example
+from saap.texts import training_example
 from tasks.data import read_data
 
 OTHER_SEED = 1_000_003  # added: text that is neither what ranks nor what is measured
@@ -87,7 +87,7 @@ class Source:
 
     def _widest_gaps(self, rows: list[dict[str, Any]], wanted: int, small: Any) -> list[dict[str, Any]]:
         """The rows with the largest loss of `small` over the dense one's, a label, without the widest hundredth."""
-        examples = [self._example(row) for row in rows]
+        examples = [training_example(row, self.tokenizer, self.length) for row in rows]
         labelled = [n for n, example in enumerate(examples) if any(label != -100 for label in example["labels"])]
         ids = {n: torch.tensor([examples[n]["input_ids"]], device=small.device) for n in labelled}
         labels = {n: torch.tensor([examples[n]["labels"]], device=small.device) for n in labelled}
@@ -99,11 +99,6 @@ class Source:
         gaps = {n: loss(small, n) - loss(self.model, n) for n in labelled}
         order = sorted(gaps, key=gaps.__getitem__, reverse=True)[len(gaps) // 100 :]
         return [rows[n] for n in order[:wanted]]
-
-    def _example(self, row: dict[str, Any]) -> dict[str, Any]:
-        if "tokens" in row:
-            return token_example(row["tokens"], self.tokenizer, self.length)
-        return alpaca_example(row, self.tokenizer, self.length)
 
     def _some(self, name: str, count: int) -> list[dict[str, Any]]:
         if len(self.known.get(name, ())) < count:

@@ -151,6 +151,13 @@ def token_example(tokens: list[int], tokenizer: Any, max_length: int) -> dict[st
     return {"input_ids": ids, "labels": [-100, *ids[1:]], "length": len(ids)}
 
 
+def training_example(row: dict[str, Any], tokenizer: Any, max_length: int, whole_text: bool = False) -> dict[str, Any]:
+    """`token_example` of a row with tokens, `alpaca_example` of one with instruction, input and output."""
+    if "tokens" in row:
+        return token_example(row["tokens"], tokenizer, max_length)
+    return alpaca_example(row, tokenizer, max_length, whole_text)
+
+
 def leading_bos(tokenizer: Any) -> list[int]:
     """[BOS], where the tokenizer puts it before a text; else nothing."""
     begin = tokenizer("a")["input_ids"][:1]

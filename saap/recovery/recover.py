@@ -12,7 +12,7 @@ from saap.errors import SaapError
 from saap.recovery.loss import Student
 from saap.recovery.recipes import Groupwise, Recipe
 from saap.recovery.training import Training, TrainingStep
-from saap.texts import alpaca_example, token_example
+from saap.texts import training_example
 
 CODED_ON = 8192  # tokens that the codes are made on
 HELD_OUT_AT_MOST = 128  # rows: to tell checkpoints apart; 4 % of Alpaca every 50 steps takes longer than training on it
@@ -90,10 +90,7 @@ def _examples(
     """
     examples = []
     for row in rows:
-        if "tokens" in row:
-            example = token_example(row["tokens"], tokenizer, training.max_length)
-        else:
-            example = alpaca_example(row, tokenizer, training.max_length, training.loss_on == "text")
+        example = training_example(row, tokenizer, training.max_length, training.loss_on == "text")
         answered = "tokens" in row or row["output"].strip()
         if answered and any(label != -100 for label in example["labels"]):
             compact = {name: array("i", example[name]) for name in ("input_ids", "labels")}
