@@ -5,12 +5,12 @@
     python benchmarks/whole_job.py --against ../before --rounds 3 --python ../before/.venv/bin/python
     python benchmarks/whole_job.py --against ../before --set 'evaluate.variants=["dense"]' --no-plus
 
-Both builds run the same configuration (configs/demo.toml of this one, and what --set changes in it), each into a store
-of its own that is empty at first: from the command to its end, and the processor's seconds for it, which other work on
-the machine disturbs less; then the same command again, all of it cached; then `saap_plus` at 0.5 up to the pruned
-model. Seconds of a stage are those its manifests have. The peak is the largest resident memory of one process. Prints
-tables, how far the results of the two builds are apart, and, as its last line, one JSON object of ratios new / old
-(medians over the rounds).
+Both builds run the same configuration (configs/demo.toml of this one with the defaults of that commit, and what --set
+changes in it), each into a store of its own that is empty at first: from the command to its end, and the processor's
+seconds for it, which other work on the machine disturbs less; then the same command again, all of it cached; then
+`saap_plus` at 0.5 up to the pruned model. Seconds of a stage are those its manifests have. The peak is the largest
+resident memory of one process. Prints tables, how far the results of the two builds are apart, and, as its last line,
+one JSON object of ratios new / old (medians over the rounds).
 """
 
 import argparse
@@ -36,6 +36,8 @@ PLUS = [
     "evaluate.benchmarks=[]",
     "speed.runs=0",
 ]
+# what was the default at that commit and is no more; fields it did not have are set only where a build knows them
+THEN = ['prune.search="global"', "calibrate.own=0", 'criterion.take_heads="pooled"', "prune.ridge=1.0"]
 RANKING = ("gradients", "activations", "fisher", "rank", "prune")  # what `saap_plus` does beyond the model and its text
 STAGES = ("model", "score", "prune", "recover", "evaluate", "speed")
 
@@ -47,7 +49,9 @@ class Build:
     """One build: the folder of its code, the interpreter of its environment, and the configuration both run."""
 
     def __init__(self, folder: Path, python: Path, config: Path, overrides: list[str]) -> None:
-        self.folder, self.python, self.config, self.overrides = folder, python, config, overrides
+        fields = (folder / "tasks" / "config.py").read_text()
+        then = [setting for setting in THEN if f"    {setting.partition('=')[0].partition('.')[2]}: " in fields]
+        self.folder, self.python, self.config, self.overrides = folder, python, config, [*then, *overrides]
 
     def run(self, store: Path, more: list[str]) -> tuple[float, float, float]:
         """Of one `saap run`: seconds, those of the processor, and the largest resident memory of a process in bytes."""

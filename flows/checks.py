@@ -222,11 +222,10 @@ def _check_plan(config: RunConfig, facts: Facts) -> None:
 
     from saap import select
 
-    cut, needs = config.prune, needs_of(config.criterion.name)
-    search = needs.search if cut.search == "auto" else cut.search
+    cut = config.prune
     score = np.zeros(len(facts.groups))
     options: dict[str, Any] = {"protect": cut.protect, "align": cut.align}
-    select(score, facts.groups, cut.ratio, search=search, direction=cut.direction, kinds=cut.kinds, **options)
+    select(score, facts.groups, cut.ratio, search=config.search, direction=cut.direction, kinds=cut.kinds, **options)
 
 
 def _check_lengths(config: RunConfig, facts: Facts) -> None:

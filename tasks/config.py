@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from tasks.criteria import needs_of
 from tasks.how import Compute, Execute, Section, wrong_execution
 from tasks.recovery import Recover, wrong_recovery
 from tasks.toml import ConfigError, one_line, parse_value, read_toml, sections_of, short
@@ -35,8 +36,8 @@ class Calibrate(Section):
     count: Count = Field(50, description="calibration sequences")
     length: Annotated[Count, Field(ge=2)] = Field(128, description="tokens a sequence")
     seed: Seed = Field(0, description="which sequences are drawn")
-    own: Annotated[int, Field(ge=0, le=10**6)] = Field(
-        0, description="sequences that the dense model writes itself, added to these"
+    own: Annotated[int, Field(ge=0, le=10**6)] | Literal["auto"] = Field(
+        "auto", description="sequences that the dense model writes itself, added to these; auto: 206 for saap_plus"
     )
 
 
@@ -82,7 +83,7 @@ class Criterion(Section):
         (0.1, 0.2, 0.35), description="ratios below prune.ratio after which saap_plus ranks what is left again"
     )
     take_heads: Literal["pooled", "measured"] = Field(
-        "pooled", description="saap_plus: heads go as the order has it, or where a measured loss says so, at each cut"
+        "measured", description="saap_plus: heads go where a measured loss says so, at each cut, or as the order has it"
     )
 
     def cuts_for(self, ratio: float) -> list[float]:
@@ -114,7 +115,8 @@ class Prune(Section):
         description="for what was removed: its mean as a bias, a refit of what stays, nothing, or the criterion's",
     )
     ridge: Annotated[float, Field(gt=0, le=1e6)] | Literal["held_out"] = Field(
-        1.0, description="least_squares: how much the refit holds on to the weights; or the best on text held back"
+        "held_out",
+        description="least_squares: how much the refit holds on to the weights, or the best on text held back",
     )
     protect: Annotated[tuple[Layer, ...], AfterValidator(distinct)] = Field(
         (0, 1, 2, -1), description="layers left whole; negative: from the end"
@@ -171,6 +173,22 @@ class RunConfig(Section):
     speed: Speed = Field(default_factory=Speed)
     compute: Compute = Field(default_factory=Compute)
     execute: Execute = Field(default_factory=Execute)
+
+    @property
+    def own(self) -> int:
+        """calibrate.own, or for 'auto' the criterion's."""
+        return needs_of(self.criterion.name).own if self.calibrate.own == "auto" else self.calibrate.own
+
+    @property
+    def search(self) -> str:
+        """prune.search, or for 'auto' the criterion's."""
+        return needs_of(self.criterion.name).search if self.prune.search == "auto" else self.prune.search
+
+    @property
+    def compensation(self) -> str:
+        """prune.compensation, or for 'auto' the criterion's."""
+        chosen = self.prune.compensation
+        return needs_of(self.criterion.name).compensation if chosen == "auto" else chosen
 
 
 def load_config(file: str | Path | None, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -240,7 +258,8 @@ def wrong_combination(config: RunConfig) -> str | None:
             "and criterion.take_heads = 'pooled'"
         )
     measured = config.criterion.name == "saap_plus" and config.criterion.take_heads == "measured"
-    if config.calibrate.count + config.calibrate.own < (6 if measured else 2 if cut.ridge == "held_out" else 1):
+    held_out = config.compensation == "least_squares" and cut.ridge == "held_out"
+    if config.calibrate.count + config.own < (6 if measured else 2 if held_out else 1):
         return "criterion.take_heads = 'measured' needs six calibration sequences, prune.ridge = 'held_out' two"
     if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
         return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Needs:
-    """statistics and options are the arguments of the criterion's function; search and compensation its 'auto'.
+    """statistics and options are the arguments of the criterion's function; search, compensation and own its 'auto'.
 
     A statistic is the name of the stage that publishes it, except 'tokens': those of calibrate.
     """
@@ -14,16 +14,18 @@ class Needs:
     options: tuple[str, ...] = ()
     search: str = "uniform"
     compensation: str = "none"
+    own: int = 0
     experts: bool = False
 
 
-SAAP = Needs(search="global", experts=True)  # its statistics go through fuse and fluctuation
+SAAP = Needs(search="uniform_down", experts=True)  # its statistics go through fuse and fluctuation
 NEEDS: dict[str, Needs] = {
     "saap_plus": Needs(
         ("fisher", "tokens"),
         ("cuts", "take_heads", "ridge", "protect", "align"),
         search="global",
         compensation="least_squares",
+        own=206,  # 256 sequences with the 50 that are drawn
         experts=True,
     ),
     "saap_gates": Needs(("fisher", "tokens"), ("ratio", "seed", "protect"), search="global"),

@@ -9,7 +9,6 @@ from storage.tables import write_table
 from tasks.artifact import Source
 from tasks.compute import compute_settings
 from tasks.config import RunConfig
-from tasks.criteria import needs_of
 from tasks.inputs import Checkpoint, load_model, load_tokenizer
 from tasks.model_card import write_card
 from tasks.outside import Outside
@@ -25,8 +24,8 @@ from tasks.values import parse_target
 
 def prune_params(config: RunConfig) -> dict[str, Any]:
     """The prune section, 'auto' replaced by what the criterion was published with."""
-    params, needs = config.prune.model_dump(mode="json", exclude={"heads", "target"}), needs_of(config.criterion.name)
-    params |= {field: getattr(needs, field) for field in ("search", "compensation") if params[field] == "auto"}
+    params = config.prune.model_dump(mode="json", exclude={"heads", "target"})
+    params |= {"search": config.search, "compensation": config.compensation}
     if params["compensation"] != "least_squares":
         del params["ridge"]
     return params | groups_of(config) | _target(config)

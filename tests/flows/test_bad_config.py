@@ -149,8 +149,8 @@ TOGETHER = [
         ["criterion.name=saap_plus", "criterion.cuts=[]", "criterion.take_heads=measured", "prune.kinds=mlp"],
         ["saap_plus", "prune.kinds", "criterion.take_heads = 'pooled'"],
     ),
-    (["criterion.name=saap_plus", "criterion.take_heads=measured", "calibrate.count=5"], ["take_heads", "six"]),
-    (["prune.ridge=held_out", "calibrate.count=1"], ["prune.ridge", "two"]),
+    (["criterion.name=saap_plus", "calibrate.own=0", "calibrate.count=5"], ["take_heads", "six"]),
+    (["prune.compensation=least_squares", "calibrate.count=1"], ["prune.ridge", "two"]),
     (["criterion.name=saap_plus", "prune.direction=highest"], ["saap_plus", "prune.direction"]),
     (["recover.recipe=qlora", "compute.launch=--use_fsdp"], ["NF4", "--multi_gpu"]),
 ]

@@ -62,8 +62,9 @@ DENSE = {"evaluate dense arc_easy", "evaluate dense wikitext2"}
         ("recover.recipe='none'", {"recover", "speed"} | RECOVERED),
         ("speed.runs=0", {"speed"}),
         ("criterion.variant='vectorize'", set()),
-        ("prune.search='global'", set()),
-        ("prune.search='uniform'", {"prune", "recover", "speed"} | PRUNED),
+        ("calibrate.own=0", set()),
+        ("prune.search='uniform_down'", set()),
+        ("prune.search='global'", {"prune", "recover", "speed"} | PRUNED),
         ("prune.compensation='bias'", {"activations", "prune", "recover", "speed"} | PRUNED),
         ("criterion.name='random'", {"score", "fuse", "fluctuation", "rank", "prune", "recover", "speed"} | PRUNED),
     ],
@@ -165,15 +166,26 @@ def test_a_criterion_is_ranked_anew_when_its_own_options_change_and_prunes_as_pu
     assert (rank().key != rank("calibrate.seed=1").key) == (name != "magnitude")
     assert (rank().key != rank("prune.ratio=0.4").key) == (name in RANK_AS_THEY_PRUNE)
     assert (rank().key != rank("prune.protect=[0]").key) == (name in RANK_AS_THEY_PRUNE)
-    more = "calibrate.count=8"
-    assert (rank(more).key != rank(more, "criterion.take_heads='measured'").key) == (name == "saap_plus")
-    assert (rank().key != rank("prune.ridge='held_out'").key) == (name == "saap_plus")
+    pooled = "criterion.take_heads='pooled'"
+    assert (rank().key != rank(pooled).key) == (name == "saap_plus")
+    assert (rank().key != rank("prune.ridge=1.0").key) == (name == "saap_plus")
     if name == "saap_plus":
-        assert rank("criterion.cuts=[]").key == rank("criterion.cuts=[]", "prune.ratio=0.4").key
-        assert rank(more, "criterion.cuts=[0.1]", "criterion.take_heads='measured'").config()["cuts"] == [0.1, 0.2]
+        once = "criterion.cuts=[]"
+        assert rank(once, pooled).key == rank(once, pooled, "prune.ratio=0.4").key
+        assert rank("criterion.cuts=[0.1]").config()["cuts"] == [0.1, 0.2]
     assert (rank().key != rank("score.hessian='fisher'").key) == ("score" in NEEDS[name].statistics)
     cut = next(s for s in build(settings(f"criterion.name='{name}'")) if s.stage == "prune").config()
     assert (cut["search"], cut["compensation"]) == (NEEDS[name].search, NEEDS[name].compensation)
+
+
+@pytest.mark.parametrize(("criterion", "written"), [("saap", []), ("saap_plus", [206]), ("wanda_sp", [])])
+def test_saap_plus_has_the_model_write_text_unless_told_otherwise(settings, criterion, written):
+    def counts(*overrides):
+        made = build(settings(f"criterion.name='{criterion}'", *overrides))
+        return [step.config()["count"] for step in made if step.stage == "own_text"]
+
+    assert counts() == written
+    assert (counts("calibrate.own=7"), counts("calibrate.own=0", "calibrate.count=6")) == ([7], [])
 
 
 def test_what_a_group_of_attention_is_and_how_heads_are_chosen_are_told_apart(settings):
@@ -192,7 +204,7 @@ def test_the_ridge_is_part_of_a_refit_only(settings):
 
     assert cut() == cut("prune.ridge=0.1")
     refitted = "prune.compensation='least_squares'"
-    assert len({cut(refitted), cut(refitted, "prune.ridge=0.1"), cut(refitted, "prune.ridge='held_out'")}) == 3
+    assert len({cut(refitted), cut(refitted, "prune.ridge=0.1"), cut(refitted, "prune.ridge=1.0")}) == 3
 
 
 def test_each_compensation_takes_what_it_needs(settings):

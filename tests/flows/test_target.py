@@ -43,6 +43,7 @@ def run(config, *overrides):
     return read_run(config.parent / "store", run_id)
 
 
+POOLED = "criterion.take_heads=pooled"
 REFUSED = [
     (["prune.target=80"], ["prune.target", "'80M'", "'120MB'", "'1.5x'"]),
     (["prune.target='80 M'"], ["prune.target", "'80M'", "'120MB'", "'1.5x'"]),
@@ -61,7 +62,7 @@ REFUSED = [
     (["prune.target=5MB", "recover.recipe=none"], ["prune.target = '5MB'", "out of reach", "KB"]),
     (["prune.target=200K", "compute.device=cuda:99"], ["cuda:99"]),
     (
-        ["prune.target=170K", "criterion.name=saap_plus", "prune.search=uniform", "criterion.cuts=[0.25]"],
+        ["prune.target=170K", "criterion.name=saap_plus", "prune.search=uniform", "criterion.cuts=[0.25]", POOLED],
         ["170K", "criterion.cuts"],
     ),
 ]
