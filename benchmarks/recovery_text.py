@@ -14,7 +14,8 @@ the first ones: of three times as many, those on which the pruned model has lost
 
 Shown are perplexities, and how much of ln(pruned / dense) is closed, on WikiText-2 and PTB, which only report, and on
 text held out: novels, Alpaca's last rows, and text of the model's own with another seed. "Held out" is the mean share
-closed on these three, by which rows are to be chosen. Prints a table and, as its last line, one JSON object.
+closed on these three, by which rows are to be chosen; a text that the model now knows better than the dense one counts
+as closed, no more. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
@@ -177,7 +178,7 @@ class Table:
             dense, pruned = (self.ends[end][text] for end in ("dense", "pruned"))
             closed[text] = (pruned - loss) / (pruned - dense)
             shown += f"{closed[text]:>7.0%}"
-        held_out = sum(closed[text] for text in TEXTS[2:]) / 3 if closed else math.nan
+        held_out = sum(min(closed[text], 1.0) for text in TEXTS[2:]) / 3 if closed else math.nan
         print(f"{name:<46}{steps:>6}{seconds:>7.0f}{peak / 1e9:>6.2f}{shown}{held_out:>10.1%}", flush=True)
         self.figures[name] = {
             **{text: round(math.exp(loss), 2) for text, loss in found.items()},
