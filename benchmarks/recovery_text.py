@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint folder; the embedded SmolLM2-135M when absent")
     parser.add_argument("--data", required=True, help="a data folder (docs/data.md), or hub")
     parser.add_argument("--rows", nargs="+", default=ROWS)
-    parser.add_argument("--criterion", default="saap_plus:take_heads=measured:ridge=held_out")
+    parser.add_argument("--criterion", default="saap_plus")
     parser.add_argument("--own", type=int, default=206, help="sequences of the model's own that the criterion gets")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

@@ -26,7 +26,7 @@ PROGRAM = re.compile(r"(saap|python|make|prefect|pip|vllm|export|benchmarks/\w+\
 
 # The sizes of everything that is run here. Whole numbers are upper limits; the rest counts where the line says nothing.
 SIZES = {
-    "calibrate.count": 4, "calibrate.length": 16, "calibrate.own": 2, "prune.align": 8, "prune.protect": [0, -1],
+    "calibrate.count": 6, "calibrate.length": 16, "calibrate.own": 2, "prune.align": 8, "prune.protect": [0, -1],
     "recover.examples": 8, "recover.epochs": 1, "recover.batch_size": 4, "recover.micro_batch_size": 4,
     "recover.rank": 4, "evaluate.benchmarks": ["arc_easy", "wikitext2"], "evaluate.limit": 2,
     "evaluate.windows": [128], "evaluate.max_tokens": 256, "speed.prompt_tokens": 8, "speed.new_tokens": 4,
@@ -124,7 +124,7 @@ class Reader:
             section, _, field = path.rpartition(".")
             now = getattr(getattr(there, section) if section else there, field)
             if isinstance(size, int) and now is not None:
-                size = min(size, now)
+                size = size if now == "auto" else min(size, now)
             elif path in paths:
                 continue
             if path not in axes and size != now:
