@@ -235,7 +235,7 @@ def check_config(values: dict[str, Any]) -> RunConfig:
         # as JSON, where a list may stand for a tuple although types are strict: true is no 1, "5" no 5
         config = RunConfig.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(fault) for fault in error.errors()[:4])) from error
+        raise ConfigError(_explain(error.errors())) from error
     if config.prune.target is not None and "ratio" in config.prune.model_fields_set:
         raise ConfigError("give prune.ratio or prune.target, not both: with a target the ratio is found")
     if wrong := wrong_combination(config):
@@ -270,12 +270,28 @@ def wrong_combination(config: RunConfig) -> str | None:
     return wrong_execution(config.compute, config.execute)
 
 
-def _explain(fault: Any) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        section: Any = RunConfig
-        for part in fault["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        return f"unknown config key '{one_line(where)}'; known here: {', '.join(section.model_fields)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"config {where}: {message[0].lower()}{message[1:]}, got {short(fault['input'])}"
+def _explain(faults: Any) -> str:
+    """The first four fields that are wrong. One that may be of two kinds has a fault for each."""
+    said: dict[str, list[str]] = {}
+    for fault in faults:
+        where, section = _where(fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            said[where] = [f"unknown config key '{one_line(where)}'; known here: {', '.join(section.model_fields)}"]
+            continue
+        message = fault["msg"].removeprefix("Value error, ")
+        words = said.setdefault(where, [f"config {where}: ", "", f", got {short(fault['input'])}"])
+        words[1] += f" or {message.removeprefix('Input should be ')}" if words[1] else message[0].lower() + message[1:]
+    return "; ".join("".join(words) for words in list(said.values())[:4])
+
+
+def _where(place: tuple[int | str, ...]) -> tuple[str, Any]:
+    """(section.field of a fault, without the kind of a value that pydantic tried; its section)."""
+    section: Any = RunConfig
+    for number, part in enumerate(place):
+        if part not in section.model_fields:  # unknown
+            return ".".join(map(str, place[: number + 1])), section
+        if part not in sections_of(section):
+            items = [str(item) for item in place[number + 1 :] if isinstance(item, int)]
+            return ".".join([*map(str, place[: number + 1]), *items]), section
+        section = section.model_fields[part].annotation
+    return ".".join(map(str, place)), section
