@@ -23,14 +23,8 @@ from common import SHAPES, embedded, processor, random_llama
 from whole_job import HERE, Build, stage_seconds
 
 NOTHING = ["evaluate.benchmarks=[]", "speed.runs=0", 'recover.recipe="none"', 'data="mini"', 'model.dtype="bfloat16"']
-# ranked once, on the drawn sequences: one pass and one refit
-PLUS = [
-    "criterion.name=saap_plus",
-    "criterion.cuts=[]",
-    "criterion.take_heads=pooled",
-    "calibrate.own=0",
-    "prune.ridge=1.0",
-]
+# `Build` sets heads in one order, a ridge of 1 and no own text: one pass and one refit
+PLUS = ['criterion.name="saap_plus"', "criterion.cuts=[]"]
 BIG, BIG_GROUPS = 70.6e9, 80 * (8 + 28_672)  # Llama-3-70B: parameters; KV heads and channels
 GROWS_WITH_GROUPS = ("fuse",)
 
