@@ -94,7 +94,7 @@ def ranking(arguments: argparse.Namespace) -> Figures:
 
 
 def saap_plus_at_half(model: nn.Module, tokens: torch.Tensor) -> nn.Module:
-    """What the pipeline does of it at the defaults, from the Fisher information to the refitted model."""
+    """From the Fisher information to the refitted model, with heads in one order and a ridge of 1."""
     ratio = 0.5
     cuts = [cut for cut in RunConfig().criterion.cuts if cut < ratio]
     score = saap.CRITERIA["saap_plus"](model, saap.mask_fisher(model, tokens), tokens, cuts)

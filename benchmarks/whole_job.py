@@ -1,16 +1,15 @@
 """The whole job against another build of this project, stage by stage, in turn on one machine.
 
     git worktree add ../before d92d87d
-    python benchmarks/whole_job.py --against ../before                     # each its turn, once: 10 to 20 minutes
-    python benchmarks/whole_job.py --against ../before --rounds 3 --python ../before/.venv/bin/python
-    python benchmarks/whole_job.py --against ../before --set 'evaluate.variants=["dense"]' --no-plus
+    python benchmarks/whole_job.py --against ../before --config ../before/configs/demo.toml      # 10 to 20 minutes
+    python benchmarks/whole_job.py --against ../before --config ../before/configs/demo.toml --rounds 3 --no-plus
 
-Both builds run the same configuration (configs/demo.toml of this one with the defaults of that commit, and what --set
-changes in it), each into a store of its own that is empty at first: from the command to its end, and the processor's
-seconds for it, which other work on the machine disturbs less; then the same command again, all of it cached; then
-`saap_plus` at 0.5 up to the pruned model. Seconds of a stage are those its manifests have. The peak is the largest
-resident memory of one process. Prints tables, how far the results of the two builds are apart, and, as its last line,
-one JSON object of ratios new / old (medians over the rounds).
+Both builds run the same configuration, one that both know, with the defaults of that commit and what --set changes in
+it, each into a store of its own that is empty at first: from the command to its end, and the processor's seconds for
+it, which other work on the machine disturbs less; then the same command again, all of it cached; then `saap_plus` at
+0.5 up to the pruned model. Seconds of a stage are those its manifests have. The peak is the largest resident memory
+of one process. Prints tables, how far the results of the two builds are apart, and, as its last line, one JSON object
+of ratios new / old (medians over the rounds).
 """
 
 import argparse

@@ -222,10 +222,10 @@ def _check_plan(config: RunConfig, facts: Facts) -> None:
 
     from saap import select
 
-    cut = config.prune
+    cut = config.settled().prune
     score = np.zeros(len(facts.groups))
     options: dict[str, Any] = {"protect": cut.protect, "align": cut.align}
-    select(score, facts.groups, cut.ratio, search=config.search, direction=cut.direction, kinds=cut.kinds, **options)
+    select(score, facts.groups, cut.ratio, search=cut.search, direction=cut.direction, kinds=cut.kinds, **options)
 
 
 def _check_lengths(config: RunConfig, facts: Facts) -> None:

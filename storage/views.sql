@@ -50,14 +50,15 @@ from stage_runs where skipped is null group by stage order by seconds_saved desc
 create view ablations as
 with cost as (
     select run_id, sum(seconds) as seconds_to_rank from stage_runs
-    where stage in ('score', 'gradients', 'activations', 'fisher', 'fuse', 'fluctuation', 'rank') group by run_id)
+    where stage in ('own_text', 'score', 'gradients', 'activations', 'fisher', 'fuse', 'fluctuation', 'rank') group by run_id)
 select l.run_id, l.name, l.model, l.data, l.criterion, r.config->>'$.criterion.variant' as criterion_variant, l.ratio,
     l.variant, l.average, l.wikitext2, l.ptb, l.parameters, l.weight_bytes, l.tokens_per_s, c.seconds_to_rank,
     r.config->>'$.fuse.fusion' as fusion, r.config->>'$.fluctuation.fluctuation' as fluctuation,
     r.config->>'$.fluctuation.asi_scope' as asi_scope, r.config->>'$.prune.direction' as direction,
     r.config->>'$.prune.search' as search, r.config->>'$.prune.kinds' as kinds,
     r.config->>'$.prune.compensation' as compensation, r.config->>'$.recover.recipe' as recipe,
-    try_cast(r.config->>'$.calibrate.count' as bigint) as samples,
+    try_cast(r.config->>'$.calibrate.count' as bigint) + coalesce(try_cast(r.config->>'$.calibrate.own' as bigint), 0)
+        as samples,
     try_cast(r.config->>'$.calibrate.seed' as bigint) as seed,
     json_merge_patch(r.config, '{"name": null, "store": null, "store_remote": null, "compute": null, "execute": null,
         "recover": {"micro_batch_size": null, "gradient_checkpointing": null}, "calibrate": {"seed": null}}') as settings

@@ -100,7 +100,7 @@ class Prune(Section):
     )
     search: Literal["auto", "global", "uniform", "uniform_down"] = Field(
         "auto",
-        description="one budget for all layers, a share of each (heads rounded, or rounded down), or as published",
+        description="one budget for all layers, a share of each (heads rounded, or rounded down), or the criterion's",
     )
     direction: Literal["lowest", "highest"] = Field("lowest", description="end of the ranking that is removed")
     kinds: Literal["pooled", "equal", "mlp"] = Field(
@@ -174,21 +174,17 @@ class RunConfig(Section):
     compute: Compute = Field(default_factory=Compute)
     execute: Execute = Field(default_factory=Execute)
 
-    @property
-    def own(self) -> int:
-        """calibrate.own, or for 'auto' the criterion's."""
-        return needs_of(self.criterion.name).own if self.calibrate.own == "auto" else self.calibrate.own
+    def settled(self) -> "RunConfig":
+        """The same with the criterion's choice in the place of 'auto'."""
+        needs = needs_of(self.criterion.name)
 
-    @property
-    def search(self) -> str:
-        """prune.search, or for 'auto' the criterion's."""
-        return needs_of(self.criterion.name).search if self.prune.search == "auto" else self.prune.search
+        def chosen(section: Section, *fields: str) -> Section:
+            auto = [field for field in fields if getattr(section, field) == "auto"]
+            return section.model_copy(update={field: getattr(needs, field) for field in auto})
 
-    @property
-    def compensation(self) -> str:
-        """prune.compensation, or for 'auto' the criterion's."""
-        chosen = self.prune.compensation
-        return needs_of(self.criterion.name).compensation if chosen == "auto" else chosen
+        return self.model_copy(
+            update={"calibrate": chosen(self.calibrate, "own"), "prune": chosen(self.prune, "search", "compensation")}
+        )
 
 
 def load_config(file: str | Path | None, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -257,10 +253,14 @@ def wrong_combination(config: RunConfig) -> str | None:
             "prune.direction and prune.kinds say: leave them as they are, or set criterion.cuts = [] "
             "and criterion.take_heads = 'pooled'"
         )
-    measured = config.criterion.name == "saap_plus" and config.criterion.take_heads == "measured"
-    held_out = config.compensation == "least_squares" and cut.ridge == "held_out"
-    if config.calibrate.count + config.own < (6 if measured else 2 if held_out else 1):
-        return "criterion.take_heads = 'measured' needs six calibration sequences, prune.ridge = 'held_out' two"
+    settled = config.settled()
+    measured = again and config.criterion.take_heads == "measured"
+    held_out = cut.ridge == "held_out" and (again or settled.prune.compensation == "least_squares")
+    if config.calibrate.count + int(settled.calibrate.own) < (6 if measured else 2 if held_out else 1):
+        return (
+            "criterion.take_heads = 'measured' needs six calibration sequences, prune.ridge = 'held_out' two: "
+            "raise calibrate.count or calibrate.own"
+        )
     if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
         return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"
     if cut.target_is_speed and not config.speed.runs:

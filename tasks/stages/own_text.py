@@ -17,7 +17,7 @@ from tasks.step import Step
 
 
 def _params(config: RunConfig) -> dict[str, object]:
-    return {"count": config.own, "seed": config.calibrate.seed} | dtype_of(config)
+    return {"count": config.settled().calibrate.own, "seed": config.calibrate.seed} | dtype_of(config)
 
 
 def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:

@@ -24,8 +24,7 @@ from tasks.values import parse_target
 
 def prune_params(config: RunConfig) -> dict[str, Any]:
     """The prune section, 'auto' replaced by what the criterion was published with."""
-    params = config.prune.model_dump(mode="json", exclude={"heads", "target"})
-    params |= {"search": config.search, "compensation": config.compensation}
+    params = config.settled().prune.model_dump(mode="json", exclude={"heads", "target"})
     if params["compensation"] != "least_squares":
         del params["ridge"]
     return params | groups_of(config) | _target(config)

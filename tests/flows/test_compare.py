@@ -213,12 +213,8 @@ def test_every_sweep_in_configs_is_valid_and_shares_its_statistics(request):
     for file in sweeps:
         runs = combinations(str(file))
         assert f"saap sweep configs/{file.name}" in file.read_text()
-        samples = {tuple(choice for choice in chosen if choice.startswith("calibrate.")) for chosen in runs}
-        steps = {
-            (step.stage, step.key)
-            for chosen in runs
-            for step in build(load_config(file, (*chosen, 'model.path="smollm2-135m"', 'data="mini"')))
-        }
-        stages = [stage for stage, _ in steps]
+        made = [build(load_config(file, (*chosen, 'model.path="smollm2-135m"', 'data="mini"'))) for chosen in runs]
+        stages = [stage for stage, _ in {(step.stage, step.key) for run in made for step in run}]
+        samples = {[step.key for step in run if step.stage in ("calibrate", "own_text")][-1] for run in made}
         for statistic in ("score", "activations", "gradients", "fisher"):
             assert stages.count(statistic) <= len(samples), file.name
