@@ -6,14 +6,14 @@
 
 A row is a criterion, or one of `pruning_peers.py`. After a colon come its options and those of the plan (`cuts`,
 `take_heads`, `variant`, `query_heads`, `search`, `kinds`, `align`, `ridge`; of `saap` also `fusion`, `lambda_scope`,
-`fluctuation`, `asi_scope`), after a plus the compensation; left out, they are those of its authors. `--own 206` gives all rows the text that
-`saap_plus` has by default. Texts are either
-held out, windows of the last quarter of the novels, the others being for calibration, and of Alpaca's instructions
-and answers: choices are made by the geometric mean of their perplexities. Or they are the test sets, WikiText-2 and
-PTB, which only report. Seconds and the most memory held, the model in it, are those of all statistics a row needs, of
-ranking and of cutting (on a CPU that of the process, which keeps what rows before it needed). Below a row stands how
-its perplexities differ from those of the first row at its ratio, paired window by window, with a standard error.
-Prints a table and, as its last line, one JSON object.
+`fluctuation`, `asi_scope`), after a plus the compensation; left out, they are those of its authors. `--own 206` gives
+all rows the text that `saap_plus` has by default. Texts are either held out, windows of the last quarter of the
+novels, the others being for calibration, and of Alpaca's instructions and answers: choices are made by the geometric
+mean of their perplexities. Or they are the test sets, WikiText-2 and PTB, which only report. Seconds and the most
+memory held, the model in it, are those of all statistics a row needs, of ranking and of cutting (on a CPU that of the
+process, which keeps what rows before it needed). Below a row stands how its perplexities differ from those of the
+first row at its ratio, paired window by window, with a standard error. Prints a table and, as its last line, one JSON
+object.
 """
 
 import argparse

@@ -80,7 +80,7 @@ class Run:
             data=settings.data,
             criterion=settings.criterion.name,
             ratio=settings.prune.ratio,
-            config=settings.settled().model_dump_json(),
+            config=settings.model_dump_json(),
             flow_run=runtime.flow_run.id,
         )
         for at, about in self._known.items():

@@ -57,8 +57,7 @@ select l.run_id, l.name, l.model, l.data, l.criterion, r.config->>'$.criterion.v
     r.config->>'$.fluctuation.asi_scope' as asi_scope, r.config->>'$.prune.direction' as direction,
     r.config->>'$.prune.search' as search, r.config->>'$.prune.kinds' as kinds,
     r.config->>'$.prune.compensation' as compensation, r.config->>'$.recover.recipe' as recipe,
-    try_cast(r.config->>'$.calibrate.count' as bigint) + coalesce(try_cast(r.config->>'$.calibrate.own' as bigint), 0)
-        as samples,
+    try_cast(r.config->>'$.calibrate.count' as bigint) as samples,
     try_cast(r.config->>'$.calibrate.seed' as bigint) as seed,
     json_merge_patch(r.config, '{"name": null, "store": null, "store_remote": null, "compute": null, "execute": null,
         "recover": {"micro_batch_size": null, "gradient_checkpointing": null}, "calibrate": {"seed": null}}') as settings
