@@ -38,7 +38,9 @@ def report(
         list[str] | None,
         typer.Option("--set", help="Of a sweep's file: the fields it was started with.", show_default=False),
     ] = None,
-    svg: Annotated[Path | None, typer.Option(help="Draw the table into this SVG file.", show_default=False)] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Draw the table of a run into this SVG file.", show_default=False)
+    ] = None,
 ) -> None:
     """Print the result table of a run again, and write its page; or the page of a sweep.
 
@@ -58,6 +60,8 @@ def report(
             sweep = sweep_of_file(connection, Path(target), tuple(set_ or ()))
         elif target:
             sweep = sweep_of_name(connection, target)
+        if sweep is not None and svg is not None:
+            raise StorageError("--svg draws the table of a run; of a sweep: saap compare FILE --figure sweep.svg")
         if sweep is None:
             run_id = find_run(connection, store, target)
             ((data,),) = connection.execute("select data from runs where run_id = ?", [run_id]).fetchall()

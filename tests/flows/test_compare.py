@@ -13,6 +13,7 @@ from storage.warehouse import Warehouse
 from tasks.data import mini_folder
 from tests.flows.conftest import saap
 from tests.flows.pages.conftest import rows_in
+from tests.flows.test_cli import refused
 
 pytestmark = pytest.mark.slow
 
@@ -189,6 +190,11 @@ def test_the_page_of_the_sweep_says_what_the_table_says(swept, tmp_path):
         (row.chosen[0], row.ratio): (row.runs, row.mean("wikitext2"), pytest.approx(row.spread("wikitext2")))
         for row in rows
     } == shown
+
+
+def test_a_report_of_a_sweep_draws_no_table_of_a_run(swept, tmp_path):
+    file, store = swept
+    refused(saap("report", file, "--store", store, "--svg", tmp_path / "sweep.svg"), "saap compare FILE --figure")
 
 
 def test_a_figure_of_nothing_or_into_nowhere_is_refused(swept, tmp_path):
