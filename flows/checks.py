@@ -244,6 +244,8 @@ def _check_lengths(config: RunConfig, facts: Facts) -> None:
     if set(options.benchmarks) <= set(ACCURACIES) or not options.variants:
         return
     windows = [window for window in options.windows if positions is None or window <= positions]
+    if not options.windows:
+        raise ConfigError("evaluate.windows is empty: name at least one, as in [128]")
     if not windows:
         raise ConfigError(
             f"every window of evaluate.windows is beyond the model's {positions} positions: name a shorter one"

@@ -256,11 +256,14 @@ def wrong_combination(config: RunConfig) -> str | None:
     settled = config.settled()
     measured = again and config.criterion.take_heads == "measured"
     held_out = cut.ridge == "held_out" and (again or settled.prune.compensation == "least_squares")
-    if config.calibrate.count + int(settled.calibrate.own) < (6 if measured else 2 if held_out else 1):
-        return (
-            "criterion.take_heads = 'measured' needs six calibration sequences, prune.ridge = 'held_out' two: "
-            "raise calibrate.count or calibrate.own"
-        )
+    there = config.calibrate.count + int(settled.calibrate.own)
+    for applies, least, what in (
+        (measured, 6, "criterion.take_heads = 'measured'"),
+        (held_out, 2, "prune.ridge = 'held_out'"),
+        (config.criterion.name == "saap", 2, "the fluctuation of criterion.name = 'saap'"),
+    ):
+        if applies and there < least:
+            return f"{what} needs {least} calibration sequences, not {there}: raise calibrate.count or calibrate.own"
     if config.recover.recipe == "qlora" and "--use_fsdp" in shlex.split(config.compute.launch or ""):
         return "NF4 weights cannot be shared out: with recover.recipe = 'qlora' use --multi_gpu in compute.launch"
     if cut.target_is_speed and not config.speed.runs:

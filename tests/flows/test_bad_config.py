@@ -153,8 +153,9 @@ TOGETHER = [
         ["criterion.name=saap_plus", "criterion.cuts=[]", "criterion.take_heads=measured", "prune.kinds=mlp"],
         ["saap_plus", "prune.kinds", "criterion.take_heads = 'pooled'"],
     ),
-    (["criterion.name=saap_plus", "calibrate.own=0", "calibrate.count=5"], ["take_heads", "six"]),
-    (["prune.compensation=least_squares", "calibrate.count=1"], ["prune.ridge", "two"]),
+    (["criterion.name=saap_plus", "calibrate.own=0", "calibrate.count=5"], ["take_heads", "needs 6", "not 5"]),
+    (["prune.compensation=least_squares", "calibrate.count=1"], ["prune.ridge = 'held_out' needs 2", "not 1"]),
+    (["calibrate.count=1"], ["'saap' needs 2 calibration sequences", "calibrate.count"]),
     (["criterion.name=saap_plus", "prune.direction=highest"], ["saap_plus", "prune.direction"]),
     (["recover.recipe=qlora", "compute.launch=--use_fsdp"], ["NF4", "--multi_gpu"]),
 ]

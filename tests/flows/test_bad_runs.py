@@ -25,6 +25,7 @@ RUNS = [
     (["recover.precision=float16"], ["float16", "GPU"]),
     (["calibrate.length=257"], ["calibrate.length", "256 positions"]),
     (["evaluate.windows=[512]"], ["evaluate.windows", "256 positions"]),
+    (["evaluate.windows=[]"], ["evaluate.windows is empty"]),
     (["evaluate.max_tokens=16"], ["evaluate.max_tokens", "window of 32"]),
     (["compute.launch=rm -rf /"], ["compute.launch", "--multi_gpu"]),
     (["compute.launch=--help"], ["compute.launch", "--multi_gpu"]),
