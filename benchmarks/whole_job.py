@@ -1,15 +1,15 @@
 """The whole job against another build of this project, stage by stage, in turn on one machine.
 
     git worktree add ../before d92d87d
-    python benchmarks/whole_job.py --against ../before --config ../before/configs/demo.toml      # 10 to 20 minutes
-    python benchmarks/whole_job.py --against ../before --config ../before/configs/demo.toml --rounds 3 --no-plus
+    python benchmarks/whole_job.py --against ../before                     # 10 to 20 minutes
+    python benchmarks/whole_job.py --against ../before --rounds 3 --no-plus
 
-Both builds run the same configuration, one that both know, with the defaults of that commit and what --set changes in
-it, each into a store of its own that is empty at first: from the command to its end, and the processor's seconds for
-it, which other work on the machine disturbs less; then the same command again, all of it cached; then `saap_plus` at
-0.5 up to the pruned model. Seconds of a stage are those its manifests have. The peak is the largest resident memory
-of one process. Prints tables, how far the results of the two builds are apart, and, as its last line, one JSON object
-of ratios new / old (medians over the rounds).
+Both builds run the same configuration, configs/demo.toml of the other build with the defaults of that commit and what
+--set changes in it, each into a store of its own that is empty at first: from the command to its end, and the
+processor's seconds for it, which other work on the machine disturbs less; then the same command again, all of it
+cached; then `saap_plus` at 0.5 up to the pruned model. Seconds of a stage are those its manifests have. The peak is
+the largest resident memory of one process. Prints tables, how far the results of the two builds are apart, and, as
+its last line, one JSON object of ratios new / old (medians over the rounds).
 """
 
 import argparse
@@ -121,12 +121,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, required=True, help="folder of the other build")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter for the other build")
-    parser.add_argument("--config", type=Path, default=HERE / "configs" / "demo.toml")
+    parser.add_argument(
+        "--config", type=Path, help="one that both know; configs/demo.toml of the other build when absent"
+    )
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--no-plus", action="store_true", help="leave out the ranking by saap_plus")
     arguments = parser.parse_args()
-    config = arguments.config.resolve()
+    config = (arguments.config or arguments.against / "configs" / "demo.toml").resolve()
     builds = {
         "new": Build(HERE, Path(sys.executable), config, arguments.overrides),
         "old": Build(arguments.against.resolve(), arguments.python.absolute(), config, arguments.overrides),
