@@ -24,7 +24,7 @@ from tasks.stages.own_text import own_text
 from tasks.stages.prune import prune, prune_params
 from tasks.stages.rank import rank
 from tasks.stages.recover import recover
-from tasks.stages.recovery_text import recovery_text, shares
+from tasks.stages.recovery_text import recovery_text
 from tasks.stages.score import score
 from tasks.stages.speed import speed
 from tasks.step import Step
@@ -101,20 +101,20 @@ def _prune(graph: "Graph", dense: Source, calibration: Source, times: Source | N
 
 def _recover(graph: "Graph", dense: Source, pruned: Source) -> Source:
     settings = graph.config.recover
-    count = shares(settings)
-    text = None
-    if any(count.values()):
+    instructions, text = graph.data("recovery") if settings.prose + settings.own < 1 else None, None
+    if settings.prose or settings.own:
         text = graph.add(
             recovery_text,
             tokenizer=dense,
-            model=dense if count["own"] else None,
-            data=graph.data("calibration") if count["prose"] else None,
+            model=dense if settings.own else None,
+            data=graph.data("prose") if settings.prose else None,
+            instructions=instructions if settings.examples is None else None,
         )
     return graph.add(
         recover,
         teacher=dense if settings.distill > 0 else None,
         checkpoint=pruned,
-        data=graph.data("recovery") if sum(count.values()) != settings.examples else None,
+        data=instructions,
         text=text,
     )
 

@@ -78,7 +78,7 @@ def _read_ahead(rows: Iterator[int], texts: Sequence[str], count: int) -> Iterat
 
 
 def sample_tokens(
-    texts: Sequence[str], tokenizer: Any, *, count: int, length: int, seed: int
+    texts: Sequence[str], tokenizer: Any, *, count: int, length: int, seed: int, at_most: bool = False
 ) -> tuple[torch.Tensor, np.ndarray]:
     """`count` calibration sequences of exactly `length` tokens, no row used twice.
 
@@ -87,7 +87,7 @@ def sample_tokens(
     window begins at a random place of what was gathered. No special tokens.
 
     Returns tokens int64 (count, length) and the row each sequence begins in, int64 (count,).
-    Raises SaapError when the texts do not hold that many.
+    Raises SaapError when the texts do not hold that many; with at_most they may be fewer, and one is enough.
     """
     rng = np.random.default_rng(seed)
     used: set[int] = set()
@@ -107,7 +107,9 @@ def sample_tokens(
         sequences.append(ids[offset : offset + length])
         rows.append(origin[offset])
         if len(sequences) == count:
-            return torch.tensor(sequences), np.array(rows)
+            break
+    if len(sequences) == count or (at_most and sequences):
+        return torch.tensor(sequences), np.array(rows)
     raise SaapError(
         f"the calibration text holds only {len(sequences)} sequences of {length} tokens, {count} are asked for: "
         "ask for fewer or shorter ones (calibrate.count and calibrate.length; for recovery recover.prose and "

@@ -14,6 +14,7 @@ from tasks.toml import ConfigError
 
 SHUFFLED_AT_ONCE = 1 << 22  # rows: as in saap.texts, which needs torch
 _DRAWN = "drawn one by one"
+SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,20 @@ class Found:
     place: str
 
 
+def is_texts(file: Path) -> bool:
+    """Whether it may stand in the place of a folder for texts: a file of a kind that we read."""
+    return file.suffix in SUFFIXES and file.is_file()
+
+
 def data_file(data: str, role: str) -> Path:
-    """The file of a role in the mini pack or a folder. Raises MissingData when a folder lacks it."""
+    """A role's file in the mini pack or a folder; a file of texts is one. Raises MissingData where there is none."""
     folder = mini_folder() if data == "mini" else Path(data)
+    if role == "calibration" and is_texts(folder):
+        return folder
     if not folder.is_dir():
         raise ConfigError(f"data folder {folder} does not exist: data is 'mini', 'hub' or a folder")
     place = DATA[role].place
-    for suffix in (".parquet", ".jsonl", ".json"):
+    for suffix in SUFFIXES:
         if (file := folder / f"{place}{suffix}").is_file():
             return file
     raise MissingData(f"{folder} has no {place}.parquet (or .jsonl), needed for {role}: put it there and run again")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from storage.keys import Fingerprints
 from tasks.config import RunConfig
-from tasks.data import Found, MissingData, find_data
+from tasks.data import Found, MissingData, find_data, is_texts
 from tasks.model_source import ModelSource, model_source
+from tasks.toml import ConfigError
 
 
 class Outside:
@@ -18,8 +19,6 @@ class Outside:
     def __init__(self, config: RunConfig, *, look_only: bool = False) -> None:
         self._config = config
         self._fingerprints = Fingerprints(Path(config.store).resolve(), look_only=look_only)
-        data = config.data
-        self._data_setting = data if data in ("mini", "hub") else str(Path(data).resolve())
         self._data: dict[str, Found | MissingData] = {}
 
     @cached_property
@@ -28,7 +27,7 @@ class Outside:
         return model_source(self._config.model.path, self._config.model.revision, self._fingerprints)
 
     def data(self, role: str) -> str:
-        """The fingerprint of a role's data. Raises MissingData when it is not there."""
+        """The fingerprint of a role's data, or of 'prose' to recover on. Raises MissingData when it is not there."""
         return self._found(role).fingerprint
 
     def place(self, role: str) -> str:
@@ -38,13 +37,24 @@ class Outside:
     def _found(self, role: str) -> Found:
         if role not in self._data:
             try:
-                self._data[role] = find_data(self._data_setting, role, self._fingerprints)
+                self._data[role] = self._find(role)
             except MissingData as missing:
                 self._data[role] = missing
         found = self._data[role]
         if isinstance(found, MissingData):
             raise found
         return found
+
+    def _find(self, role: str) -> Found:
+        data, prose_from = self._config.data, self._config.recover.prose_from
+        if role == "prose":
+            role, data = "calibration", prose_from or data
+            if prose_from not in (None, "mini", "hub") and not (Path(data).is_dir() or is_texts(Path(data))):
+                raise ConfigError(
+                    f"recover.prose_from = '{prose_from}' does not exist or is no file of texts: give one (.parquet, "
+                    ".jsonl), a data folder or 'hub'"
+                )
+        return find_data(data if data in ("mini", "hub") else str(Path(data).resolve()), role, self._fingerprints)
 
     def missing(self, role: str) -> str | None:
         """Why a role's data cannot be had and what helps; None when it is there."""
@@ -63,7 +73,7 @@ class SharedOutside:
         self._seen: dict[tuple[str | None, ...], Outside] = {}
 
     def of(self, config: RunConfig) -> Outside:
-        places = (config.store, config.data, config.model.path, config.model.revision)
+        places = (config.store, config.data, config.recover.prose_from, config.model.path, config.model.revision)
         if places not in self._seen:
             self._seen[places] = Outside(config, look_only=self._look_only)
         return self._seen[places]

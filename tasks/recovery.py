@@ -12,9 +12,17 @@ class Recover(Section):
     recipe: Literal["groupwise", "lora", "qlora", "none"] = Field(
         "groupwise", description="group-wise codes that merge exactly; peft's LoRA; LoRA over NF4; or no recovery"
     )
-    examples: Amount | None = Field(None, description="instruction rows to train on, the first so many; all if absent")
-    prose: Share = Field(0.0, description="share of the examples that is prose of the calibration set instead")
-    own: Share = Field(0.0, description="share of the examples that the dense model writes itself instead")
+    examples: Amount | None = Field(
+        None, description="how many to train on; as many as there are instruction rows if absent"
+    )
+    prose: Share = Field(
+        0.3, description="share of the examples that is prose; what is neither this nor own is Alpaca's"
+    )
+    prose_from: Text | None = Field(
+        None,
+        description="a file of texts, a data folder or 'hub' to draw prose from; that of the calibration if absent",
+    )
+    own: Share = Field(0.3, description="share of the examples that the dense model writes itself")
     bits: Annotated[int, Field(ge=2, le=8)] = Field(4, description="of a groupwise code")
     group_size: Annotated[Count, Field(ge=2)] = Field(32, description="inputs that share a scale and a zero")
     groups: Count | None = Field(
@@ -56,6 +64,12 @@ class Recover(Section):
     seed: Seed = Field(0, description="data order and adapter initialisation")
 
 
+def counts(recover: Recover, examples: int) -> dict[str, int]:
+    """How many of so many examples are prose, and how many the model's own."""
+    prose = round(recover.prose * examples)
+    return {"prose": prose, "own": round((recover.prose + recover.own) * examples) - prose}
+
+
 def wrong_recovery(recover: Recover) -> str | None:
     """What does not go together, in a line."""
     if recover.batch_size % recover.micro_batch_size:
@@ -63,11 +77,17 @@ def wrong_recovery(recover: Recover) -> str | None:
     if recover.recipe == "none":
         return None
     if recover.prose + recover.own > 1:
-        return "recover.prose and recover.own are shares of the examples: together at most 1"
-    if recover.prose + recover.own > 0 and recover.examples is None:
-        return "recover.prose and recover.own are shares of recover.examples: set that too"
-    for name, share in (("prose", recover.prose), ("own", recover.own)):
-        if share and recover.examples and share * recover.examples < 1:
+        return (
+            f"recover.prose = {recover.prose} and recover.own = {recover.own} are shares of the examples: together at "
+            "most 1"
+        )
+    if recover.prose_from is not None and not recover.prose:
+        return "recover.prose_from has no effect at recover.prose = 0: raise that, or leave it out"
+    if recover.examples is None and recover.prose + recover.own == 1:
+        return "recover.prose and recover.own leave no instruction rows to count: say how many recover.examples"
+    for name, count in {} if recover.examples is None else counts(recover, recover.examples).items():
+        if getattr(recover, name) and not count:
+            share = getattr(recover, name)
             return f"recover.{name} = {share} of recover.examples = {recover.examples} is less than one: raise either"
     held_out = None if recover.examples is None else min(int(recover.examples * recover.held_out), 128)
     if recover.patience is not None and (not recover.held_out or held_out == 0):

@@ -25,7 +25,7 @@ from tasks.step import Step
 
 def _params(config: RunConfig) -> dict[str, object]:
     unused = {name for name in ("prose", "own", "minutes") if not getattr(config.recover, name)}
-    return config.recover.model_dump(exclude={*MEMORY, *unused}) | dtype_of(config)
+    return config.recover.model_dump(exclude={*MEMORY, *unused, "prose_from"}) | dtype_of(config)
 
 
 def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
@@ -37,8 +37,9 @@ def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[
     """Alpaca's rows, with those of tokens among them."""
     config = step.config()
     tokens = [] if text is None else text.read().tolist()
-    count = None if config["examples"] is None else config["examples"] - len(tokens)
-    rows = [] if data is None else read_data(data.name, "recovery")[:count]
+    rows = [] if data is None else read_data(data.name, "recovery")
+    count = len(rows) if config["examples"] is None else config["examples"]
+    rows = rows[: count - len(tokens)]
     if tokens:
         rows += [{"tokens": ids} for ids in tokens]
         random.Random(config["seed"]).shuffle(rows)  # the last ones are held out

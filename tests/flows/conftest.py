@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+RECOVER = "examples = 8, prose = 0, own = 0, batch_size = 4, micro_batch_size = 4, rank = 4, group_size = 16"
 KILLER = Path(__file__).parent / "kill.py"
 
 
@@ -22,7 +23,7 @@ store = "{tmp_path / "store"}"
 model.path = "{tiny_folder}"
 calibrate = {{ count = 4, length = 16 }}
 prune = {{ ratio = 0.2, align = 8, protect = [0, -1] }}
-recover = {{ examples = 8, epochs = 1, batch_size = 4, micro_batch_size = 4, rank = 4, group_size = 16, distill = 0.5 }}
+recover = {{ {RECOVER}, distill = 0.5 }}
 evaluate = {{ benchmarks = ["arc_easy", "wikitext2"], limit = 4, windows = [32], max_tokens = 512 }}
 speed = {{ prompt_tokens = 8, new_tokens = 4, runs = 2, warmup = 1 }}
 compute = {{ device = "cpu", threads = 1 }}

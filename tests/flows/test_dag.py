@@ -73,6 +73,25 @@ def test_a_setting_changes_the_keys_of_its_stage_and_of_those_after_it_only(sett
     assert changed(settings, override) == expected
 
 
+def test_other_prose_makes_other_text_to_recover_on_and_no_other_calibration(settings, tmp_path):
+    prose = tmp_path / "prose.jsonl"
+    prose.write_text((mini_folder() / "bookcorpus_like/passages.jsonl").read_text())
+    kinds = "recover.prose=0.25", "recover.own=0.25"
+    before = keys(settings, *kinds)
+    assert keys(settings, *kinds, f"recover.prose_from={prose}") == before  # the same passages
+    prose.write_text('{"text": "Another passage, of other words."}\n')
+    after = keys(settings, *kinds, f"recover.prose_from={prose}")
+    other = {label for label in before if before[label] != after[label]}
+    assert other == {"recovery_text", "recover", "speed"} | RECOVERED
+
+
+def test_the_number_of_examples_is_that_of_the_instruction_rows_by_default(config, tmp_path):
+    config.write_text(config.read_text().replace("examples = 8, prose = 0, own = 0, ", ""))
+    text = next(step for step in build(load_config(config)) if step.stage == "recovery_text")
+    assert {"prose": 0.3, "own": 0.3}.items() <= text.config().items()
+    assert {name for name, _ in text.outside} == {"tokenizer", "model", "data", "instructions"}
+
+
 def test_other_weights_change_every_key_and_another_folder_of_the_same_changes_none(settings, tiny_folder, tmp_path):
     same = shutil.copytree(tiny_folder, tmp_path / "same")
     assert changed(settings, f"model.path={same}") == set()

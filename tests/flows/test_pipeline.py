@@ -15,6 +15,7 @@ import pytest
 from storage.artifacts import MANIFEST
 from storage.runs import all_runs, read_run, read_stages
 from storage.warehouse import Warehouse
+from tasks.data import read_data
 from tests.flows.conftest import ask, saap
 
 pytestmark = pytest.mark.slow
@@ -201,3 +202,15 @@ def test_a_bloom_runs_through_every_stage_but_recovery(config, store, tiny_folde
     rows = ask(store, "select variant, value from metrics where benchmark = 'wikitext2' order by variant")
     assert [row["variant"] for row in rows] == ["dense", "pruned"]
     assert all(1 < float(row["value"]) < 1e4 for row in rows)
+
+
+def test_a_run_recovers_on_three_kinds_of_text_with_its_own_file_of_prose(config, store, tmp_path, prefect_server):
+    config.write_text(config.read_text().replace("examples = 8, prose = 0, own = 0, ", ""))
+    prose = tmp_path / "prose.jsonl"
+    prose.write_text("".join(json.dumps({"text": f"Part {n}. " + "The river ran on. " * 40}) + "\n" for n in range(6)))
+    run(config, f"recover.prose_from={prose}", "recover.max_length=24", "recover.epochs=0.2", "evaluate.variants=[]")
+    (made,) = [json.loads(file.read_text())["summary"] for file in store.glob(f"recovery_text/*/{MANIFEST}")]
+    rows = len(read_data("mini", "recovery"))
+    assert made == {"prose": 6, "own": round(0.6 * rows) - round(0.3 * rows)}
+    (trained,) = ask(store, "select count(*) as steps from training where loss is not null")
+    assert int(trained["steps"]) > 1

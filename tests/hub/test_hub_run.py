@@ -15,7 +15,7 @@ data = "hub"
 model.path = "org/tiny"
 calibrate = {{ count = 4, length = 16 }}
 prune = {{ ratio = 0.2, align = 8, protect = [0, -1] }}
-recover = {{ examples = 8, epochs = 1, batch_size = 4, micro_batch_size = 4, rank = 4, group_size = 16 }}
+recover = {{ examples = 8, prose = 0, own = 0, batch_size = 4, micro_batch_size = 4, rank = 4, group_size = 16 }}
 evaluate = {{ variants = ["dense"], limit = 2, windows = [32], max_tokens = 512 }}
 speed.runs = 0
 compute = {{ device = "cpu", threads = 1 }}

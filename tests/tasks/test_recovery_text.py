@@ -7,23 +7,25 @@ import pytest
 import saap
 from storage.tables import read_table
 from tasks.config import load_config
-from tasks.data import calibration_texts
+from tasks.data import calibration_texts, read_data
 from tasks.how import Compute
 from tasks.inputs import Checkpoint, Data, Tokenizer, forget_model
+from tasks.recovery import counts
 from tasks.stages.calibrate import Calibration
 from tasks.stages.own_text import own_text
 from tasks.stages.recover import _rows, recover
-from tasks.stages.recovery_text import OTHER_SEED, recovery_text, shares
+from tasks.stages.recovery_text import OTHER_SEED, recovery_text
 from tasks.step import Step
+from tasks.toml import ConfigError
 
 SETS = ("recover.examples=12", "recover.prose=0.25", "recover.own=0.5", "recover.max_length=10", "recover.seed=3")
 
 
 @pytest.fixture
 def step(tiny_folder, tmp_path):
-    def of(stage, *sets):
+    def of(stage, *sets, given=SETS):
         outside = tuple((name, str(tiny_folder)) for name in ("model", "tokenizer"))
-        params = json.dumps(stage.params(load_config(None, (*SETS, *sets))))
+        params = json.dumps(stage.params(load_config(None, (*given, *sets))))
         return Step(stage.name, "key", params, (), outside, Compute().model_dump_json(), str(tmp_path))
 
     yield of
@@ -81,14 +83,46 @@ def test_the_rows_are_as_many_as_asked_for_and_mixed(text, step):
 def test_counts_never_exceed_the_examples():
     for examples in range(8, 60):
         for prose in (0.0, 0.125, 0.25, 0.5):
-            settings = load_config(
-                None,
-                (
-                    f"recover.examples={examples}",
-                    f"recover.prose={prose}",
-                    f"recover.own={1 - prose}",
-                    "recover.held_out=0",
-                    "recover.micro_batch_size=1",
-                ),
-            ).recover
-            assert sum(shares(settings).values()) == examples
+            sets = f"recover.examples={examples}", f"recover.prose={prose}", f"recover.own={1 - prose}"
+            more = "recover.held_out=0", "recover.micro_batch_size=1"
+            assert sum(counts(load_config(None, (*sets, *more)).recover, examples).values()) == examples
+
+
+def test_without_a_number_of_examples_there_are_as_many_as_instruction_rows(
+    step, tiny_folder, tiny_tokenizer, tmp_path
+):
+    novels = tmp_path / "novels.jsonl"
+    texts = [f"Chapter {n}. " + "The sea was calm. " * 9 for n in range(5)]
+    novels.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sets = *SETS[1:], f"recover.prose_from={novels}"
+    there = read_data("mini", "recovery")
+    (tmp_path / "text").mkdir()
+    made = recovery_text.make(
+        step(recovery_text, given=sets),
+        tmp_path / "text",
+        tokenizer=Tokenizer(tiny_folder),
+        model=Checkpoint(tiny_folder),
+        data=Data(str(novels)),
+        instructions=Data("mini"),
+    )
+    wanted = round(0.25 * len(there))  # more than the novels hold
+    assert made == {"prose": 5, "own": round(0.75 * len(there)) - wanted}
+    text = Calibration(tmp_path / "text")
+    about = {"count": 5, "length": 10, "seed": 3 + OTHER_SEED}
+    assert text.read()[:5].tolist() == saap.sample_tokens(texts, tiny_tokenizer, **about)[0].tolist()
+    rows = _rows(step(recover, given=sets), Data("mini"), text)
+    instructions = [row for row in rows if "tokens" not in row]
+    assert (len(rows), len(instructions)) == (len(there), len(there) - sum(made.values()))
+    assert all(row in there[: len(instructions)] for row in instructions)
+
+
+def test_shares_of_too_few_instruction_rows_are_an_error(step, tiny_folder, tmp_path):
+    sets = "recover.prose=0.001", "recover.own=0"
+    with pytest.raises(ConfigError, match=r"recover\.prose and recover\.own of \d+ instruction rows are less than one"):
+        recovery_text.make(
+            step(recovery_text, given=sets),
+            tmp_path,
+            tokenizer=Tokenizer(tiny_folder),
+            data=Data("mini"),
+            instructions=Data("mini"),
+        )
