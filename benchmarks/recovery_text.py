@@ -1,16 +1,19 @@
 """What a recovery brings back, by its text, recipe and schedule: one command for the trials of docs/recovery.md.
 
     python benchmarks/recovery_text.py --data FOLDER                     # a data folder (docs/data.md); 240 steps a row
-    python benchmarks/recovery_text.py --data FOLDER --minutes 15 --rows alpaca prose+own --ratios 0.2 0.5
+    python benchmarks/recovery_text.py --data FOLDER --minutes 15 --rows mixed mixed:recipe=lora --ratios 0.2 0.5
     python benchmarks/recovery_text.py --data FOLDER --rows own:distill=0.9 alpaca=0.2+prose=0.8:learning_rate=3e-3
 
 A model is pruned by `--criterion`, a row of benchmarks/criteria.py, once for each seed and ratio, and each row recovers
 a copy of it. A row names its texts with their shares (equal ones where it gives none): `alpaca` (its first rows),
 `prose` (of the calibration set, apart from what ranks), `own` (written by the dense model), or `wikitext2`, passages
 of the test set behind those that are measured: how far text of the tested kind would bring it, no recovery to use.
-After a colon come the recipe (`recipe=lora`; groupwise where it says none), its options and those of the training. The
-row `untrained` is the codes alone: what quantising costs. With `choose=gap` the rows of Alpaca and of the prose are not
-the first ones: of three times as many, those on which the pruned model has lost most.
+`mixed` stands for the pipeline's default, alpaca=0.4+prose=0.3+own=0.3. After a colon come the recipe (`recipe=lora`;
+groupwise where it says none), its options and those of the training. The row `untrained` is the codes alone: what
+quantising costs; with `start=mean` the zeros then take the mean error of their quantisation group, the most that an
+adapter could start from. The rows of Alpaca and of the prose are the first ones, or of three times as many: with
+`choose=gap` those on which the pruned model has lost most, with `choose=long` Alpaca's with the longest answers, no
+answer twice.
 
 Shown are perplexities, and how much of ln(pruned / dense) is closed, on WikiText-2 and PTB, which only report, and on
 text held out: novels, Alpaca's last rows, and text of the model's own with another seed. "Held out" is the mean share
@@ -40,16 +43,19 @@ from tasks.data import read_data
 
 OTHER_SEED = 1_000_003  # added: text that is neither what ranks nor what is measured
 HELD_OUT_ROWS = 64
+MIXED = "alpaca=0.4+prose=0.3+own=0.3"
 ROWS = [
-    "untrained:rounding=feedback",
     "untrained",
+    "untrained:rounding=feedback",
+    "untrained:start=mean",
     "alpaca",
     "prose",
     "own",
-    "alpaca+prose",
-    "alpaca+own",
-    "prose+own",
-    "alpaca+prose+own",
+    "mixed",
+    "mixed:rounding=feedback",
+    "mixed:recipe=lora:learning_rate=3e-4",
+    "mixed:recipe=qlora:learning_rate=3e-4",
+    "wikitext2",
 ]
 TEXTS = ("wikitext2", "ptb", "novels", "alpaca", "own")  # measured on; the last three are held out
 
@@ -59,6 +65,7 @@ def parse_row(row: str) -> tuple[dict[str, float], dict[str, Any]]:
     texts, _, rest = row.partition(":")
     _, options, _ = parse(f"random:{rest}" if rest else "random")
     shares = {}
+    texts = MIXED if texts == "mixed" else texts
     if texts != "untrained":
         named = [part.partition("=") for part in texts.split("+")]
         shares = {name: float(share) if share else 1 / len(named) for name, _, share in named}
@@ -74,15 +81,18 @@ class Source:
         self.data, self.model, self.tokenizer, self.length, self.seed = data, model, tokenizer, length, seed
         self.known: dict[str, list[dict[str, Any]]] = {}
 
-    def rows(self, shares: dict[str, float], count: int, small: Any = None) -> list[dict[str, Any]]:
-        """`count` rows, mixed as the pipeline mixes them. small: a pruned model to choose them by."""
+    def rows(self, shares: dict[str, float], count: int, choose: str, small: Any) -> list[dict[str, Any]]:
+        """`count` rows, mixed as the pipeline mixes them. small: the pruned model, to choose them by."""
         found = []
         for name, share in shares.items():
             wanted = round(share * count)
-            if small is None or name == "own":
-                found += self._some(name, wanted)
-            else:
+            if choose == "gap" and name != "own":
                 found += self._widest_gaps(self._some(name, 3 * wanted), wanted, small)
+            elif choose == "long" and name == "alpaca":
+                answers = {row["output"]: row for row in self._some(name, 3 * wanted)}
+                found += [answers[answer] for answer in sorted(answers, key=len, reverse=True)[:wanted]]
+            else:
+                found += self._some(name, wanted)
         random.Random(self.seed).shuffle(found)
         return found
 
@@ -137,6 +147,19 @@ def measured_texts(arguments: argparse.Namespace, model: Any, tokenizer: Any) ->
     held_out["own"] = saap.own_text(model, tokenizer, count=windows, length=length, seed=2 * OTHER_SEED)
     _, test = texts_of("test", arguments.data, tokenizer, windows, length)
     return calibration, {name: {**test, **held_out}[name] for name in TEXTS}
+
+
+def untrained(small: Any, options: dict[str, Any], tokens: torch.Tensor) -> Any:
+    """The pruned model in codes, as floats."""
+    text_of = {"feedback": tokens, "nearest": None}
+    codes = saap.to_groupwise(small, tokens=text_of[options.get("rounding", "nearest")])
+    if options.get("start") == "mean":
+        for name, layer in codes.named_modules():
+            if isinstance(layer, saap.GroupwiseLinear):
+                error = small.get_submodule(name).weight.float() - layer.weight()
+                counts = layer.pool(torch.ones(1, layer.in_features))
+                layer.zero += (layer.pool(error) / counts).half()
+    return saap.dequantize(codes)
 
 
 def recovered(
@@ -226,15 +249,13 @@ def main() -> None:
             table.add(f"pruned{end}", small, 0, *spent)
             for row, (shares, options) in parsed.items():
                 if not shares:
-                    text_of = {"feedback": tokens, "nearest": None}
-                    codes = saap.to_groupwise(small, tokens=text_of[options.get("rounding", "nearest")])
-                    table.add(row + end, saap.dequantize(codes), 0, 0, 0)
+                    table.add(row + end, untrained(small, options, tokens), 0, 0, 0)
                     continue
                 settings = {"batch_size": 8, "minutes": arguments.minutes, "seed": seed, "max_length": arguments.length}
                 settings |= {"save_steps": 10**6, **options}
                 count = settings["batch_size"] * settings.pop("steps", arguments.steps) + HELD_OUT_ROWS
                 settings["held_out"] = (HELD_OUT_ROWS + 0.5) / count
-                examples = text.rows(shares, count, small if settings.pop("choose", "first") == "gap" else None)
+                examples = text.rows(shares, count, settings.pop("choose", "first"), small)
                 start, made = time.perf_counter(), []  # type: ignore[var-annotated]
                 with tempfile.TemporaryDirectory() as work:
                     job = small, examples, tokenizer, settings, model, work
