@@ -13,7 +13,7 @@ from tasks.config import ACCURACIES, RunConfig
 from tasks.criteria import NEEDS, needs_of
 from tasks.families import check_family
 from tasks.model_source import ModelSource, embedded_config
-from tasks.stages.prune import prune_params
+from tasks.stages.prune import check_removed, prune_params
 from tasks.toml import ConfigError
 
 
@@ -225,7 +225,11 @@ def _check_plan(config: RunConfig, facts: Facts) -> None:
     cut = config.settled().prune
     score = np.zeros(len(facts.groups))
     options: dict[str, Any] = {"protect": cut.protect, "align": cut.align}
-    select(score, facts.groups, cut.ratio, search=cut.search, direction=cut.direction, kinds=cut.kinds, **options)
+    keep = select(
+        score, facts.groups, cut.ratio, search=cut.search, direction=cut.direction, kinds=cut.kinds, **options
+    )
+    if cut.search != "global":  # the same number of each whatever their scores
+        check_removed(keep, prune_params(config))
 
 
 def _check_lengths(config: RunConfig, facts: Facts) -> None:

@@ -17,12 +17,13 @@ _NUMBER = re.compile(r"(-?[\d.,]+(e[+-]\d+)?( ?[M×%]| MB)?|–)?")
 
 def print_run(store: Path, run_id: str, data: str, page: Path | None) -> None:
     """The closing lines of a run: results, seconds a stage, where its files and its page lie."""
-    from flows.report import result_rows, skipped_rows, stage_rows
+    from flows.report import only_other_windows, result_rows, skipped_rows, stage_rows
     from storage.warehouse import Warehouse
 
     with Warehouse(store).reading() as connection:
         columns, rows = result_rows(connection, run_id)
         skipped, stages = skipped_rows(connection, run_id), stage_rows(connection, run_id)
+        elsewhere = only_other_windows(connection, run_id)
     print_table(columns, rows, title=f"run {run_id}")
     for benchmark, why in skipped:
         console.print(f"skipped {benchmark}: {why}", style="yellow", highlight=False, soft_wrap=True)
@@ -38,6 +39,13 @@ def print_run(store: Path, run_id: str, data: str, page: Path | None) -> None:
     console.print(
         "accuracies in %, the papers' metric of each task; perplexities (↓) at 128 tokens", style="dim", highlight=False
     )
+    if elsewhere:
+        console.print(
+            f"windows of 128 tokens were not measured; other perplexities: saap sql --store {store} "
+            f"\"select * from comparison where run_id = '{run_id}'\"",
+            highlight=False,
+            soft_wrap=True,
+        )
     _say_what_data_is_for(data)
     for what, where in (("files", store), ("page", page)):
         if where is not None:

@@ -53,6 +53,13 @@ def result_rows(connection: DuckDBPyConnection, run_id: str) -> tuple[list[str],
     return [*columns, "params", *(["active"] if sparse else []), "weights", "tok/s", "speed"], rows
 
 
+def only_other_windows(connection: DuckDBPyConnection, run_id: str) -> bool:
+    """Whether perplexities were measured, but not in windows of 128 tokens, the papers', which tables show."""
+    query = "select count(*) > 0 and not bool_or(papers) from metrics where run_id = ? and metric = 'perplexity'"
+    ((found,),) = connection.execute(query, [run_id]).fetchall()
+    return bool(found)
+
+
 def stage_rows(connection: DuckDBPyConnection, run_id: str) -> list[tuple[str, int, int, float]]:
     """(stage, steps, of which cached, seconds computing in this run) in the order of the run."""
     return connection.execute(

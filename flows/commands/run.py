@@ -11,7 +11,7 @@ from flows.printing import console, print_comparison, print_run, print_table
 from flows.progress import show_progress
 from tasks.config import ConfigError, RunConfig
 from tasks.step import Step
-from tasks.toml import toml_value
+from tasks.toml import read_toml, toml_value
 
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
 WantedConfig = Annotated[Path | None, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
@@ -54,6 +54,8 @@ def run(
         )
     overrides = _overrides(set_, store)
     settings = load_config(config, overrides)
+    if "sweep" in read_toml(config):
+        console.print(f"this runs what stands outside [sweep] only; all of it: saap sweep {config}", markup=False)
     _start(settings.store)
     from flows.job import prepare  # only now: what it imports reads the environment
 

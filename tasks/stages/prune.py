@@ -19,6 +19,7 @@ from tasks.stages.layer_times import LayerTimes
 from tasks.stages.rank import Ranking
 from tasks.step import Step
 from tasks.target import aim_of
+from tasks.toml import ConfigError
 from tasks.values import parse_target
 
 
@@ -46,6 +47,16 @@ def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
     return digest([model.weights, model.tokenizer, *([model.extras] if model.extras else [])])
 
 
+def check_removed(keep: Any, params: dict[str, Any]) -> None:
+    """Raises ConfigError for a plan in which every group stays. params: those of the stage."""
+    if keep.all():
+        wanted = f"target = '{params['target']}'" if "target" in params else f"ratio = {params['ratio']}"
+        raise ConfigError(
+            f"prune.{wanted} removes nothing in steps of prune.align = {params['align']} channels: remove more, "
+            "or lower align"
+        )
+
+
 @stage(version=4, publishes=Checkpoint, params=prune_params, fingerprint=_fingerprint)
 def prune(
     step: Step,
@@ -69,6 +80,7 @@ def prune(
         keep, _ = saap.select_for(groups.read(), found, aim.size, aim.wanted, **options)
     else:
         keep = saap.select(groups.read(), found, config["ratio"], **options)
+    check_removed(keep, config)
     write_table(folder, "plan", {"layer": found.layer, "kind": found.kind, "unit": found.unit, "kept": keep})
     write_table(folder, "widths", _widths(found, keep))
     small = saap.prune(dense, keep)

@@ -19,6 +19,7 @@ RUNS = [
     (["prune.ratio=0.99"], ["0.99", "cannot be reached"]),
     (["prune.ratio=0.9", "prune.protect=[0,1,2,3]"], ["0.9", "cannot be reached"]),
     (["prune.protect=[0,1,2,3,4,5]"], ["cannot be reached"]),
+    (["prune.ratio=0.01", "prune.align=1000"], ["prune.ratio = 0.01 removes nothing", "prune.align = 1000"]),
     (["prune.kinds=mlp", "prune.ratio=0.8"], ["cannot be reached", "heads"]),
     (["prune.search=uniform", "prune.align=96", "prune.ratio=0.6"], ["cannot be reached"]),
     (["recover.targets=['query']"], ["query", "recover.targets", "q_proj"]),

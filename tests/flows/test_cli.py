@@ -207,3 +207,24 @@ def test_csv_output_is_nothing_but_csv(tmp_path):
     done = saap("sql", "select 'a,b' as x, 1.5 as y", "--store", tmp_path, "--csv")
     assert list(csv.reader(io.StringIO(done.stdout))) == [["x", "y"], ["a,b", "1.5"]]
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_run_says_what_its_table_leaves_out(config, prefect_server):
+    """Here: the rest of a sweep, and perplexities in windows that are not the papers'."""
+    config.write_text(config.read_text() + "\n[sweep]\n'prune.ratio' = [0.2, 0.3]\n")
+    small = ("recover.recipe=none", "evaluate.benchmarks=['wikitext2']", "evaluate.variants=['pruned']", "speed.runs=0")
+    done = saap("run", config, *(word for value in small for word in ("--set", value)))
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert f"saap sweep {config}" in said
+    assert "windows of 128 tokens were not measured" in said
+    assert "from comparison where run_id" in said
+
+
+@pytest.mark.slow
+def test_a_plan_that_removes_nothing_ends_the_run_with_a_line(config, store, prefect_server):
+    sets = ("prune.search=global", "prune.ratio=0.0001", "prune.kinds=mlp", "recover.recipe=none", "speed.runs=0")
+    done = saap("run", config, *(word for value in sets for word in ("--set", value)))
+    refused(done, "prune.ratio = 0.0001 removes nothing")
+    assert not list(store.glob("prune/*/manifest.json"))
