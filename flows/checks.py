@@ -241,8 +241,8 @@ def _check_lengths(config: RunConfig, facts: Facts) -> None:
     prose = recover.recipe != "none" and recover.prose + recover.own > 0
     if positions is not None and prose and recover.max_length > positions:
         raise ConfigError(
-            f"recover.max_length = {recover.max_length}, the tokens of a sequence of prose, is beyond the model's "
-            f"{positions} positions"
+            f"recover.max_length = {recover.max_length}, the tokens of a sequence of prose or own text, is beyond the "
+            f"model's {positions} positions: lower it"
         )
     options = config.evaluate
     if set(options.benchmarks) <= set(ACCURACIES) or not options.variants:

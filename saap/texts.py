@@ -111,9 +111,9 @@ def sample_tokens(
     if len(sequences) == count or (at_most and sequences):
         return torch.tensor(sequences), np.array(rows)
     raise SaapError(
-        f"the calibration text holds only {len(sequences)} sequences of {length} tokens, {count} are asked for: "
+        f"the text holds only {len(sequences)} sequences of {length} tokens, {count} are asked for: give more text, or "
         "ask for fewer or shorter ones (calibrate.count and calibrate.length; for recovery recover.prose and "
-        "recover.max_length), or give more text"
+        "recover.max_length)"
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from storage.keys import Fingerprints
 from tasks.config import RunConfig
-from tasks.data import Found, MissingData, find_data, is_texts
+from tasks.data import SUFFIXES, Found, MissingData, find_data, is_texts
 from tasks.model_source import ModelSource, model_source
 from tasks.toml import ConfigError
 
@@ -47,13 +47,16 @@ class Outside:
 
     def _find(self, role: str) -> Found:
         data, prose_from = self._config.data, self._config.recover.prose_from
-        if role == "prose":
-            role, data = "calibration", prose_from or data
-            if prose_from not in (None, "mini", "hub") and not (Path(data).is_dir() or is_texts(Path(data))):
+        if role == "prose" and prose_from is not None:
+            data, place = prose_from, Path(prose_from)
+            if data not in ("mini", "hub") and not (place.is_dir() or is_texts(place)):
+                wrong = f"is none of {', '.join(SUFFIXES)}" if place.exists() else f"does not exist in {Path.cwd()}"
                 raise ConfigError(
-                    f"recover.prose_from = '{prose_from}' does not exist or is no file of texts: give one (.parquet, "
-                    ".jsonl), a data folder or 'hub'"
+                    f"recover.prose_from = '{data}' {wrong}: give a file of texts, a data folder, 'mini' or 'hub'"
                 )
+        elif is_texts(Path(data)):
+            raise ConfigError(f"data = '{data}' is a file: give the folder of the data sets, 'mini' or 'hub'")
+        role = "calibration" if role == "prose" else role
         return find_data(data if data in ("mini", "hub") else str(Path(data).resolve()), role, self._fingerprints)
 
     def missing(self, role: str) -> str | None:

@@ -20,7 +20,7 @@ class Recover(Section):
     )
     prose_from: Text | None = Field(
         None,
-        description="a file of texts, a data folder or 'hub' to draw prose from; that of the calibration if absent",
+        description="a file of texts, a data folder or 'hub' to draw prose from; as for the calibration if absent",
     )
     own: Share = Field(0.3, description="share of the examples that the dense model writes itself")
     bits: Annotated[int, Field(ge=2, le=8)] = Field(4, description="of a groupwise code")
@@ -81,8 +81,6 @@ def wrong_recovery(recover: Recover) -> str | None:
             f"recover.prose = {recover.prose} and recover.own = {recover.own} are shares of the examples: together at "
             "most 1"
         )
-    if recover.prose_from is not None and not recover.prose:
-        return "recover.prose_from has no effect at recover.prose = 0: raise that, or leave it out"
     if recover.examples is None and recover.prose + recover.own == 1:
         return "recover.prose and recover.own leave no instruction rows to count: say how many recover.examples"
     for name, count in {} if recover.examples is None else counts(recover, recover.examples).items():

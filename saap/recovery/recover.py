@@ -88,13 +88,20 @@ def _examples(
 
     Tokens and labels are int32 arrays: a list takes 36 bytes for each.
     """
-    examples = []
+    examples, answers = [], 0
+    asked = sum("tokens" not in row for row in rows)
     for row in rows:
         example = training_example(row, tokenizer, training.max_length, training.loss_on == "text")
         answered = "tokens" in row or row["output"].strip()
         if answered and any(label != -100 for label in example["labels"]):
             compact = {name: array("i", example[name]) for name in ("input_ids", "labels")}
             examples.append({**example, **compact})
+            answers += "tokens" not in row
+    if examples and asked and not answers:
+        raise SaapError(
+            f"the answer of none of {asked} instruction rows begins within max_length {training.max_length}: raise "
+            "recover.max_length, or train on other text alone (recover.prose and recover.own together 1)"
+        )
     kept = len(examples) - min(int(len(examples) * training.held_out), HELD_OUT_AT_MOST)
     if kept < training.micro_batch_size:
         raise SaapError(

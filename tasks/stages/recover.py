@@ -21,6 +21,7 @@ from tasks.outside import Outside
 from tasks.stage import Summary, dtype_of, stage
 from tasks.stages.calibrate import Calibration
 from tasks.step import Step
+from tasks.toml import ConfigError
 
 
 def _params(config: RunConfig) -> dict[str, object]:
@@ -39,6 +40,11 @@ def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[
     tokens = [] if text is None else text.read().tolist()
     rows = [] if data is None else read_data(data.name, "recovery")
     count = len(rows) if config["examples"] is None else config["examples"]
+    if tokens and data is not None and len(rows) < count - len(tokens):
+        raise ConfigError(
+            f"recover.examples = {count} asks for {count - len(tokens)} instruction rows beside {len(tokens)} other "
+            f"sequences, the data has {len(rows)}: lower it, or raise recover.prose or recover.own"
+        )
     rows = rows[: count - len(tokens)]
     if tokens:
         rows += [{"tokens": ids} for ids in tokens]

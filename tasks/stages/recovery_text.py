@@ -47,7 +47,7 @@ def recovery_text(
     import saap
 
     config, words = step.config(), load_tokenizer(step)
-    count, counted = {name: config[name] for name in ("prose", "own")}, instructions is None
+    count = {name: config[name] for name in ("prose", "own")}
     if instructions is not None:
         there = len(read_data(instructions.name, "recovery"))
         count = counts(Recover.model_construct(**count), there)
@@ -58,9 +58,14 @@ def recovery_text(
     about = {"length": config["length"], "seed": config["seed"] + OTHER_SEED}
     tokens, rows = [], []
     if data is not None and count["prose"]:
-        texts = calibration_texts(data.name)
-        drawn, begun = saap.sample_tokens(texts, words, count=count["prose"], at_most=not counted, **about)
-        tokens, rows, count["prose"] = [drawn.numpy()], [begun], len(drawn)
+        texts, wanted = calibration_texts(data.name), {"count": count["prose"], "at_most": instructions is not None}
+        try:
+            drawn, begun = saap.sample_tokens(texts, words, **wanted, **about)
+        except saap.SaapError as error:
+            raise ConfigError(f"prose to recover on, from {data.name}: {error}") from error
+        if len(drawn) < count["prose"]:
+            count |= {"prose_wanted": count["prose"], "prose": len(drawn)}
+        tokens, rows = [drawn.numpy()], [begun]
     if model is not None and count["own"]:
         written = saap.own_text(load_model(step, model, use="slices"), words, count=count["own"], **about)
         tokens, rows = [*tokens, written.numpy()], [*rows, np.full(len(written), -1)]

@@ -145,7 +145,6 @@ TOGETHER = [
     (["recover.prose=0.01", "recover.examples=40"], ["recover.prose = 0.01", "recover.examples = 40", "less than one"]),
     (["recover.own=0.5", "recover.prose=0.5"], ["recover.own", "recover.examples"]),
     (["recover.own=0.8"], ["recover.own", "recover.prose", "at most 1"]),
-    (["recover.prose=0", "recover.prose_from=novels.jsonl"], ["recover.prose_from", "recover.prose = 0"]),
     (["recover.own=0.5", "recover.prose=0.6", "recover.examples=99"], ["recover.own", "recover.prose", "at most 1"]),
     (["recover.patience=2", "recover.held_out=0"], ["recover.patience", "recover.held_out"]),
     (["recover.patience=2", "recover.examples=20"], ["recover.patience", "recover.held_out"]),

@@ -10,6 +10,7 @@ from flows.sweep import saap_sweep
 from saap.errors import SaapError
 from storage.keys import Fingerprints
 from tasks.config import ConfigError
+from tasks.data import mini_folder
 from tasks.model_source import EMBEDDED, model_source
 from tests.flows.bad_input import assert_refused, refused, settings
 
@@ -24,9 +25,15 @@ RUNS = [
     (["prune.search=uniform", "prune.align=96", "prune.ratio=0.6"], ["cannot be reached"]),
     (["recover.targets=['query']"], ["query", "recover.targets", "q_proj"]),
     (["recover.precision=float16"], ["float16", "GPU"]),
-    (["recover.prose=0.5", "recover.prose_from=gone.jsonl"], ["recover.prose_from = 'gone.jsonl'", "does not exist"]),
+    (
+        ["recover.prose=0.5", "recover.prose_from=gone.jsonl"],
+        ["recover.prose_from = 'gone.jsonl'", "does not exist in"],
+    ),
     (["recover.prose=0.5", "recover.prose_from=saap"], ["saap has no bookcorpus_like/passages.parquet"]),
-    (["recover.prose=0.5", "recover.prose_from=README.md"], ["README.md", "file of texts"]),
+    (["recover.prose=0.5", "recover.prose_from=README.md"], ["README.md", "is none of .parquet"]),
+    (["data=README.md"], ["README.md"]),
+    ([f"data={mini_folder() / 'alpaca/train.jsonl'}"], ["train.jsonl' is a file", "folder"]),
+    (["recover.own=0.5", "recover.max_length=257"], ["recover.max_length = 257", "256 positions", "lower it"]),
     (["calibrate.length=257"], ["calibrate.length", "256 positions"]),
     (["evaluate.windows=[512]"], ["evaluate.windows", "256 positions"]),
     (["evaluate.windows=[]"], ["evaluate.windows is empty"]),

@@ -106,13 +106,14 @@ def test_without_a_number_of_examples_there_are_as_many_as_instruction_rows(
         instructions=Data("mini"),
     )
     wanted = round(0.25 * len(there))  # more than the novels hold
-    assert made == {"prose": 5, "own": round(0.75 * len(there)) - wanted}
+    own = round(0.75 * len(there)) - wanted
+    assert made == {"prose": 5, "prose_wanted": wanted, "own": own}
     text = Calibration(tmp_path / "text")
     about = {"count": 5, "length": 10, "seed": 3 + OTHER_SEED}
     assert text.read()[:5].tolist() == saap.sample_tokens(texts, tiny_tokenizer, **about)[0].tolist()
     rows = _rows(step(recover, given=sets), Data("mini"), text)
     instructions = [row for row in rows if "tokens" not in row]
-    assert (len(rows), len(instructions)) == (len(there), len(there) - sum(made.values()))
+    assert (len(rows), len(instructions)) == (len(there), len(there) - 5 - own)
     assert all(row in there[: len(instructions)] for row in instructions)
 
 
@@ -126,3 +127,12 @@ def test_shares_of_too_few_instruction_rows_are_an_error(step, tiny_folder, tmp_
             data=Data("mini"),
             instructions=Data("mini"),
         )
+
+
+def test_too_few_passages_or_instruction_rows_for_the_examples_are_an_error(step, text, tiny_folder, tmp_path):
+    novels = tmp_path / "novels.jsonl"
+    novels.write_text(json.dumps({"text": "short"}) + "\n")
+    with pytest.raises(ConfigError, match=r"novels\.jsonl: the text holds only 0 sequences of 10 tokens, 3 are asked"):
+        recovery_text.make(step(recovery_text), tmp_path, tokenizer=Tokenizer(tiny_folder), data=Data(str(novels)))
+    with pytest.raises(ConfigError, match=r"recover\.examples = 300 asks for 291 instruction rows .* the data has"):
+        _rows(step(recover, "recover.examples=300"), Data("mini"), text)

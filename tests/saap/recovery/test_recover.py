@@ -216,6 +216,12 @@ def test_sizes_that_cannot_work_are_refused(tiny_llama, tiny_tokenizer, rows, tm
         recover(tiny_llama(), rows, tiny_tokenizer, tmp_path, RECIPE, Training(**(SETTINGS | settings)))
 
 
+def test_other_text_does_not_hide_that_every_answer_is_cut_off(tiny_llama, tiny_tokenizer, rows, tmp_path):
+    mixed = [*rows, *({"tokens": [5] * 4} for _ in range(40))]
+    with pytest.raises(SaapError, match=r"answer of none of 32 instruction rows begins within max_length 4"):
+        recover(tiny_llama(), mixed, tiny_tokenizer, tmp_path, RECIPE, Training(**(SETTINGS | {"max_length": 4})))
+
+
 def test_a_loss_that_is_not_finite_is_an_error(tiny_llama, tiny_tokenizer, rows, tmp_path):
     model = tiny_llama()
     with torch.no_grad():
