@@ -55,7 +55,7 @@ def run(
     overrides = _overrides(set_, store)
     settings = load_config(config, overrides)
     if "sweep" in read_toml(config):
-        console.print(f"this runs what stands outside [sweep] only; all of it: saap sweep {config}", markup=False)
+        typer.echo(f"this runs what stands outside [sweep] only; all of it: saap sweep {config}", err=True)
     _start(settings.store)
     from flows.job import prepare  # only now: what it imports reads the environment
 

@@ -67,7 +67,8 @@ class Reader:
     def __init__(self, folder, models):
         """models: what stands for each /models/… of the pages."""
         self.store, self.home, self.places = folder / "saap_store", folder, {"/path/to/data": str(mini_folder())}
-        self.places |= {"data=hub": "data=mini", **models}
+        prose = str(mini_folder() / "bookcorpus_like/passages.jsonl")
+        self.places |= {"data=hub": "data=mini", "novels.parquet": prose, **models}
         self.configs = folder / "configs"
         self.configs.mkdir()
         for file in (ROOT / "configs").glob("*.toml"):
