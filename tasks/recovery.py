@@ -63,11 +63,16 @@ class Recover(Section):
     save_steps: Count = Field(50, description="optimiser steps between checkpoints to resume from, and held-out losses")
     seed: Seed = Field(0, description="data order and adapter initialisation")
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the examples that are no instructions."""
+        return {"prose": self.prose, "own": self.own}
 
-def counts(recover: Recover, examples: int) -> dict[str, int]:
-    """How many of so many examples are prose, and how many the model's own."""
-    prose = round(recover.prose * examples)
-    return {"prose": prose, "own": round((recover.prose + recover.own) * examples) - prose}
+
+def counts(shares: dict[str, float], examples: int) -> dict[str, int]:
+    """How many of so many examples are prose, and how many the model's own. shares: of these two."""
+    prose = round(shares["prose"] * examples)
+    return {"prose": prose, "own": round((shares["prose"] + shares["own"]) * examples) - prose}
 
 
 def wrong_recovery(recover: Recover) -> str | None:
@@ -83,9 +88,9 @@ def wrong_recovery(recover: Recover) -> str | None:
         )
     if recover.examples is None and recover.prose + recover.own == 1:
         return "recover.prose and recover.own leave no instruction rows to count: say how many recover.examples"
-    for name, count in {} if recover.examples is None else counts(recover, recover.examples).items():
-        if getattr(recover, name) and not count:
-            share = getattr(recover, name)
+    shares = recover.shares
+    for name, count in {} if recover.examples is None else counts(shares, recover.examples).items():
+        if (share := shares[name]) and not count:
             return f"recover.{name} = {share} of recover.examples = {recover.examples} is less than one: raise either"
     held_out = None if recover.examples is None else min(int(recover.examples * recover.held_out), 128)
     if recover.patience is not None and (not recover.held_out or held_out == 0):

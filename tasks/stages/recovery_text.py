@@ -11,7 +11,7 @@ from tasks.config import RunConfig
 from tasks.data import calibration_texts, read_data
 from tasks.inputs import Checkpoint, Data, Tokenizer, load_model, load_tokenizer
 from tasks.outside import Outside
-from tasks.recovery import Recover, counts
+from tasks.recovery import counts
 from tasks.stage import Summary, dtype_of, stage
 from tasks.stages.calibrate import Calibration, write_calibration
 from tasks.step import Step
@@ -22,8 +22,8 @@ OTHER_SEED = 1_000_003  # added: not the sequences that the same seed calibrates
 
 def _params(config: RunConfig) -> dict[str, object]:
     recover = config.recover
-    shares = {"prose": recover.prose, "own": recover.own}  # of as many as there are instruction rows
-    wanted = shares if recover.examples is None else counts(recover, recover.examples)
+    # shares are of as many as there are instruction rows
+    wanted = recover.shares if recover.examples is None else counts(recover.shares, recover.examples)
     return wanted | {"length": recover.max_length, "seed": recover.seed} | (dtype_of(config) if recover.own else {})
 
 
@@ -50,7 +50,7 @@ def recovery_text(
     count = {name: config[name] for name in ("prose", "own")}
     if instructions is not None:
         there = len(read_data(instructions.name, "recovery"))
-        count = counts(Recover.model_construct(**count), there)
+        count = counts(count, there)
         if not any(count.values()):
             raise ConfigError(
                 f"recover.prose and recover.own of {there} instruction rows are less than one: raise them"

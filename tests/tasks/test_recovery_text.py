@@ -85,7 +85,7 @@ def test_counts_never_exceed_the_examples():
         for prose in (0.0, 0.125, 0.25, 0.5):
             sets = f"recover.examples={examples}", f"recover.prose={prose}", f"recover.own={1 - prose}"
             more = "recover.held_out=0", "recover.micro_batch_size=1"
-            assert sum(counts(load_config(None, (*sets, *more)).recover, examples).values()) == examples
+            assert sum(counts(load_config(None, (*sets, *more)).recover.shares, examples).values()) == examples
 
 
 def test_without_a_number_of_examples_there_are_as_many_as_instruction_rows(
