@@ -52,20 +52,21 @@ def wanda_sp(
     stream = Stream(model.eval(), tokens, BATCH)
     scores = []
     for layer in tqdm(range(len(stream.layers)), desc="wanda_sp", unit="layer"):
-        passes = stream.through(layer)
-        masks = {}
-        for kind in passes[0].x:
+        squares: dict[str, torch.Tensor] = {}
+        outs, masks = [], {}
+        for seen in stream.through(layer):
+            outs.append(seen.out)
+            for kind, x in seen.x.items():
+                squares[kind] = x.flatten(0, -2).double().square().sum(0).add_(squares.get(kind, 0.0))
+        for kind in squares:
             linear = stream.matrices[layer, kind]
-            squares = sum(found.x[kind].flatten(0, -2).double().square().sum(0) for found in passes)
             column = linear.weight.float().abs().mean(0, dtype=torch.float64)
-            score = (column * torch.as_tensor(squares).sqrt()).view(-1, stream.widths[layer, kind]).sum(1).cpu().numpy()
+            score = (column * squares[kind].sqrt()).view(-1, stream.widths[layer, kind]).sum(1).cpu().numpy()
             if not np.isfinite(score).all():
                 raise SaapError(f"an activation in layer {layer} ({kind}) is not finite: load the model in float32")
             scores.append(score)
             lowest = np.argsort(-score, kind="stable")[left[layer, kind] :]
             if len(lowest):
                 masks[kind] = torch.from_numpy(lowest)
-        if masks:
-            passes = stream.through(layer, without=masks)
-        stream.states = [found.out for found in passes]
+        stream.states = [seen.out for seen in stream.through(layer, without=masks)] if masks else outs
     return np.concatenate(scores)

@@ -131,7 +131,8 @@ class Feedback:
         with FastLinears(), ExitStack() as stack:
             for name, module in linears.items():
                 stack.callback(module.register_forward_pre_hook(watch(name)).remove)
-            self.stream.through(number)
+            for _ in self.stream.through(number):
+                pass
         return grams
 
 

@@ -1,6 +1,6 @@
 """A model's residual stream, layer by layer: what each layer gets and gives on the calibration text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -59,12 +59,11 @@ class Stream:
             self.states.append(states)
             self.arguments.append(arguments)
 
-    def through(self, layer: int, without: Mapping[str, torch.Tensor] | None = None) -> list[Pass]:
-        """The layer on every batch. The states in front of it stay.
+    def through(self, layer: int, without: Mapping[str, torch.Tensor] | None = None) -> Iterator[Pass]:
+        """The layer on batch after batch. The states in front of it stay. A pass is large: keep what you need of it.
 
         without: kind → int64 (removed,), units of the layer that write nothing, as if they were pruned.
         """
-        passes = []
         for states, arguments in zip(self.states, self.arguments, strict=True):
             args, kwargs = arguments[layer]
             seen = Pass()
@@ -78,8 +77,7 @@ class Stream:
                     stack.callback(self.mixtures[layer].register_forward_pre_hook(seen.watch_experts).remove)
                 out = self.layers[layer](states, *args, **kwargs)
             seen.out = out[0] if isinstance(out, tuple) else out
-            passes.append(seen)
-        return passes
+            yield seen
 
 
 def _silence(units: torch.Tensor, width: int) -> Callable[[nn.Module, tuple], torch.Tensor]:

@@ -5,6 +5,7 @@ form of SparseGPT (arXiv 2301.00774) and ZipLM (2302.04089), for whole columns. 
 tokens count: see `refit`.
 """
 
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -75,100 +76,89 @@ def refit(
     dense, lean = Stream(model, tokens, batch_size), Stream(small, tokens, batch_size)
     with FastLinears():
         for layer, config in enumerate(tqdm(family.layer_configs(model), desc="refit", unit="layer")):
-            wanted, found, factor = dense.through(layer), lean.through(layer), family.residual(config)
-            if (layer, "attention") in lost:
-                between = _between_halves(dense, lean, wanted, found, factor)
-                drifts = _before_norm(wanted, found, "attention") if family.post_norm else between
-                _fit(lean.matrices[layer, "attention"], [factor * own.x["attention"] for own in found], drifts, ridge)
-                found = lean.through(layer)
-            if {(layer, "mlp"), (layer, "expert")} & lost:
-                found = _second_half(family, layer, lean, wanted, found, factor, ridge)
-            dense.states = [theirs.out for theirs in wanted]
-            lean.states = [own.out for own in found]
+            factor, own = family.residual(config), {kind for at, kind in lost if at == layer}
+            outs, targets = _first_half(family, layer, factor, dense, lean, ridge if "attention" in own else None)
+            if layer in lean.mixtures and own & {"mlp", "expert"}:
+                states = _fit_experts(family, layer, lean, outs, ridge)
+            elif "mlp" in own:
+                states = _fit_mlp(family, layer, factor, lean, targets, ridge)
+            else:
+                states = [seen.out for seen in lean.through(layer)]
+            dense.states, lean.states = outs, states
     return small
 
 
-def _second_half(
-    family: Any, layer: int, lean: Stream, wanted: list[Pass], found: list[Pass], factor: float, ridge: float | str
-) -> list[Pass]:
-    """Fit the MLP, or the experts, of the layer; returns its passes after that."""
-    if layer in lean.mixtures:
-        _fit_experts(family, lean.mixtures[layer], found, _behind(wanted, found), ridge)
-        return lean.through(layer)
-    drifts = _before_norm(wanted, found, "mlp") if family.post_norm else _behind(wanted, found)
-    change = _fit(lean.matrices[layer, "mlp"], [factor * own.x["mlp"] for own in found], drifts, ridge)
+def _first_half(
+    family: Any, layer: int, factor: float, dense: Stream, lean: Stream, ridge: float | str | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(what the dense layer gives, what its last matrix is to be fitted to) of each batch.
+
+    With a ridge the attention is fitted too: to the stream between the halves of the layer, which is what came in and
+    what attention adds, or, where a norm stands before the stream, to y of its output matrix.
+    """
+    sums = None if ridge is None else _Sums(lean.matrices[layer, "attention"].weight, ridge)
+    outs, targets = [], []
+    found = lean.through(layer) if sums else repeat(Pass())
+    for before, own_before, theirs, own in zip(dense.states, lean.states, dense.through(layer), found, strict=False):
+        outs.append(theirs.out)
+        targets.append(theirs.y["mlp"] if family.post_norm and "mlp" in theirs.y else theirs.out)
+        if sums:
+            y = theirs.y["attention"]
+            drift = y - own.y["attention"]
+            if family.post_norm:
+                sums.add(factor * own.x["attention"], y, drift)
+            else:
+                sums.add(factor * own.x["attention"], before + factor * y, before - own_before + factor * drift)
+    if sums:
+        sums.weight += sums.change()
+    return outs, targets
+
+
+def _fit_mlp(
+    family: Any, layer: int, factor: float, lean: Stream, targets: list[torch.Tensor], ridge: float | str
+) -> list[torch.Tensor]:
+    """Fit the layer's MLP; returns what the layer then gives for each batch."""
+    sums, outs, inputs = _Sums(lean.matrices[layer, "mlp"].weight, ridge), [], []
+    for target, own in zip(targets, lean.through(layer), strict=True):
+        sums.add(factor * own.x["mlp"], target, target - (own.y["mlp"] if family.post_norm else own.out))
+        if not family.post_norm:
+            outs.append(own.out)
+            inputs.append(own.x["mlp"])
+    change = sums.change()
+    sums.weight += change
     if family.post_norm:
-        return lean.through(layer)
-    for own in found:
-        own.out += factor * F.linear(own.x["mlp"], change)
-    return found
-
-
-def _between_halves(
-    dense: Stream, lean: Stream, wanted: list[Pass], found: list[Pass], factor: float
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """h and h − h' of each batch between the halves of the layer: what came in, and what attention adds."""
-    return [
-        (
-            before + factor * theirs.y["attention"],
-            before - own_before + factor * (theirs.y["attention"] - own.y["attention"]),
-        )
-        for before, own_before, theirs, own in zip(dense.states, lean.states, wanted, found, strict=True)
-    ]
-
-
-def _behind(wanted: list[Pass], found: list[Pass]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """h and h − h' of each batch behind the layer."""
-    return [(theirs.out, theirs.out - own.out) for theirs, own in zip(wanted, found, strict=True)]
-
-
-def _before_norm(wanted: list[Pass], found: list[Pass], kind: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """y and y − y' of the output matrices themselves, where a norm stands before the stream."""
-    return [(theirs.y[kind], theirs.y[kind] - own.y[kind]) for theirs, own in zip(wanted, found, strict=True)]
-
-
-def _fit(
-    linear: nn.Linear,
-    inputs: list[torch.Tensor],
-    drifts: list[tuple[torch.Tensor, torch.Tensor]],
-    ridge: float | str,
-) -> torch.Tensor:
-    """Add Δ to the weight, and return it. inputs: x of each batch; drifts: h and h − h' of each batch."""
-    flat, first = [], 0
-    for x, (stream, drift) in zip(inputs, drifts, strict=True):
-        flat.append((*(t.flatten(0, -2) for t in (x, stream, drift)), _held(first, x)))
-        first += len(x)
-    change = _solved(linear.weight, flat, ridge)
-    linear.weight += change
-    return change
+        return [own.out for own in lean.through(layer)]
+    for out, x in zip(outs, inputs, strict=True):
+        out += factor * F.linear(x, change)
+    return outs
 
 
 def _fit_experts(
-    family: Any,
-    experts: nn.Module,
-    found: list[Pass],
-    drifts: list[tuple[torch.Tensor, torch.Tensor]],
-    ridge: float | str,
-) -> None:
-    """Add a Δ to the down_proj of each expert; drifts: h and h − h' of each batch."""
-    streams, first = [], 0
-    for h, drift in drifts:
-        streams.append((h.flatten(0, -2), drift.flatten(0, -2).float(), _held(first, h)))
+    family: Any, layer: int, lean: Stream, wanted: list[torch.Tensor], ridge: float | str
+) -> list[torch.Tensor]:
+    """Fit the down_proj of each expert, to what is left by those before it; returns what the layer then gives."""
+    experts, first, streams, routed = lean.mixtures[layer], 0, [], []
+    for h, own in zip(wanted, lean.through(layer), strict=True):
+        drift = (h - own.out).flatten(0, -2).float()
+        streams.append((h.flatten(0, -2), drift, _held(first, h)))
+        routed.append(own.routed)
         first += len(h)
-    for expert in range(experts.num_experts):  # type: ignore[arg-type]
+    for expert in range(experts.num_experts):
         down, seen = family.down(experts, expert), []
-        for number, own in enumerate(found):
-            x, index, weights = own.routed
+        for number, (x, index, weights) in enumerate(routed):
             token, place = torch.where(index == expert)
             inputs = weights[token, place, None] * family.activations(experts, expert, x[token])
             seen.append((number, token, inputs))
         if not sum(len(token) for _, token, _ in seen):
             continue
-        batches = [(inputs, *(t[token] for t in streams[number])) for number, token, inputs in seen]
-        change = _solved(down.T, batches, ridge)
+        sums = _Sums(down.T, ridge)
+        for number, token, inputs in seen:
+            sums.add_tokens(inputs, *(t[token] for t in streams[number]))
+        change = sums.change()
         down += change.T
         for number, token, inputs in seen:
             streams[number][1][token] -= F.linear(inputs, change).float()
+    return [own.out for own in lean.through(layer)]
 
 
 def _held(first: int, x: torch.Tensor) -> torch.Tensor:
@@ -178,33 +168,48 @@ def _held(first: int, x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _solved(weight: torch.Tensor, batches: list[tuple[torch.Tensor, ...]], ridge: float | str) -> torch.Tensor:
-    """Δ (out, in), like weight (out, in).
+class _Sums:
+    """What Δ of a matrix follows from, summed over batches: of the tokens to fit on, and of those held back.
 
-    batches: x (n, in), h (n, out), h − h' (n, out), and whether a token is held back, bool (n,), of each.
+    weight: (out, in). Where the ridge is given, none are held back.
     """
-    rows, columns = weight.shape
-    parts = [  # those to fit on, and those held back; one alone where the ridge is given
-        tuple(torch.zeros(size, columns, device=weight.device) for size in (columns, rows))
-        for _ in range(2 if ridge == HELD_OUT else 1)
-    ]
-    for x, stream, drift, held in batches:
-        for number, (gram, cross) in enumerate(parts):
-            own = held == bool(number) if ridge == HELD_OUT else slice(None)
+
+    def __init__(self, weight: torch.Tensor, ridge: float | str) -> None:
+        self.weight, self.ridge, self.sequences = weight, ridge, 0
+        rows, columns = weight.shape
+        self.parts = [
+            tuple(torch.zeros(size, columns, device=weight.device) for size in (columns, rows))
+            for _ in range(2 if ridge == HELD_OUT else 1)
+        ]
+
+    def add(self, x: torch.Tensor, stream: torch.Tensor, drift: torch.Tensor) -> None:
+        """The next batch: x (b, …, in), h and h − h' (b, …, out)."""
+        held = _held(self.sequences, x)
+        self.sequences += len(x)
+        self.add_tokens(x.flatten(0, -2), stream.flatten(0, -2), drift.flatten(0, -2), held)
+
+    def add_tokens(self, x: torch.Tensor, stream: torch.Tensor, drift: torch.Tensor, held: torch.Tensor) -> None:
+        """x (n, in), h and h − h' (n, out), and whether a token is held back, bool (n,)."""
+        for number, (gram, cross) in enumerate(self.parts):
+            own = held == bool(number) if self.ridge == HELD_OUT else slice(None)
             x_t, h_t, drift_t = (t[own].float() for t in (x, stream, drift))
             if len(x_t):
                 weighted = x_t / h_t.square().sum(1, keepdim=True)
                 gram += product(weighted.T, x_t.T)
                 cross += product(drift_t.T, weighted.T)
-    if not all(torch.isfinite(each).all() for part in parts for each in part):
-        raise SaapError("an activation is not finite: load the model in float32")
-    fitted, *held_back = [(gram.double(), cross.double()) for gram, cross in parts]
-    if held_back:
-        (gram, cross), changes = held_back[0], {each: _ridged(*fitted, each) for each in RIDGES}
-        # Σ over the tokens held back of ‖h − h' − Δx‖² / ‖h‖², less what does not depend on Δ
-        ridge = min(RIDGES, key=lambda each: (changes[each] @ gram - 2 * cross).mul_(changes[each]).sum().item())
-        fitted = fitted[0] + gram, fitted[1] + cross
-    return _ridged(*fitted, float(ridge)).to(weight.dtype)
+
+    def change(self) -> torch.Tensor:
+        """Δ (out, in)."""
+        if not all(torch.isfinite(each).all() for part in self.parts for each in part):
+            raise SaapError("an activation is not finite: load the model in float32")
+        ridge = self.ridge
+        fitted, *held_back = [(gram.double(), cross.double()) for gram, cross in self.parts]
+        if held_back:
+            (gram, cross), changes = held_back[0], {each: _ridged(*fitted, each) for each in RIDGES}
+            # Σ over the tokens held back of ‖h − h' − Δx‖² / ‖h‖², less what does not depend on Δ
+            ridge = min(RIDGES, key=lambda each: (changes[each] @ gram - 2 * cross).mul_(changes[each]).sum().item())
+            fitted = fitted[0] + gram, fitted[1] + cross
+        return _ridged(*fitted, float(ridge)).to(self.weight.dtype)
 
 
 def _ridged(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -1,11 +1,14 @@
 """The refit of output matrices: against numpy's least squares, on planted redundancy, and for every kind of family."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from saap import SaapError, discover, prune, refit
+from saap.models.stream import Pass
 from saap.pruning.least_squares import RIDGES
 from tests.saap.models.families import build
 from tests.saap.models.families import random_keep as evenly_kept
@@ -198,3 +201,20 @@ def test_dead_inputs_change_nothing_and_broken_ones_are_an_error(tiny_llama, tok
     other.config.apply_residual_connection_post_layernorm = True
     with pytest.raises(SaapError, match="BLOOM"):
         refit(other, other, keep, tokens)
+
+
+@pytest.mark.parametrize("make", [qwen2, bloom])
+def test_batch_after_batch_is_let_go(make, tokens, monkeypatch):
+    """What a layer computes inside is large: thousands of sequences must not lie in memory at once."""
+    model, alive, most = make(), weakref.WeakSet(), []
+    keep = random_keep(model)
+
+    def made(self):
+        self.x, self.y = {}, {}
+        alive.add(self)
+        most.append(len(alive))
+
+    monkeypatch.setattr(Pass, "__init__", made)
+    refit(prune(model, keep), model, keep, tokens, batch_size=1)
+    assert len(most) > 40
+    assert max(most) <= 4
