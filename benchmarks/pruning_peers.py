@@ -1,10 +1,11 @@
-"""Rivals outside our criteria: whole layers are removed, or the package torch-pruning (`pip install`) prunes.
+"""Rivals outside our criteria: whole layers go, the package torch-pruning (`pip install`) prunes, or gates learn.
 
 Each is a function of (model, tokens int64 (D, T), ratio of the prunable parameters) that returns a pruned copy.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -104,4 +105,80 @@ def torch_pruning(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
     return small.to(model.dtype)
 
 
-PEERS = {"shortgpt": shortgpt, "shortened_llama": shortened_llama, "torch_pruning": torch_pruning}
+TAU, RATE, EPOCHS, SWING = 1.5, 1e-2, 4, 0.5  # of GRASPrune's code
+
+
+def grasprune(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
+    """GRASPrune (arXiv 2604.19398) as its authors' code does it for a LLaMA, a sequence a step; no layer is protected.
+
+    Gates of KV groups (on k and v) and of channels learn from the next token's loss, straight through their projection
+    on the budget, in four passes over the text. In a fifth the kept ones learn scales of ½ to 1½, which are folded in.
+    """
+    groups, generator = saap.discover(model), torch.Generator().manual_seed(42)
+    # channels before heads: at first all gates are equal, and the order decides
+    order = torch.from_numpy(np.lexsort((groups.unit, groups.kind == "attention", groups.layer)))
+    costs = torch.from_numpy(groups.parameters).double()
+
+    def projected(scores: torch.Tensor) -> torch.Tensor:
+        ranked = order[(scores[order] / TAU).sigmoid().argsort(descending=True)]
+        mask = torch.zeros(len(groups))
+        mask[ranked[costs[ranked].cumsum(0) <= (1 - ratio) * costs.sum()]] = 1
+        for *_, index in groups.structures():
+            if not mask[index].any():
+                mask[index[0] + int(scores[index].argmax())] = 1
+        return mask
+
+    def straight_through(scores: torch.Tensor) -> torch.Tensor:
+        soft = (scores / TAU).sigmoid()
+        return projected(scores.detach()) + (soft - soft.detach())
+
+    def learnt(gates_of: Callable[[torch.Tensor], torch.Tensor], passes: int) -> torch.Tensor:
+        scores = torch.zeros(len(groups), requires_grad=True)
+        optimizer = torch.optim.AdamW([scores], lr=RATE, betas=(0.9, 0.99), weight_decay=0)
+        for row in (row for _ in range(passes) for row in torch.randperm(len(tokens), generator=generator)):
+            ids = tokens[row, None].to(model.device)
+            with _gated(model, groups, gates_of(scores)):
+                (scores.grad,) = torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, [scores])
+            optimizer.step()
+        return scores.detach()
+
+    mask = projected(learnt(straight_through, EPOCHS))
+    scales = 1 + SWING * learnt(lambda scores: mask * (1 + SWING * scores.tanh()), 1).tanh()
+    small = saap.prune(model, mask.bool().numpy())
+    layers = saap.family_of(small.config).layers(small)
+    for layer, kind, index in groups.structures():
+        kept = scales[index][mask[index] > 0].to(model.dtype)
+        attention, mlp = layers[layer].self_attn, layers[layer].mlp
+        if kind == "mlp":
+            mlp.down_proj.weight.data *= kept
+        else:
+            for linear in (attention.k_proj, attention.v_proj):
+                linear.weight.data *= kept.repeat_interleave(attention.head_dim)[:, None]
+    return small
+
+
+@contextmanager
+def _gated(model: Any, groups: Any, gates: torch.Tensor) -> Iterator[None]:
+    """While entered, every group of a LLaMA is multiplied by its gate: heads on k and v, channels before down_proj."""
+    handles, layers = [], saap.family_of(model.config).layers(model)
+    for layer, kind, index in groups.structures():
+        attention, mlp, own = layers[layer].self_attn, layers[layer].mlp, gates[index].to(model.dtype)
+        if kind == "mlp":
+            handles.append(mlp.down_proj.register_forward_pre_hook(lambda _, x, own=own: x[0] * own))
+        else:
+            wide = own.repeat_interleave(attention.head_dim)
+            keys_and_values = (attention.k_proj, attention.v_proj)
+            handles += [m.register_forward_hook(lambda _, x, y, wide=wide: y * wide) for m in keys_and_values]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+PEERS = {
+    "shortgpt": shortgpt,
+    "shortened_llama": shortened_llama,
+    "torch_pruning": torch_pruning,
+    "grasprune": grasprune,
+}
