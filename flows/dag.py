@@ -10,6 +10,7 @@ from tasks.config import RunConfig
 from tasks.criteria import needs_of
 from tasks.inputs import Checkpoint, Data, Gguf
 from tasks.outside import Outside
+from tasks.recovery import check_rows, counts
 from tasks.stage import Stage
 from tasks.stages.activations import activations
 from tasks.stages.calibrate import calibrate
@@ -45,10 +46,13 @@ def build(config: RunConfig, run_id: str = "", outside: Outside | None = None) -
     calibration = graph.add(calibrate, tokenizer=dense, data=graph.data("calibration"))
     if config.settled().calibrate.own:
         calibration = graph.add(own_text, model=dense, calibration=calibration)
+    recovers = config.recover.recipe != "none"
+    text = _recovery_text(graph, dense) if recovers else {}  # before what is long: there may be too little of it
     pruned = _prune(graph, dense, calibration, times)
     variants = {"dense": dense, "pruned": pruned}
-    if config.recover.recipe != "none":
-        variants["recovered"] = _recover(graph, dense, pruned)
+    if recovers:
+        teacher = dense if config.recover.distill > 0 else None
+        variants["recovered"] = graph.add(recover, teacher=teacher, checkpoint=pruned, **text)
     for variant in (name for name in variants if name in config.evaluate.variants):
         for benchmark in config.evaluate.benchmarks:
             graph.add(evaluate, variant, benchmark, checkpoint=variants[variant], data=graph.data(benchmark))
@@ -99,9 +103,13 @@ def _prune(graph: "Graph", dense: Source, calibration: Source, times: Source | N
     )
 
 
-def _recover(graph: "Graph", dense: Source, pruned: Source) -> Source:
-    settings = graph.config.recover
-    instructions, text = graph.data("recovery") if settings.prose + settings.own < 1 else None, None
+def _recovery_text(graph: "Graph", dense: Source) -> dict[str, Source | None]:
+    """The instruction rows and the other text to recover on. Raises ConfigError for fewer rows than are asked for."""
+    settings, text = graph.config.recover, None
+    instructions = graph.data("recovery") if settings.prose + settings.own < 1 else None
+    rows = None if instructions is None else graph.outside.rows("recovery")
+    if settings.examples is not None and rows is not None:
+        check_rows(settings.examples, sum(counts(settings.shares, settings.examples).values()), rows)
     if settings.prose or settings.own:
         text = graph.add(
             recovery_text,
@@ -110,13 +118,7 @@ def _recover(graph: "Graph", dense: Source, pruned: Source) -> Source:
             data=graph.data("prose") if settings.prose else None,
             instructions=instructions if settings.examples is None else None,
         )
-    return graph.add(
-        recover,
-        teacher=dense if settings.distill > 0 else None,
-        checkpoint=pruned,
-        data=instructions,
-        text=text,
-    )
+    return {"data": instructions, "text": text}
 
 
 class Graph:

@@ -78,11 +78,12 @@ def mini_folder() -> Path:
 @dataclass(frozen=True)
 class Found:
     """A role's data: a fingerprint that changes with its content, and its place, for stages: 'mini', a folder, or the
-    hub at one commit, 'hub@…'.
+    hub at one commit, 'hub@…'. rows: how many it has, where that is known before a download.
     """
 
     fingerprint: str
     place: str
+    rows: int | None = None
 
 
 def is_texts(file: Path) -> bool:
@@ -121,7 +122,7 @@ def find_data(data: str, role: str, fingerprints: Fingerprints) -> Found:
     found = fingerprints.file(file)
     if role == "calibration" and rows > SHUFFLED_AT_ONCE:  # such a set was once shuffled whole
         found = digest([found, _DRAWN])
-    return Found(found, data)
+    return Found(found, data, rows)
 
 
 def data_name(data: str) -> str:

@@ -34,6 +34,10 @@ class Outside:
         """Where a role's data is: 'mini', an absolute path, or the hub at one commit; '' for data that is missing."""
         return "" if self.missing(role) else self._found(role).place
 
+    def rows(self, role: str) -> int | None:
+        """How many rows a role's data has; None for data that is missing or still on the hub."""
+        return None if self.missing(role) else self._found(role).rows
+
     def _found(self, role: str) -> Found:
         if role not in self._data:
             try:

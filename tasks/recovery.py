@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from tasks.how import Section
+from tasks.toml import ConfigError
 from tasks.values import Amount, Count, Seed, Share, Text, distinct
 
 
@@ -73,6 +74,16 @@ def counts(shares: dict[str, float], examples: int) -> dict[str, int]:
     """How many of so many examples are prose, and how many the model's own. shares: of these two."""
     prose = round(shares["prose"] * examples)
     return {"prose": prose, "own": round((shares["prose"] + shares["own"]) * examples) - prose}
+
+
+def check_rows(examples: int, others: int, rows: int) -> None:
+    """Raises ConfigError where so many instruction rows and other sequences are fewer than the examples."""
+    if rows < examples - others:
+        beside = f" beside {others} other sequences" if others else ""
+        raise ConfigError(
+            f"recover.examples = {examples} asks for {examples - others} instruction rows{beside}, the data has "
+            f"{rows}: lower it, or raise recover.prose or recover.own"
+        )
 
 
 def wrong_recovery(recover: Recover) -> str | None:

@@ -18,10 +18,10 @@ from tasks.data import read_data
 from tasks.inputs import Checkpoint, Data, forget_model
 from tasks.model_card import write_card
 from tasks.outside import Outside
+from tasks.recovery import check_rows
 from tasks.stage import Summary, dtype_of, stage
 from tasks.stages.calibrate import Calibration
 from tasks.step import Step
-from tasks.toml import ConfigError
 
 
 def _params(config: RunConfig) -> dict[str, object]:
@@ -40,11 +40,8 @@ def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[
     tokens = [] if text is None else text.read().tolist()
     rows = [] if data is None else read_data(data.name, "recovery")
     count = len(rows) if config["examples"] is None else config["examples"]
-    if tokens and data is not None and len(rows) < count - len(tokens):
-        raise ConfigError(
-            f"recover.examples = {count} asks for {count - len(tokens)} instruction rows beside {len(tokens)} other "
-            f"sequences, the data has {len(rows)}: lower it, or raise recover.prose or recover.own"
-        )
+    if data is not None:
+        check_rows(count, len(tokens), len(rows))
     rows = rows[: count - len(tokens)]
     if tokens:
         rows += [{"tokens": ids} for ids in tokens]

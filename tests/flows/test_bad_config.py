@@ -147,6 +147,11 @@ TOGETHER = [
     (["recover.own=0.8"], ["recover.own", "recover.prose", "at most 1"]),
     (["recover.own=0.5", "recover.prose=0.6", "recover.examples=99"], ["recover.own", "recover.prose", "at most 1"]),
     (["recover.patience=2", "recover.held_out=0"], ["recover.patience", "recover.held_out"]),
+    (
+        ["recover.examples=131", "recover.prose=0", "recover.own=0"],
+        ["131 instruction rows, the data has 130", "lower it"],
+    ),
+    (["recover.examples=200", "recover.prose=0.3", "recover.own=0"], ["140 instruction rows beside 60 other", "130"]),
     (["recover.patience=2", "recover.examples=20"], ["recover.patience", "recover.held_out"]),
     (["criterion.name=saap_plus", "prune.kinds=mlp"], ["saap_plus", "prune.kinds", "criterion.cuts = []"]),
     (["criterion.name=saap_plus", "prune.search=uniform"], ["saap_plus", "prune.search", "criterion.cuts = []"]),

@@ -85,6 +85,11 @@ def test_other_prose_makes_other_text_to_recover_on_and_no_other_calibration(set
     assert other == {"recovery_text", "recover", "speed"} | RECOVERED
 
 
+def test_text_to_recover_on_is_made_before_what_is_long_because_there_may_be_too_little(settings):
+    stages = [step.stage for step in build(settings("recover.prose=0.25", "recover.own=0.25"))]
+    assert stages.index("recovery_text") < stages.index("score") < stages.index("prune") < stages.index("recover")
+
+
 def test_the_number_of_examples_is_that_of_the_instruction_rows_by_default(config, tmp_path):
     config.write_text(config.read_text().replace("examples = 8, prose = 0, own = 0, ", ""))
     text = next(step for step in build(load_config(config)) if step.stage == "recovery_text")
