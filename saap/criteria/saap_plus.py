@@ -9,7 +9,7 @@ from torch import nn
 
 from saap.errors import SaapError
 from saap.models.groups import discover
-from saap.pruning.least_squares import HELD_BACK, RIDGE, refit
+from saap.pruning.least_squares import HELD_BACK, RIDGE, refit, refit_together
 from saap.pruning.plan import PROTECTED, select
 from saap.pruning.surgery import prune
 from saap.scoring.divergence import divergence
@@ -79,7 +79,7 @@ def _nearest(
     if np.array_equal(plans[0], plans[-1]):
         return plans[0], refit(prune(model, plans[0]), model, plans[0], tokens, ridge=ridge)
     held = torch.arange(len(tokens)) % HELD_BACK == 0
-    made = [refit(prune(model, keep), model, keep, tokens[~held], ridge=ridge) for keep in plans]
+    made = refit_together([prune(model, keep) for keep in plans], model, plans, tokens[~held], ridge=ridge)
     far, other = (divergence(model, small, tokens[held]) for small in made)
     best = 0 if clearly_nearer(far, other) else 1
     return plans[best], made[best]

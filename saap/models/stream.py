@@ -1,7 +1,7 @@
 """A model's residual stream, layer by layer: what each layer gets and gives on the calibration text."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -59,25 +59,38 @@ class Stream:
             self.states.append(states)
             self.arguments.append(arguments)
 
-    def through(self, layer: int, without: Mapping[str, torch.Tensor] | None = None) -> Iterator[Pass]:
+    def through(
+        self, layer: int, without: Mapping[str, torch.Tensor] | None = None, until: str | None = None
+    ) -> Iterator[Pass]:
         """The layer on batch after batch. The states in front of it stay. A pass is large: keep what you need of it.
 
         without: kind → int64 (removed,), units of the layer that write nothing, as if they were pruned.
+        until: a kind, behind whose output matrix the pass ends. It then has no `out`.
         """
         for states, arguments in zip(self.states, self.arguments, strict=True):
             args, kwargs = arguments[layer]
             seen = Pass()
-            with ExitStack() as stack:
+            with ExitStack() as stack, suppress(_Reached):
                 for kind, units in (without or {}).items():
                     silence = _silence(units, self.widths[layer, kind])
                     stack.callback(self.matrices[layer, kind].register_forward_pre_hook(silence).remove)
                 for kind in (kind for kind in KINDS if (layer, kind) in self.matrices):
                     stack.callback(self.matrices[layer, kind].register_forward_hook(seen.watch(kind)).remove)
+                if until is not None:
+                    stack.callback(self.matrices[layer, until].register_forward_hook(_end).remove)
                 if layer in self.mixtures:
                     stack.callback(self.mixtures[layer].register_forward_pre_hook(seen.watch_experts).remove)
                 out = self.layers[layer](states, *args, **kwargs)
-            seen.out = out[0] if isinstance(out, tuple) else out
+                seen.out = out[0] if isinstance(out, tuple) else out
             yield seen
+
+
+class _Reached(Exception):
+    """A pass is where it was to end."""
+
+
+def _end(*_: Any) -> None:
+    raise _Reached
 
 
 def _silence(units: torch.Tensor, width: int) -> Callable[[nn.Module, tuple], torch.Tensor]:

@@ -5,7 +5,7 @@ form of SparseGPT (arXiv 2301.00774) and ZipLM (2302.04089), for whole columns. 
 tokens count: see `refit`.
 """
 
-from itertools import repeat
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from saap.models.families import family_of
 from saap.models.groups import discover
 from saap.models.offload import is_offloaded
 from saap.models.products import FastLinears, product
-from saap.models.stream import Pass, Stream
+from saap.models.stream import Stream
 from saap.progress import tqdm
 
 RIDGE = 1.0  # chosen on held-out calibration and instruction text, see docs/saap_plus.md
@@ -27,7 +27,6 @@ RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # that a matrix may then have
 HELD_BACK = 5  # of so many sequences one, the first
 
 
-@torch.no_grad()
 def refit(
     small: nn.Module,
     model: nn.Module,
@@ -63,6 +62,20 @@ def refit(
         SaapError: a ridge that is not positive, or to be chosen on a single sequence, an activation that is not
             finite, or a BLOOM with `apply_residual_connection_post_layernorm`.
     """
+    return refit_together([small], model, [keep], tokens, ridge=ridge, batch_size=batch_size)[0]
+
+
+@torch.no_grad()
+def refit_together(
+    smalls: Sequence[nn.Module],
+    model: nn.Module,
+    keeps: Sequence[np.ndarray],
+    tokens: torch.Tensor,
+    *,
+    ridge: float | str = RIDGE,
+    batch_size: int = 4,
+) -> Sequence[nn.Module]:
+    """`refit` of several prunings of one model, which then runs once for all of them. The results are the same."""
     if ridge == HELD_OUT and len(tokens) < 2:
         raise SaapError("a ridge is chosen on sequences held back: give at least two, or the ridge")
     if ridge != HELD_OUT and not (isinstance(ridge, float | int) and ridge > 0):
@@ -72,44 +85,51 @@ def refit(
     if getattr(model.config, "apply_residual_connection_post_layernorm", False):
         raise SaapError("no refit for a BLOOM whose residual stream is normalised: layers do not add to their input")
     family = family_of(model.config)
-    lost = {(layer, kind) for layer, kind, index in discover(model).structures() if not keep[index].all()}
-    dense, lean = Stream(model, tokens, batch_size), Stream(small, tokens, batch_size)
+    structures = list(discover(model).structures())
+    losts = [{(layer, kind) for layer, kind, index in structures if not keep[index].all()} for keep in keeps]
+    dense, leans = Stream(model, tokens, batch_size), [Stream(small, tokens, batch_size) for small in smalls]
     with FastLinears():
         for layer, config in enumerate(tqdm(family.layer_configs(model), desc="refit", unit="layer")):
-            factor, own = family.residual(config), {kind for at, kind in lost if at == layer}
-            outs, targets = _first_half(family, layer, factor, dense, lean, ridge if "attention" in own else None)
-            if layer in lean.mixtures and own & {"mlp", "expert"}:
-                states = _fit_experts(family, layer, lean, outs, ridge)
-            elif "mlp" in own:
-                states = _fit_mlp(family, layer, factor, lean, targets, ridge)
-            else:
-                states = [seen.out for seen in lean.through(layer)]
-            dense.states, lean.states = outs, states
-    return small
+            factor = family.residual(config)
+            headless = [lean for lean, lost in zip(leans, losts, strict=True) if (layer, "attention") in lost]
+            outs, targets = _first_half(family, layer, factor, dense, headless, ridge)
+            for lean, lost in zip(leans, losts, strict=True):
+                if layer in lean.mixtures and {(layer, "mlp"), (layer, "expert")} & lost:
+                    lean.states = _fit_experts(family, layer, lean, outs, ridge)
+                elif (layer, "mlp") in lost:
+                    lean.states = _fit_mlp(family, layer, factor, lean, targets, ridge)
+                else:
+                    lean.states = [own.out for own in lean.through(layer)]
+            dense.states = outs
+    return smalls
 
 
 def _first_half(
-    family: Any, layer: int, factor: float, dense: Stream, lean: Stream, ridge: float | str | None
+    family: Any, layer: int, factor: float, dense: Stream, leans: list[Stream], ridge: float | str
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(what the dense layer gives, what its last matrix is to be fitted to) of each batch.
 
-    With a ridge the attention is fitted too: to the stream between the halves of the layer, which is what came in and
-    what attention adds, or, where a norm stands before the stream, to y of its output matrix.
+    The attention of `leans` is fitted: to the stream between the halves of the layer, which is what came in and what
+    attention adds, or, where a norm stands before the stream, to y of its output matrix.
     """
-    sums = None if ridge is None else _Sums(lean.matrices[layer, "attention"].weight, ridge)
+    fits = [
+        (lean.states, lean.through(layer, until="attention"), _Sums(lean.matrices[layer, "attention"].weight, ridge))
+        for lean in leans
+    ]
     outs, targets = [], []
-    found = lean.through(layer) if sums else repeat(Pass())
-    for before, own_before, theirs, own in zip(dense.states, lean.states, dense.through(layer), found, strict=False):
+    for number, (before, theirs) in enumerate(zip(dense.states, dense.through(layer), strict=True)):
         outs.append(theirs.out)
         targets.append(theirs.y["mlp"] if family.post_norm and "mlp" in theirs.y else theirs.out)
-        if sums:
-            y = theirs.y["attention"]
+        y = theirs.y["attention"]
+        for own_before, passes, sums in fits:
+            own = next(passes)
             drift = y - own.y["attention"]
             if family.post_norm:
                 sums.add(factor * own.x["attention"], y, drift)
             else:
-                sums.add(factor * own.x["attention"], before + factor * y, before - own_before + factor * drift)
-    if sums:
+                drift = before - own_before[number] + factor * drift
+                sums.add(factor * own.x["attention"], before + factor * y, drift)
+    for *_, sums in fits:
         sums.weight += sums.change()
     return outs, targets
 

@@ -9,7 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM, Qwen2Config, Qwen2ForCau
 
 from saap import SaapError, discover, prune, refit
 from saap.models.stream import Pass
-from saap.pruning.least_squares import RIDGES
+from saap.pruning.least_squares import RIDGES, refit_together
 from tests.saap.models.families import build
 from tests.saap.models.families import random_keep as evenly_kept
 
@@ -201,6 +201,18 @@ def test_dead_inputs_change_nothing_and_broken_ones_are_an_error(tiny_llama, tok
     other.config.apply_residual_connection_post_layernorm = True
     with pytest.raises(SaapError, match="BLOOM"):
         refit(other, other, keep, tokens)
+
+
+@pytest.mark.parametrize("make", [qwen2, bloom, lambda: build("gemma2")], ids=["qwen2", "bloom", "gemma2"])
+def test_several_prunings_refitted_together_are_those_refitted_alone(make, tokens):
+    model = make()
+    groups = discover(model)
+    keeps = [random_keep(model), random_keep(model, seed=1) | (groups.kind == "attention"), np.ones(len(groups), bool)]
+    together = refit_together([prune(model, keep) for keep in keeps], model, keeps, tokens)
+    for keep, small in zip(keeps, together, strict=True):
+        alone = refit(prune(model, keep), model, keep, tokens)
+        assert all(map(torch.equal, small.state_dict().values(), alone.state_dict().values()))
+        assert not any(m._forward_hooks for m in small.modules())
 
 
 @pytest.mark.parametrize("make", [qwen2, bloom])
