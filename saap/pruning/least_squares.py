@@ -120,9 +120,8 @@ def _first_half(
     for number, (before, theirs) in enumerate(zip(dense.states, dense.through(layer), strict=True)):
         outs.append(theirs.out)
         targets.append(theirs.y["mlp"] if family.post_norm and "mlp" in theirs.y else theirs.out)
-        y = theirs.y["attention"]
         for own_before, passes, sums in fits:
-            own = next(passes)
+            own, y = next(passes), theirs.y["attention"]
             drift = y - own.y["attention"]
             if family.post_norm:
                 sums.add(factor * own.x["attention"], y, drift)
