@@ -113,9 +113,10 @@ def grasprune(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
 
     Gates of KV groups (on k and v) and of channels learn from the next token's loss, straight through their projection
     on the budget, in four passes over the text. In a fifth the kept ones learn scales of ½ to 1½, which are folded in.
+    As there, a layer that would lose all keeps one of each kind beyond the budget, and the sort decides between equals.
     """
     groups, generator = saap.discover(model), torch.Generator().manual_seed(42)
-    # channels before heads: at first all gates are equal, and the order decides
+    # channels before heads: at first all gates are equal, and a sort of other places would begin with other ones
     order = torch.from_numpy(np.lexsort((groups.unit, groups.kind == "attention", groups.layer)))
     costs = torch.from_numpy(groups.parameters).double()
 

@@ -20,7 +20,7 @@ duckdb.sql("copy (from 'no_statistics.parquet') to 'duckdb.parquet'")
 
 
 def answers(file):
-    """(the step whose loss is not a number, the number of losses above 2, the highest loss)."""
+    """(the step whose loss is not a number, the number of losses above 3, the highest loss)."""
     broken = duckdb.sql(f"select step from '{file}' where isnan(loss)").fetchall()
     above = duckdb.sql(f"select count(*) from '{file}' where loss > 3").fetchall()
     highest = duckdb.sql(f"select max(loss) from '{file}'").fetchall()

@@ -44,10 +44,10 @@ def build(config: RunConfig, run_id: str = "", outside: Outside | None = None) -
     dense = _dense(graph)
     times = graph.add(layer_times, model=dense) if config.prune.target_is_speed else None
     calibration = graph.add(calibrate, tokenizer=dense, data=graph.data("calibration"))
-    if config.settled().calibrate.own:
-        calibration = graph.add(own_text, model=dense, calibration=calibration)
     recovers = config.recover.recipe != "none"
     text = _recovery_text(graph, dense) if recovers else {}  # before what is long: there may be too little of it
+    if config.settled().calibrate.own:
+        calibration = graph.add(own_text, model=dense, calibration=calibration)
     pruned = _prune(graph, dense, calibration, times)
     variants = {"dense": dense, "pruned": pruned}
     if recovers:

@@ -42,6 +42,7 @@ def prepare(settings: RunConfig, *, look_only: bool = False) -> Job:
 def _job(settings: RunConfig, outside: Outside, chosen: tuple[str, ...] = (), *, look_only: bool = False) -> Job:
     run_id = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     if settings.prune.target is not None:
+        build(settings, run_id, outside)  # the layers are timed only for a run whose data is there
         check_before_start(settings, outside.model)
         settings = with_ratio(settings, outside, run_id, look_only=look_only)
     steps = build(settings, run_id, outside)  # first what needs no torch

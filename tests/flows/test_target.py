@@ -61,6 +61,7 @@ REFUSED = [
     (["prune.target=100KB"], ["prune.target = '100KB'", "out of reach", "KB"]),
     (["prune.target=5MB", "recover.recipe=none"], ["prune.target = '5MB'", "out of reach", "KB"]),
     (["prune.target=200K", "compute.device=cuda:99"], ["cuda:99"]),
+    (["prune.target=1.1x", "recover.examples=131"], ["the data has 130"]),  # and no layer is timed
     (
         ["prune.target=170K", "criterion.name=saap_plus", "prune.search=uniform", "criterion.cuts=[0.25]", POOLED],
         ["170K", "criterion.cuts"],

@@ -217,7 +217,7 @@ def test_several_prunings_refitted_together_are_those_refitted_alone(make, token
 
 @pytest.mark.parametrize("make", [qwen2, bloom])
 def test_batch_after_batch_is_let_go(make, tokens, monkeypatch):
-    """What a layer computes inside is large: thousands of sequences must not lie in memory at once."""
+    """What a layer computes is large: of thousands of sequences only what enters the MLP's matrix may stay."""
     model, alive, most = make(), weakref.WeakSet(), []
     keep = random_keep(model)
 
