@@ -82,7 +82,8 @@ def test_a_data_folder_without_a_needed_column_is_refused(config, tmp_path, stor
 
     for place in ("bookcorpus_like/passages", "alpaca/train", "arc_easy/test", "wikitext2_raw/test"):
         (tmp_path / "data" / place).parent.mkdir(parents=True)
-        columns = {"text": ["x"]} if "train" not in place else {"instruction": ["x"], "input": [""], "output": ["y"]}
+        answers = {"instruction": ["x"] * 8, "input": [""] * 8, "output": ["y"] * 8}
+        columns = answers if "train" in place else {"text": ["x"]}
         pq.write_table(pa.table(columns), tmp_path / "data" / f"{place}.parquet")
     refused(saap("run", config, "--set", f"data={tmp_path / 'data'}"), "arc_easy", "question")
     (tmp_path / "data/arc_easy/test.parquet").write_bytes(b"broken")
