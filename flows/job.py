@@ -57,19 +57,21 @@ def work_left(steps: Sequence[Step]) -> bool:
     return any(step.missing is None and store.inspect(step.stage, step.key)[0] is None for step in steps)
 
 
-def prepare_all(config: str, runs: Sequence[Sequence[str]], overrides: Sequence[str]) -> list[Job]:
+def prepare_all(
+    config: str, runs: Sequence[Sequence[str]], overrides: Sequence[str], *, look_only: bool = False
+) -> list[Job]:
     """The jobs of a sweep. Raises ConfigError for a run that `prepare` would refuse, naming it.
 
     runs: what `combinations` gives. A model and a folder of data that several runs share are looked at once.
     """
-    outside = SharedOutside()
+    outside = SharedOutside(look_only=look_only)
     jobs: list[Job] = []
     for chosen in runs:
         settings = load_config(config, (*chosen, *overrides))
         if not jobs:  # the others have the same remote store
-            check_remote(settings)
+            check_remote(settings, look_only=look_only)
         try:
-            jobs.append(_job(settings, outside.of(settings), tuple(chosen)))
+            jobs.append(_job(settings, outside.of(settings), tuple(chosen), look_only=look_only))
         except ValueError as error:  # ConfigError, SaapError
             if getattr(error, "exit_code", None) is None:
                 raise

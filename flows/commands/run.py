@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from flows.progress import show_progress
 from tasks.config import ConfigError, RunConfig
 from tasks.step import Step
 from tasks.toml import read_toml, toml_value
+
+if TYPE_CHECKING:
+    from flows.job import Job
 
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
 WantedConfig = Annotated[Path | None, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
@@ -116,20 +119,41 @@ def compare(
 
 
 def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption = None) -> None:
-    """Show what is cached, what would run, and why. Changes nothing."""
-    from flows.job import prepare
+    """Show what is cached, what would run, and why; of a file with a \\[sweep] table, what `saap sweep` would do.
+
+    Changes nothing.
+    """
+    from flows.combinations import combinations
+    from flows.job import prepare, prepare_all
     from flows.preview import preview_rows
     from tasks.config import load_config
 
-    settings = load_config(config, _overrides(set_, store))
-    job = prepare(settings, look_only=True)
-    rows = preview_rows(job.steps)
-    print_table(["stage", "", "why", "key"], rows)
+    overrides = _overrides(set_, store)
+    if sweeps := "sweep" in read_toml(config):
+        jobs = prepare_all(str(config), combinations(str(config), overrides), overrides, look_only=True)
+    else:
+        jobs = [prepare(load_config(config, overrides), look_only=True)]
+    steps = {step.reference: step for job in jobs for step in job.steps}
+    rows = preview_rows(list(steps.values()))
+    if sweeps:
+        whose = [_for_runs(jobs, step) for step in steps]
+        print_table(["stage", "", "why", "key", "for"], [(*row, runs) for row, runs in zip(rows, whose, strict=True)])
+    else:
+        print_table(["stage", "", "why", "key"], rows)
     cached = sum(row[1] == "cached" for row in rows)
-    console.print(f"{cached} of {len(rows)} steps are cached in {Path(settings.store).resolve()}", highlight=False)
-    if settings.prune.target is not None:
-        found = f"a ratio of {job.settings.prune.ratio:g}"
-        console.print(f"prune.target = '{settings.prune.target}': {found}", highlight=False)
+    place = Path(jobs[0].settings.store).resolve()
+    console.print(f"{cached} of {len(rows)} steps are cached in {place}", highlight=False)
+    for job in jobs:
+        if job.settings.prune.target is not None:
+            chosen = f"{', '.join(job.chosen)}: " if job.chosen else ""
+            found = f"a ratio of {job.settings.prune.ratio:g}"
+            console.print(f"{chosen}prune.target = '{job.settings.prune.target}': {found}", highlight=False)
+
+
+def _for_runs(jobs: Sequence["Job"], step: tuple[str, str]) -> str:
+    """Which runs of a sweep need the step: the values of the only one, or how many."""
+    needed = [job for job in jobs if any(each.reference == step for each in job.steps)]
+    return ", ".join(needed[0].chosen) if len(needed) == 1 < len(jobs) else f"{len(needed)} of {len(jobs)} runs"
 
 
 def config(

@@ -115,6 +115,18 @@ def test_plan_says_what_would_run_and_why_and_changes_nothing(config, store):
     assert not store.exists()
 
 
+def test_the_plan_of_a_sweep_has_each_step_once_and_says_which_runs_it_is_for(config, store):
+    config.write_text(config.read_text() + "[sweep]\n'prune.ratio' = [0.2, 0.3, 0.4]\n")
+    done = saap("plan", config)
+    assert done.returncode == 0, done.stderr
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert sum(line[:2] == ["score", "run"] and line[-4:] == ["3", "of", "3", "runs"] for line in found) == 1
+    assert [line[-1] for line in found if line[:2] == ["prune", "run"]] == [f"prune.ratio={r}" for r in (0.2, 0.3, 0.4)]
+    assert "0 of 27 steps" in done.stdout  # 13 a run, of which 4 rank and 2 measure the dense model
+    assert not store.exists()
+    refused(saap("plan", config, "--set", "prune.ratio=0.2"), "axis")
+
+
 def test_sql_prints_csv_json_and_a_table(tmp_path):
     fill(tmp_path, "r1").load("r1")
     query = "select benchmark, value, stderr, null as nothing from metrics order by benchmark"
