@@ -1,8 +1,8 @@
 """float32 matrix products on x86 CPUs by the faster of two libraries: oneDNN, or MKL, which PyTorch uses.
 
-On AMD's processors with AVX-512 oneDNN is at least as fast, on a Zen 5 more than twice; on all others PyTorch's own choice
-stays. The two round differently, so the kind of processor decides and no measurement: where they are close, noise would
-let two processes of one sweep differ in the last bits.
+On AMD's processors with AVX-512 oneDNN is at least as fast, on a Zen 5 more than twice; on all others PyTorch's own
+choice stays. The two round differently, so the kind of processor decides and no measurement: where they are close,
+noise would let two processes of one sweep differ in the last bits.
 """
 
 import platform
