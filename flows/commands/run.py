@@ -136,8 +136,13 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
     steps = {step.reference: step for job in jobs for step in job.steps}
     rows = preview_rows(list(steps.values()))
     if sweeps:
+        axes = ", ".join(one.partition("=")[0] for one in jobs[0].chosen)
         whose = [_for_runs(jobs, step) for step in steps]
-        print_table(["stage", "", "why", "key", "for"], [(*row, runs) for row, runs in zip(rows, whose, strict=True)])
+        table = [
+            (label, what, runs, "" if what == "cached" else why)
+            for (label, what, why, _), runs in zip(rows, whose, strict=True)
+        ]
+        print_table(["stage", "", f"for {axes}", "why"], table)
     else:
         print_table(["stage", "", "why", "key"], rows)
     cached = sum(row[1] == "cached" for row in rows)
@@ -153,7 +158,9 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
 def _for_runs(jobs: Sequence["Job"], step: tuple[str, str]) -> str:
     """Which runs of a sweep need the step: the values of the only one, or how many."""
     needed = [job for job in jobs if any(each.reference == step for each in job.steps)]
-    return ", ".join(needed[0].chosen) if len(needed) == 1 < len(jobs) else f"{len(needed)} of {len(jobs)} runs"
+    if len(needed) > 1 or len(jobs) == 1:
+        return f"{len(needed)} of {len(jobs)} runs"
+    return ", ".join(one.partition("=")[2] for one in needed[0].chosen)
 
 
 def config(
