@@ -25,7 +25,7 @@ from saap.scoring.statistics import output_matrices
 
 
 def without(model: torch.nn.Module, gone: np.ndarray, measure: Callable[[], np.ndarray]) -> np.ndarray:
-    """`measure()` while these groups, bool (N,), write zeros."""
+    """`measure()` while these groups, bool (N,), write zeros. (`saap.mask` refuses to empty a layer.)"""
     end, kept = 0, []
     with torch.no_grad():
         for *_, part, linear in output_matrices(model):
@@ -74,7 +74,7 @@ def main() -> None:
     def all_losses() -> np.ndarray:
         return np.stack([losses(model, windows) for windows in texts.values()])
 
-    dense = all_losses()
+    before = all_losses()
     rows = [(f"layer {layer}", index) for layer, index in last]
     rows.append((f"all {len(last)}", np.concatenate([index for _, index in last])))
     print(f"{len(texts) * arguments.windows} windows of {arguments.length} tokens, {where(arguments.device)}")
@@ -86,7 +86,7 @@ def main() -> None:
         for index in (heads, cheapest[:count]):
             gone = np.zeros(len(groups), bool)
             gone[index] = True
-            rises.append(without(model, gone, all_losses) - dense)
+            rises.append(without(model, gone, all_losses) - before)
         figures[name] = {text: compared(rises[0][i], rises[1][i]) for i, text in enumerate(texts)}
         cells = (figures[name][text][what] for text in texts for what in ("head", "channels"))
         print(f"{name:<12}" + "".join(f"{cell:>20.4f}" for cell in cells), flush=True)

@@ -137,10 +137,9 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
     rows = preview_rows(list(steps.values()))
     if sweeps:
         axes = ", ".join(one.partition("=")[0] for one in jobs[0].chosen)
-        whose = [_for_runs(jobs, step) for step in steps]
         table = [
             (label, what, runs, "" if what == "cached" else why)
-            for (label, what, why, _), runs in zip(rows, whose, strict=True)
+            for (label, what, why, _), runs in zip(rows, _for_runs(jobs), strict=True)
         ]
         print_table(["stage", "", f"for {axes}", "why"], table)
     else:
@@ -155,12 +154,18 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
             console.print(f"{chosen}prune.target = '{job.settings.prune.target}': {found}", highlight=False)
 
 
-def _for_runs(jobs: Sequence["Job"], step: tuple[str, str]) -> str:
-    """Which runs of a sweep need the step: the values of the only one, or how many."""
-    needed = [job for job in jobs if any(each.reference == step for each in job.steps)]
-    if len(needed) > 1 or len(jobs) == 1:
-        return f"{len(needed)} of {len(jobs)} runs"
-    return ", ".join(one.partition("=")[2] for one in needed[0].chosen)
+def _for_runs(jobs: Sequence["Job"]) -> list[str]:
+    """Which runs of a sweep need each of its steps: the values of the only one, or how many."""
+    needed: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        for step in job.steps:
+            needed.setdefault(step.reference, []).append(job)
+    return [
+        f"{len(those)} of {len(jobs)} runs"
+        if len(those) > 1 or len(jobs) == 1
+        else ", ".join(one.partition("=")[2] for one in those[0].chosen)
+        for those in needed.values()
+    ]
 
 
 def config(
