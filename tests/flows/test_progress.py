@@ -42,6 +42,7 @@ def test_in_a_terminal_bars_count_up_and_leave_the_lines_of_the_stages_alone(con
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    environment["TQDM_MININTERVAL"] = "0"  # a stage may be over in less than the tenth of a second of a bar
     command = [sys.executable, "-m", "flows.cli", "run", str(config)]
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     running = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=theirs)
