@@ -20,6 +20,8 @@ from tasks.step import Step
 
 PACKAGES = ("saap", "torch", "transformers", "lm-eval", "prefect")
 
+RETRY_SECONDS = [2.0, 10.0, 60.0]  # before each further try
+
 _REPEATS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 
 
@@ -33,8 +35,8 @@ def task_of(stage: str) -> Task[[Step], dict[str, Any]]:
         name=stage,
         task_run_name="{step.label}",
         persist_result=False,  # the store is what remembers
-        retries=3,
-        retry_delay_seconds=[2, 10, 60],
+        retries=len(RETRY_SECONDS),
+        retry_delay_seconds=RETRY_SECONDS,
         retry_condition_fn=is_transient,
     )
 

@@ -2,15 +2,18 @@
 
 import csv
 import io
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
 RECOVER = "examples = 8, prose = 0, own = 0, batch_size = 4, micro_batch_size = 4, rank = 4, group_size = 16"
-KILLER = Path(__file__).parent / "kill.py"
+KILLER, HURRIED, FORKED = (str(Path(__file__).parent / name) for name in ("kill.py", "hurried.py", "forked.py"))
 
 
 @pytest.fixture
@@ -36,16 +39,29 @@ def store(tmp_path):
     return tmp_path / "store"
 
 
-def saap(*arguments, killed_in=None, environment=None):
-    """Run the `saap` command in a process of its own."""
-    program = [str(KILLER), killed_in] if killed_in else ["-m", "flows.cli"]
-    return subprocess.run(
-        [sys.executable, *program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **(environment or {})},
-        timeout=600,
-    )
+def saap(*arguments, program=("flows.cli",), environment=None):
+    """Run the `saap` command in a process of its own: a new one where the libraries may read `environment`."""
+    arguments = [str(argument) for argument in arguments]
+    if environment is not None:
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            timeout=600,
+        )
+    with tempfile.NamedTemporaryFile("r+") as out, tempfile.NamedTemporaryFile("r+") as error:
+        order = {"program": [*program, *arguments], "environment": dict(os.environ), "folder": os.getcwd()}
+        fork = _forks()
+        print(json.dumps({**order, "stdout": out.name, "stderr": error.name}), file=fork.stdin, flush=True)
+        code = int(fork.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, out.read(), error.read())
+
+
+@lru_cache(maxsize=1)
+def _forks():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, FORKED], **pipes)
 
 
 def ask(store, query):

@@ -101,6 +101,10 @@ def test_an_error_inside_a_stage_is_one_line_too_and_the_run_is_recorded_as_fail
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     done = saap("run", config, "--set", f"model.path={folder}")
     refused(done, "finite")
+    failed, said = done.stderr.splitlines()[-2:]  # and none of Prefect's that say it again
+    assert failed.startswith("[ 2/13]  failed  score               the score of layer 0")
+    assert said.startswith("saap: the score of layer 0")
+    assert "ERROR" not in done.stderr
     with Warehouse(store).reading() as connection:
         ((status, error),) = connection.execute("select status, error from runs").fetchall()
     assert status == "failed"

@@ -229,7 +229,7 @@ def at_work_in(store, stage):
 def test_a_worker_that_dies_fails_its_step_and_the_same_command_goes_on(config, store, prefect_server):
     from prefect.client.orchestration import get_client
 
-    long = ["--set", "recover.epochs=60", *(word for override in PROCESSES for word in ("--set", override))]
+    long = [w for o in (*PROCESSES, *QUICK[1:], "recover.epochs=60") for w in ("--set", o)]
     swept(config, '{ "recover.recipe" = ["none", "lora"] }')
     sweep = start("sweep", config, *long)
     worker = at_work_in(store, "recover")

@@ -1,7 +1,5 @@
 """Eight commands at once on one store and one Prefect server, beside readers: none fails, no row is lost or doubled."""
 
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -9,6 +7,7 @@ import pytest
 from storage.runs import all_runs, read_run
 from storage.warehouse import Warehouse
 from tests.flows.conftest import saap
+from tests.flows.test_graph import QUICK, start
 
 pytestmark = pytest.mark.slow
 TABLES = ("runs", "stage_runs", "metrics", "items", "groups", "widths", "speed")
@@ -30,18 +29,15 @@ def read_until(stop, store, failed):
 def test_eight_runs_beside_three_readers_lose_and_double_nothing(config, store, prefect_server):
     failed, stop = [], threading.Event()
     readers = [threading.Thread(target=read_until, args=(stop, store, failed)) for _ in range(3)]
-    command = [sys.executable, "-m", "flows.cli", "run", str(config), "--set", "recover.recipe='none'", "--set"]
-    runs = [
-        subprocess.Popen([*command, f"prune.ratio={20 + number}e-2"], stderr=subprocess.PIPE, text=True)
-        for number in range(8)
-    ]
+    quick = [word for override in QUICK for word in ("--set", override)]
+    runs = [start("run", config, *quick, "--set", f"prune.ratio={20 + number}e-2") for number in range(8)]
     for reader in readers:
         reader.start()
-    errors = [run.communicate(timeout=900)[1] for run in runs]
+    outputs = [run.communicate(timeout=900)[0] for run in runs]
     stop.set()
     for reader in readers:
         reader.join()
-    assert [run.returncode for run in runs] == [0] * 8, errors
+    assert [run.returncode for run in runs] == [0] * 8, outputs
     assert not failed
     assert [read_run(store, run_id)["status"] for run_id in all_runs(store)] == ["completed"] * 8
     before = tables(store)

@@ -16,7 +16,7 @@ from storage.artifacts import MANIFEST
 from storage.runs import all_runs, read_run, read_stages
 from storage.warehouse import Warehouse
 from tasks.data import read_data
-from tests.flows.conftest import ask, saap
+from tests.flows.conftest import KILLER, ask, saap
 
 pytestmark = pytest.mark.slow
 STAGES = ["calibrate", "score", "fuse", "fluctuation", "prune", "recover", "evaluate", "speed"]
@@ -93,7 +93,7 @@ def test_a_rerun_executes_nothing_and_a_change_executes_what_depends_on_it(confi
 def test_killed_in_every_stage_the_same_command_finishes_with_the_same_results(config, store, undisturbed):
     published: dict[str, float] = {}
     for stage in STAGES:
-        done = saap("run", config, killed_in=stage)
+        done = saap("run", config, program=(KILLER, stage))
         assert done.returncode == -signal.SIGKILL, done.stderr
         now = manifests(store)
         assert now.items() >= published.items(), "what was published was made again"
