@@ -179,7 +179,9 @@ def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
 
 def _say(log: Any, step: Step, outcome: Outcome) -> None:
     """One line for the log and the screen; flows/progress.py reads it there."""
-    if outcome.skipped is not None and outcome.error is None:
+    if outcome.error is not None:
+        log.info("%s failed: %s", step.label, outcome.error, extra={"failed": True})
+    elif outcome.skipped is not None:
         log.warning("%s skipped: %s", step.label, outcome.skipped)
     elif outcome.manifest is not None:
         if outcome.ticket is None:

@@ -27,7 +27,10 @@ def show_progress(loudness: Loudness, steps: int | None = None) -> None:
 
 
 class StageLines(logging.Filter):
-    """Lets warnings through. Of the rest it makes '[ 3/13]  12 s  score  samples 50, groups 46170' itself."""
+    """Lets warnings through. Of the rest it makes '[ 3/13]  12 s  score  samples 50, groups 46170' itself.
+
+    So it does of a step that fails: what Prefect says of it, and of its runs, would be the same line again.
+    """
 
     def __init__(self, out: TextIO, steps: int | None, quiet: bool) -> None:
         super().__init__()
@@ -36,15 +39,28 @@ class StageLines(logging.Filter):
         self._group, self._count, self._seconds, self._line = "", 0, 0.0, ""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.WARNING:
+        if hasattr(record, "failed"):
+            self._failed(*record.args)  # type: ignore[misc]
+        elif record.levelno >= logging.WARNING:
+            if hasattr(record, "one_line") or record.getMessage().startswith("Finished in state Failed"):
+                return False
             self._end_line()
             return True
-        if hasattr(record, "seconds"):
+        elif hasattr(record, "seconds"):
             label, found = record.args  # type: ignore[misc]
             self._step(str(label), str(found), record.seconds)
         elif record.name == "prefect.flow_runs" and record.getMessage().startswith("Finished in state"):
             self._end_line()
         return False
+
+    def _failed(self, label: str, error: object) -> None:
+        self._end_line()
+        self._done += 1
+        self._write(f"{self._number()}  failed  {label:<19} {str(error).partition(chr(10))[0]}")
+        self._end_line()
+
+    def _number(self) -> str:
+        return f"[{self._done:>2}{f'/{self._steps}' if self._steps else ''}]"
 
     def _step(self, label: str, found: str, seconds: float) -> None:
         self._done += 1
@@ -58,9 +74,7 @@ class StageLines(logging.Filter):
         self._seconds += seconds
         if benchmark:
             found = f"{self._count} benchmark{'s' if self._count > 1 else ''}, {benchmark} last"
-        self._write(
-            f"[{self._done:>2}{f'/{self._steps}' if self._steps else ''}] {self._seconds:>5.0f} s  {group:<19} {found}"
-        )
+        self._write(f"{self._number()} {self._seconds:>5.0f} s  {group:<19} {found}")
         if not benchmark:
             self._end_line()
 

@@ -9,6 +9,7 @@ class _OneLine(logging.Filter):
         if getattr(error, "exit_code", None) == 2:
             record.exc_info = record.exc_text = None
             record.msg, record.args = f"{type(error).__name__}: {error}", ()
+            record.one_line = True
         return True
 
 
