@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 RECOVER = "examples = 8, prose = 0, own = 0, batch_size = 4, micro_batch_size = 4, rank = 4, group_size = 16"
 KILLER, HURRIED, FORKED = (str(Path(__file__).parent / name) for name in ("kill.py", "hurried.py", "forked.py"))
+ONE = threading.Lock()  # command at a time
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def saap(*arguments, program=("flows.cli",), environment=None):
             env={**os.environ, **environment},
             timeout=600,
         )
-    with tempfile.NamedTemporaryFile("r+") as out, tempfile.NamedTemporaryFile("r+") as error:
+    with tempfile.NamedTemporaryFile("r+") as out, tempfile.NamedTemporaryFile("r+") as error, ONE:
         order = {"program": [*program, *arguments], "environment": dict(os.environ), "folder": os.getcwd()}
         fork = _forks()
         print(json.dumps({**order, "stdout": out.name, "stderr": error.name}), file=fork.stdin, flush=True)
