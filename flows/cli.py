@@ -26,6 +26,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     *(remote.push, remote.pull),
     *(hygiene.gc, hygiene.du),
 )
+INTERRUPTED = 130
 for command in COMMANDS:
     app.command()(command)
 app.add_typer(export.app, name="export")
@@ -37,10 +38,9 @@ def main() -> None:
     try:
         app(prog_name="saap")
     except SystemExit as leaving:
-        code = leaving.code
+        code = leaving.code  # a Ctrl-C inside a command is 130 here: Typer has caught it
     except KeyboardInterrupt:
-        print("saap: interrupted; the same command goes on from here", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     except Exception as error:
         code, said = getattr(error, "exit_code", None), str(error)
         if code is None and isinstance(error, PermissionError):
@@ -48,6 +48,8 @@ def main() -> None:
         if code is None:
             raise
         print(f"saap: {said}", file=sys.stderr)
+    if code == INTERRUPTED:
+        print("saap: interrupted; the same command goes on from here", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)  # Prefect's threads would outlive the clean-up, and DuckDB would complain

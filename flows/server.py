@@ -121,6 +121,7 @@ def _own_server(home: Path) -> Iterator[Callable[[], str]]:
             stdout=log,
             stderr=log,
             preexec_fn=_die_with_parent,
+            process_group=0,  # a Ctrl-C is for the command, which then still tells the server that it ends
         )
 
         def wait() -> str:
