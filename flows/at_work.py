@@ -9,11 +9,12 @@ from typing import Any
 from prefect import get_run_logger, runtime
 
 from flows.graph import Graph, Outcome, Reference
-from flows.job import Job
+from flows.job import Job, whose
 from flows.killed import tell_of_the_killed
 from flows.pages.render import write
 from flows.pages.write import page_of_run, report_file
 from flows.places import place_for
+from flows.progress import IN_STORE
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.remote import remote_of
@@ -94,7 +95,8 @@ class Run:
         if self.error is None:
             self._record.finish("completed")
         else:
-            self._record.finish("failed", str(self.error) or type(self.error).__name__)
+            why = "interrupted" if isinstance(self.error, KeyboardInterrupt) else type(self.error).__name__
+            self._record.finish("failed", str(self.error) or why)
 
     def share(self) -> None:
         """Copy a completed run to the remote store. Where that fails the run is complete, and its command is not."""
@@ -147,6 +149,7 @@ def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
     tell_of_the_killed(store.root)
     runs = {job.run_id: Run(job, store) for job in jobs}
     graph, log, told = Graph(jobs), get_run_logger(), time.monotonic()
+    its_runs = {step: those for step, those in whose(jobs).items() if those != f"{len(jobs)} of {len(jobs)} runs"}
 
     def begin(run_id: str) -> None:
         if run_id in runs:  # not one that failed while others need its step
@@ -156,7 +159,7 @@ def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
         with place_for(jobs[0].settings.execute) as place:
             for settled in graph.work_off(store, place, begin):
                 for step, outcome in settled:
-                    _say(log, step, outcome)
+                    _say(log, step, outcome, its_runs.get(step.reference, ""))
                     for run_id in graph.needed[step.reference] & runs.keys():
                         runs[run_id].settle(step.reference, outcome)
                 if over := [run for run in runs.values() if run.ended]:
@@ -177,20 +180,23 @@ def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
         raise
 
 
-def _say(log: Any, step: Step, outcome: Outcome) -> None:
-    """One line for the log and the screen; flows/progress.py reads it there."""
+def _say(log: Any, step: Step, outcome: Outcome, its_runs: str) -> None:
+    """One line for the log and the screen; flows/progress.py reads it there.
+
+    its_runs: which ones of a sweep need the step, where not all do.
+    """
     if outcome.error is not None:
-        log.info("%s failed: %s", step.label, outcome.error, extra={"failed": True})
+        log.info("%s failed: %s", step.label, outcome.error, extra={"failed": True, "its_runs": its_runs})
     elif outcome.skipped is not None:
         log.warning("%s skipped: %s", step.label, outcome.skipped)
     elif outcome.manifest is not None:
         if outcome.ticket is None:
-            summary, seconds = "found in the store", 0.0
+            summary, seconds = IN_STORE, 0.0
         else:
             fetched = step.store_remote is not None and outcome.manifest["run_id"] != step.run_id
             summary = what_came(outcome.manifest["summary"], fetched)
             seconds = 0.0 if fetched else outcome.manifest["seconds"]
-        log.info("%s: %s", step.label, summary, extra={"seconds": seconds})
+        log.info("%s: %s", step.label, summary, extra={"seconds": seconds, "its_runs": its_runs})
 
 
 def _tell(warehouse: Warehouse, run_ids: Sequence[str]) -> None:

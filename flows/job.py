@@ -77,3 +77,17 @@ def prepare_all(
                 raise
             raise ConfigError(f"{', '.join(chosen)}: {error}") from error
     return jobs
+
+
+def whose(jobs: Sequence[Job]) -> dict[tuple[str, str], str]:
+    """Which runs of a sweep need each of its steps: the values of the only one, or how many."""
+    needed: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        for step in job.steps:
+            needed.setdefault(step.reference, []).append(job)
+    return {
+        reference: f"{len(those)} of {len(jobs)} runs"
+        if len(those) > 1 or len(jobs) == 1
+        else ", ".join(one.partition("=")[2] for one in those[0].chosen)
+        for reference, those in needed.items()
+    }

@@ -55,7 +55,7 @@ def print_run(store: Path, run_id: str, data: str, page: Path | None) -> None:
 def _say_what_data_is_for(data: str) -> None:
     if data == "mini":
         console.print(
-            "The mini pack is for seeing the pipeline work: 36 items a benchmark, standard errors near 8 points. "
+            "The mini pack is for seeing the pipeline work: 36 items a benchmark at most, standard errors of 8 points. "
             "Its scores compare with no published number; use data = 'hub' or a folder for those.",
             style="yellow",
             highlight=False,

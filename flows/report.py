@@ -24,17 +24,17 @@ def result_rows(connection: DuckDBPyConnection, run_id: str) -> tuple[list[str],
     metric of each; the average only when all seven are there.
     """
     metrics = connection.execute(
-        "select variant, benchmark, value from metrics where run_id = ? and papers", [run_id]
+        "select variant, benchmark, value, papers from metrics where run_id = ?", [run_id]
     ).fetchall()
     speed = connection.execute(
         "select variant, parameters, active_parameters, weight_bytes, tokens_per_s, decode_ratio from speed "
         "where run_id = ?",
         [run_id],
     ).fetchall()
-    values = {(variant, benchmark): value for variant, benchmark, value in metrics}
+    values = {(variant, benchmark): value for variant, benchmark, value, papers in metrics if papers}
     speeds = {row[0]: row[1:] for row in speed}
     sparse = any(active not in (None, parameters) for parameters, active, *_ in speeds.values())
-    present = {variant for variant, _ in values} | set(speeds)
+    present = {variant for variant, *_ in metrics} | set(speeds)
     rows = []
     for variant in [v for v in ("dense", "pruned", "recovered") if v in present]:
         accuracies = [values.get((variant, benchmark)) for benchmark in ACCURACIES]

@@ -36,16 +36,18 @@ def sweep_of(jobs: list[Job]) -> Flow[[str, list[str]], list[str]]:
 
 def sweep_jobs(config: str, overrides: list[str], jobs: list[Job]) -> list[str]:
     """Do the work of all jobs; each gets a flow run when it ends. Returns the ids of the completed runs."""
-    failed: list[str] = []
+    failed: dict[str, list[str]] = {}  # by the reason
     # a flow run of a moment needs no heartbeat, whose thread would end up to a second later
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), closing(run_all(jobs)) as batches:
         for run in (run for batch in batches for run in batch):
             _flow_of(run)(config, [*run.job.chosen, *overrides], return_state=True, wait_for=run.tickets)
             if run.error is not None:
-                failed.append(f"{', '.join(run.job.chosen)}: {run.error}")
+                failed.setdefault(str(run.error), []).append(", ".join(run.job.chosen))
     create_markdown_artifact(sweep_markdown(config, tuple(overrides)), key="sweep")
     if failed:
-        raise ConfigError(f"{len(failed)} of {len(jobs)} runs failed: {'; '.join(failed)}"[:500])
+        count = sum(map(len, failed.values()))
+        reasons = "; ".join(f"{_some(runs)}: {why}" for why, runs in failed.items())
+        raise ConfigError(f"{count} of {len(jobs)} runs failed: {reasons}"[:1000])
     return [job.run_id for job in jobs]
 
 
@@ -59,3 +61,8 @@ def _flow_of(run: Run) -> Flow[[str, list[str]], str]:
         return run.job.run_id
 
     return Flow(end, name=saap_run.name, flow_run_name=title_of(run.job.settings), validate_parameters=False)
+
+
+def _some(runs: list[str]) -> str:
+    shown = " and ".join(runs[:2])
+    return f"{shown} and {len(runs) - 2} more" if len(runs) > 2 else shown

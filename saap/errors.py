@@ -1,3 +1,6 @@
+from typing import Any
+
+
 class SaapError(ValueError):
     """Something the user can correct. The message is one line that says what is wrong and what to do."""
 
@@ -14,6 +17,16 @@ class OutOfReach(SaapError):
 
 class DataUnavailable(SaapError):
     """Data that is not available: a download that failed. The message is one line and says what to do."""
+
+
+def not_finite(what: str, model: Any) -> SaapError:
+    """The error that `what` of a model is not finite: for want of range, or for weights that are not either."""
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and not weight.isfinite().all():
+            return SaapError(f"{what} is not finite: neither is {name}, so the model itself is damaged")
+    if next(model.parameters()).element_size() < 4:
+        return SaapError(f"{what} is not finite: load the model in float32 (model.dtype)")
+    return SaapError(f"{what} is not finite, in float32 too: its weights are too large to compute with")
 
 
 def first_line(error: BaseException) -> str:

@@ -1,15 +1,15 @@
 -- The views of the warehouse. After a change here, raise VERSION in database.py: existing files are then rebuilt.
 -- The last bits of a sum depend on its order, and DuckDB's threads come in any: `order by` inside an aggregate settles it.
 
--- one row a run and variant; the average of the accuracies only when all seven are there
+-- one row a run and variant that was measured; the average of the accuracies only when all seven are there
 create view results as
 with scores as (
     select run_id, variant,
-        case when count(*) filter (metric <> 'perplexity') = 7
-             then avg(value) filter (metric <> 'perplexity') end as average,
-        max(value) filter (benchmark = 'wikitext2') as wikitext2,
-        max(value) filter (benchmark = 'ptb') as ptb
-    from metrics where papers group by run_id, variant)
+        case when count(*) filter (papers and metric <> 'perplexity') = 7
+             then avg(value) filter (papers and metric <> 'perplexity') end as average,
+        max(value) filter (papers and benchmark = 'wikitext2') as wikitext2,
+        max(value) filter (papers and benchmark = 'ptb') as ptb
+    from metrics group by run_id, variant)
 select r.run_id, r.name, r.model, r.data, r.criterion, r.ratio, s.variant, s.average, s.wikitext2, s.ptb,
     v.parameters, v.active_parameters, v.weight_bytes, v.tokens_per_s, v.decode_ratio, r.started_at
 from scores s join runs r using (run_id) left join speed v on v.run_id = s.run_id and v.variant = s.variant;

@@ -155,9 +155,7 @@ class Speed(Section):
 
 
 class RunConfig(Section):
-    name: Annotated[Text, Field(max_length=200)] = Field(
-        "run", description="what the run is called in tables and in Prefect's UI"
-    )
+    name: Annotated[Text, Field(max_length=200)] = Field("run", description="the run's, in tables and Prefect's UI")
     data: Text = Field("mini", description="'mini' (embedded), 'hub', or a folder of data sets")
     store: Text = Field("saap_store", description="folder for artifacts and the warehouse")
     store_remote: Text | None = Field(None, description="shared by hosts: a URL like s3://bucket/prefix, or a folder")
@@ -199,6 +197,9 @@ def load_config(file: str | Path | None, overrides: tuple[str, ...] = ()) -> Run
         if not equals:
             raise ConfigError(f"--set takes section.field=value, got {short(override)}")
         set_value(values, path.strip(), parse_value(text.strip()))
+    named = {override.partition("=")[0].strip() for override in overrides} & {"prune.ratio", "prune.target"}
+    if len(named) == 1:  # it takes the place of the other in a file
+        values["prune"].pop("target" if "prune.ratio" in named else "ratio", None)
     return check_config(values)
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,6 @@ from flows.progress import show_progress
 from tasks.config import ConfigError, RunConfig
 from tasks.step import Step
 from tasks.toml import read_toml, toml_value
-
-if TYPE_CHECKING:
-    from flows.job import Job
 
 ConfigArgument = Annotated[Path, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
 WantedConfig = Annotated[Path | None, typer.Argument(help="TOML file; see configs/ for examples.", show_default=False)]
@@ -124,11 +121,14 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
     Changes nothing.
     """
     from flows.combinations import combinations
-    from flows.job import prepare, prepare_all
+    from flows.job import prepare, prepare_all, whose
     from flows.preview import preview_rows
     from tasks.config import load_config
 
     overrides = _overrides(set_, store)
+    place = Path(load_config(config, overrides).store)
+    if place.exists() and not place.is_dir():
+        raise ConfigError(f"{place} is no folder: name another store (--store)")
     if sweeps := "sweep" in read_toml(config):
         jobs = prepare_all(str(config), combinations(str(config), overrides), overrides, look_only=True)
     else:
@@ -139,7 +139,7 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
         axes = ", ".join(one.partition("=")[0] for one in jobs[0].chosen)
         table = [
             (label, what, runs, "" if what == "cached" else why)
-            for (label, what, why, _), runs in zip(rows, _for_runs(jobs), strict=True)
+            for (label, what, why, _), runs in zip(rows, whose(jobs).values(), strict=True)
         ]
         print_table(["stage", "", f"for {axes}", "why"], table)
     else:
@@ -152,20 +152,6 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
             chosen = f"{', '.join(job.chosen)}: " if job.chosen else ""
             found = f"a ratio of {job.settings.prune.ratio:g}"
             console.print(f"{chosen}prune.target = '{job.settings.prune.target}': {found}", highlight=False)
-
-
-def _for_runs(jobs: Sequence["Job"]) -> list[str]:
-    """Which runs of a sweep need each of its steps: the values of the only one, or how many."""
-    needed: dict[tuple[str, str], list[Job]] = {}
-    for job in jobs:
-        for step in job.steps:
-            needed.setdefault(step.reference, []).append(job)
-    return [
-        f"{len(those)} of {len(jobs)} runs"
-        if len(those) > 1 or len(jobs) == 1
-        else ", ".join(one.partition("=")[2] for one in those[0].chosen)
-        for those in needed.values()
-    ]
 
 
 def config(

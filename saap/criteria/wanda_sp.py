@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.errors import SaapError
+from saap.errors import SaapError, not_finite
 from saap.models.groups import discover, refuse_experts
 from saap.models.offload import is_offloaded
 from saap.models.stream import Stream
@@ -63,7 +63,7 @@ def wanda_sp(
             column = linear.weight.float().abs().mean(0, dtype=torch.float64)
             score = (column * squares[kind].sqrt()).view(-1, stream.widths[layer, kind]).sum(1).cpu().numpy()
             if not np.isfinite(score).all():
-                raise SaapError(f"an activation in layer {layer} ({kind}) is not finite: load the model in float32")
+                raise not_finite(f"an activation in layer {layer} ({kind})", model)
             scores.append(score)
             lowest = np.argsort(-score, kind="stable")[left[layer, kind] :]
             if len(lowest):

@@ -1,5 +1,6 @@
 """lm-eval's Hugging Face model with the answers to one question sharing its forward pass."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
+from saap.errors import not_finite
 from saap.evaluation.log_probs import log_probs
 from saap.models.families import family_of
 from saap.models.products import FastLinears
@@ -51,7 +53,10 @@ class SharedQuestionLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As in lm-eval, without its bars, which would stay on the screen."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        found = super().loglikelihood(requests, disable_tqdm=True)
+        if any(math.isnan(value) for value, _ in found):
+            raise not_finite("a log-probability", self.model)
+        return found
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from saap.errors import not_finite
 from saap.models.families import family_of
 from saap.models.products import product
 
@@ -23,7 +24,7 @@ def log_probs(
 
     Returns:
         float32 (K,) and bool (K,), on the head's device. The sums are in float32 whatever the logits' dtype.
-        Of equal logits the first is the likeliest, as argmax has it.
+        Of equal logits the first is the likeliest, as argmax has it. Raises SaapError for one that is not a number.
 
     With m the highest logit so far and Z = Σ e^(logit − m), a further part of the vocabulary updates both, as in flash
     attention.
@@ -49,5 +50,7 @@ def log_probs(
         before, highest = highest, torch.maximum(highest, best)
         weights = logits.sub_(highest).exp_()
         total.mul_((before - highest).exp_()).add_(weights.sum(-1, keepdim=True))
-    normaliser = (highest + total.log()).squeeze(1)
-    return own - normaliser[rows], likeliest.squeeze(1)[rows] == tokens
+    found = own - (highest + total.log()).squeeze(1)[rows]
+    if found.isnan().any():
+        raise not_finite("a log-probability", model)
+    return found, likeliest.squeeze(1)[rows] == tokens

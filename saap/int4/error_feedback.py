@@ -34,7 +34,7 @@ def quantize_with_feedback(weight: torch.Tensor, gram: torch.Tensor, group_size:
     rows, width = weight.shape
     left, gram = weight.detach().float().clone(), gram.double().clone()
     if not torch.isfinite(gram).all():
-        raise SaapError("an activation is not finite: load the model in float32")
+        raise SaapError("an activation is not finite: load the model in float32, if its weights are finite")
     diagonal = gram.diagonal()
     diagonal[diagonal == 0] = 1.0  # an input that is always 0
     diagonal += DAMPING * diagonal.mean()

@@ -220,7 +220,7 @@ class _Sums:
     def change(self) -> torch.Tensor:
         """Δ (out, in)."""
         if not all(torch.isfinite(each).all() for part in self.parts for each in part):
-            raise SaapError("an activation is not finite: load the model in float32")
+            raise SaapError("an activation is not finite: load the model in float32, if its weights are finite")
         ridge = self.ridge
         fitted, *held_back = [(gram.double(), cross.double()) for gram, cross in self.parts]
         if held_back:

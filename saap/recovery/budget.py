@@ -36,8 +36,10 @@ class Budget(TrainerCallback):
         self._ends: list[float] = []
 
     def rate(self, step: int) -> float:
-        """The share of the learning rate at a step: a linear warm-up, then the schedule, to 0 at the planned end."""
+        """The share of the learning rate at a step: a linear warm-up, half of them at most; then the schedule, to 0."""
         warmup, schedule = self._training.warmup_steps, self._training.schedule
+        if self.steps is not None:
+            warmup = min(warmup, self.steps // 2)
         if step < warmup:
             return step / warmup
         if self.steps is None or schedule == "constant":

@@ -96,7 +96,8 @@ def _quiet() -> None:
 
     disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "transformers.trainer_utils"):  # the second: of times that it does without
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:

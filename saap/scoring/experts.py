@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.errors import SaapError
+from saap.errors import SaapError, not_finite
 from saap.models.families import Experts, family_of
 from saap.models.groups import discover, layer_parts
 from saap.models.offload import input_device, is_offloaded
@@ -107,7 +107,7 @@ def expert_masks(
             bar.update(len(batch))
     found = torch.cat(list(sums.values())) / len(tokens)
     if not found.isfinite().all():
-        raise SaapError(f"the {name} of an expert is not finite: load the model in float32")
+        raise not_finite(f"the {name} of an expert", model)
     return found.numpy()
 
 

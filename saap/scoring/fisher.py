@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.errors import SaapError
+from saap.errors import not_finite
 from saap.models.families import Experts, family_of
 from saap.models.groups import weight_of
 from saap.scoring.backward import see_gradients
@@ -61,5 +61,5 @@ def _mean_over_samples(
     see_gradients(model, tokens, [linear for *_, linear in matrices], see, batch_size=batch_size, name=name)
     for (layer, kind, _, _), total in zip(matrices, sums, strict=True):
         if not torch.isfinite(total).all():
-            raise SaapError(f"the {name} of layer {layer} ({kind}) is not finite: load the model in float32")
+            raise not_finite(f"the {name} of layer {layer} ({kind})", model)
     return (torch.cat(sums) / len(tokens)).numpy()

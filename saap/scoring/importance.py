@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.errors import SaapError
+from saap.errors import SaapError, not_finite
 from saap.models.groups import layer_parts, weight_of
 from saap.models.offload import input_device, is_offloaded
 from saap.progress import tqdm
@@ -157,7 +157,7 @@ def _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales):
     finite = (vectors.isfinite() & elements.isfinite()).all(1)
     if not finite.all():
         if len(scales) == 1:
-            raise SaapError(_not_finite(channels, sums, numbers))
+            raise _not_finite(model, channels, sums, numbers)
         again = ~finite
         vectors[again], elements[again] = _score_batch(
             model, batch[again], numbers[again], channels, hessian, vector_unit, scales[1:]
@@ -165,8 +165,8 @@ def _score_batch(model, batch, numbers, channels, hessian, vector_unit, scales):
     return vectors, elements
 
 
-def _not_finite(channels: _Channels, sums: torch.Tensor, numbers: torch.Tensor) -> str:
-    """Name the first matrix that holds a bad weight, which spoils all scores; else name the first bad score."""
+def _not_finite(model: nn.Module, channels: _Channels, sums: torch.Tensor, numbers: torch.Tensor) -> SaapError:
+    """Names the first matrix that holds a bad weight, which spoils all scores; else the first bad score."""
     first_bad = ""
     for layer, matrix, _, linear, place in channels.matrices:
         finite = sums[:, :, place].isfinite().all(0).all(1)
@@ -174,6 +174,6 @@ def _not_finite(channels: _Channels, sums: torch.Tensor, numbers: torch.Tensor) 
             continue
         where = f"the score of layer {layer}, {matrix}, sample {numbers[int(finite.int().argmin())]}"
         if not torch.isfinite(weight_of(linear, sums.device)).all():
-            return f"{where} is not finite: neither are its weights"
-        first_bad = first_bad or f"{where} is not finite: load the model in float32"
-    return first_bad or "the score of an expert is not finite: load the model in float32"
+            return SaapError(f"{where} is not finite: neither are its weights")
+        first_bad = first_bad or where
+    return not_finite(first_bad or "the score of an expert", model)

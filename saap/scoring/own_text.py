@@ -65,7 +65,7 @@ def _drawn(logits: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     runs = F.pad(share, (0, -share.shape[1] % RUN)).unflatten(1, (-1, RUN))
     behind = runs.sum(-1, dtype=torch.float64).cumsum(-1)
     if not torch.isfinite(behind[:, -1]).all():
-        raise SaapError("the logits of the model are not finite: load it in float32")
+        raise SaapError("the logits of the model are not finite: load it in float32, if its weights are finite")
     wanted = draw * behind[:, -1:]
     run = torch.searchsorted(behind, wanted, right=True).clamp_(max=behind.shape[1] - 1)
     before = F.pad(behind, (1, 0)).gather(1, run)

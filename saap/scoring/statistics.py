@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.errors import SaapError
+from saap.errors import SaapError, not_finite
 from saap.models.families import Part
 from saap.models.groups import group_matrices
 from saap.models.offload import input_device, is_offloaded
@@ -86,7 +86,7 @@ def input_moments(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4
     found = {}
     for (layer, kind), (count, mean, squares) in sums.items():
         if not torch.isfinite(squares).all():
-            raise SaapError(f"an activation in layer {layer} ({kind}) is not finite: load the model in float32")
+            raise not_finite(f"an activation in layer {layer} ({kind})", model)
         norm = (squares + count * mean.square()).sqrt()
         found[layer, kind] = Moments(*(t.cpu().numpy() for t in (mean, squares / (count - 1), norm)))
     return found
@@ -128,7 +128,7 @@ def taylor_sums(model: nn.Module, tokens: torch.Tensor, *, batch_size: int = 4) 
                 ("param_mix", mixed.abs().sum(across)),
             ):
                 if not torch.isfinite(rows).all():
-                    raise SaapError(f"the score of layer {layer}, {part.matrix} is not finite: use float32")
+                    raise not_finite(f"the score of layer {layer}, {part.matrix}", model)
                 rows = rows.double().cpu()
                 units = folded = part.by_unit(rows).sum(1)
                 if len(part.stretches) == 1 and not part.rest:

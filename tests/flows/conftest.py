@@ -4,14 +4,18 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+
+from storage.locks import holder
 
 RECOVER = "examples = 8, prose = 0, own = 0, batch_size = 4, micro_batch_size = 4, rank = 4, group_size = 16"
 KILLER, HURRIED, FORKED = (str(Path(__file__).parent / name) for name in ("kill.py", "hurried.py", "forked.py"))
@@ -66,8 +70,25 @@ def _forks():
     return subprocess.Popen([sys.executable, FORKED], **pipes)
 
 
+def without_server():
+    """The environment of someone who has no Prefect server: each run brings its own."""
+    return {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+
+
 def ask(store, query):
     """Rows of a query, through `saap sql --csv`."""
     done = saap("sql", query, "--store", store, "--csv")
     assert done.returncode == 0, done.stderr
     return list(csv.DictReader(io.StringIO(done.stdout)))
+
+
+def at_work_in(store, stage):
+    """The process that holds the lock of an artifact of this stage, once it writes it."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        for draft in store.glob(f"{stage}/.draft-*"):
+            key = draft.name.removeprefix(".draft-").rpartition("-")[0]
+            if found := re.match(r"process (\d+) ", holder(store / "locks" / f"{stage}-{key}.lock")):
+                return int(found[1])
+        time.sleep(0.05)
+    raise AssertionError(f"nobody is at work in {stage}")

@@ -1,9 +1,12 @@
 """What people type, and what they get when it is wrong: one line, exit code 2, nothing left behind."""
 
+import contextlib
 import csv
 import io
 import json
 import math
+import os
+import pty
 import re
 import shutil
 import subprocess
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
-from tests.flows.conftest import saap
+from tests.flows.conftest import ask, at_work_in, saap, without_server
 from tests.storage.test_warehouse import ABOUT, fill
 
 
@@ -103,6 +106,7 @@ def test_an_error_inside_a_stage_is_one_line_too_and_the_run_is_recorded_as_fail
     refused(done, "finite")
     failed, said = done.stderr.splitlines()[-2:]  # and none of Prefect's that say it again
     assert failed.startswith("[ 2/13]  failed  score               the score of layer 0")
+    assert failed.endswith("neither is lm_head.weight, so the model itself is damaged")
     assert said.startswith("saap: the score of layer 0")
     assert "ERROR" not in done.stderr
     with Warehouse(store).reading() as connection:
@@ -228,7 +232,7 @@ def test_csv_output_is_nothing_but_csv(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_says_what_its_table_leaves_out(config, prefect_server):
+def test_a_run_says_what_its_table_leaves_out(config, store, prefect_server):
     """Here: the rest of a sweep, and perplexities in windows that are not the papers'."""
     config.write_text(config.read_text() + "\n[sweep]\n'prune.ratio' = [0.2, 0.3]\n")
     small = ("recover.recipe=none", "evaluate.benchmarks=['wikitext2']", "evaluate.variants=['pruned']", "speed.runs=0")
@@ -238,6 +242,28 @@ def test_a_run_says_what_its_table_leaves_out(config, prefect_server):
     assert f"saap sweep {config}" in done.stderr
     assert "windows of 128 tokens were not measured" in said
     assert "from comparison where run_id" in said
+    assert "pruned – – – – – – – – – – – – – –" in said  # a row for what was measured all the same
+    assert [row["variant"] for row in ask(store, "from leaderboard")] == ["pruned"]
+
+
+@pytest.mark.slow
+def test_a_ctrl_c_in_a_terminal_ends_a_run_in_a_line_and_its_server_with_it(config, store):
+    """A terminal sends it to all processes that it has in the foreground."""
+    command = [sys.executable, "-m", "flows.cli", "run", str(config), "--set", "recover.epochs=1000"]
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, command, without_server())
+    at_work_in(store, "recover")
+    os.write(terminal, b"\x03")
+    screen = b""
+    with contextlib.suppress(OSError):  # at its end
+        while part := os.read(terminal, 65536):
+            screen += part
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    text = screen.decode()
+    assert text.splitlines()[-1] == "saap: interrupted; the same command goes on from here"
+    assert "ERROR" not in text
+    assert ask(store, "select status, error from runs") == [{"status": "failed", "error": "interrupted"}]
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -22,12 +21,11 @@ from flows.job import prepare_all
 from flows.places import Slots, beside, gpu_of, model_of
 from flows.sweep import saap_sweep
 from storage.artifacts import MANIFEST
-from storage.locks import holder
 from storage.runs import all_runs, read_run
 from storage.warehouse import Warehouse
 from tasks.compute import compute_settings, placed
 from tasks.config import ConfigError, load_config
-from tests.flows.conftest import saap
+from tests.flows.conftest import at_work_in, saap
 from tests.flows.test_cli import refused
 
 PROCESSES = ("execute.runner='processes'", "execute.slots=2")
@@ -211,18 +209,6 @@ def test_a_step_that_fails_fails_the_runs_that_need_it_and_no_others(
 def start(*arguments):
     command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def at_work_in(store, stage):
-    """The process that holds the lock of an artifact of this stage, once it writes it."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        for draft in store.glob(f"{stage}/.draft-*"):
-            key = draft.name.removeprefix(".draft-").rpartition("-")[0]
-            if found := re.match(r"process (\d+) ", holder(store / "locks" / f"{stage}-{key}.lock")):
-                return int(found[1])
-        time.sleep(0.05)
-    raise AssertionError(f"nobody is at work in {stage}")
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Whole runs: reuse, crashes, damage and two writers, on a tiny model but with the real programs."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from storage.artifacts import MANIFEST
 from storage.runs import all_runs, read_run, read_stages
 from storage.warehouse import Warehouse
 from tasks.data import read_data
-from tests.flows.conftest import KILLER, ask, saap
+from tests.flows.conftest import KILLER, ask, saap, without_server
 
 pytestmark = pytest.mark.slow
 STAGES = ["calibrate", "score", "fuse", "fluctuation", "prune", "recover", "evaluate", "speed"]
@@ -147,11 +146,6 @@ def test_a_killed_run_takes_its_own_prefect_server_with_it(config, store):
     while _servers(store) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert _servers(store) == []
-
-
-def without_server():
-    """The environment of someone who has no Prefect server: each run brings its own."""
-    return {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
 
 
 def _servers(store):

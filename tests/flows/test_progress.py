@@ -59,10 +59,14 @@ def test_in_a_terminal_bars_count_up_and_leave_the_lines_of_the_stages_alone(con
     assert [LINE.match(line)[2] for line in left if line] == STAGES
 
 
-def record(message, *values, level=logging.INFO, seconds=None):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def record(message, *values, level=logging.INFO, **more):
     made = logging.LogRecord("prefect.flow_runs", level, "", 0, message, values, None)
-    if seconds is not None:
-        made.seconds = seconds
+    vars(made).update(more)
     return made
 
 
@@ -73,21 +77,37 @@ def test_what_was_found_in_the_store_says_so_and_quiet_says_nothing():
         assert out.getvalue().splitlines() == written
 
 
-def test_warnings_pass_and_long_lines_are_cut_to_100_columns():
+def test_warnings_pass_and_a_terminal_gets_100_columns():
+    for out, length, last in ((Terminal(), 100, "…"), (io.StringIO(), 336, "x")):  # a file has no width
+        lines = StageLines(out, 3, quiet=False)
+        assert not lines.filter(record("%s: %s", "score", "x" * 300, seconds=1.0))
+        assert lines.filter(record("careful", level=logging.WARNING))
+        assert not lines.filter(record("Created task run"))
+        line = out.getvalue().splitlines()[-1].rpartition("\x1b[K")[2]
+        assert (len(line), line[-1]) == (length, last)
+
+
+def test_steps_of_two_runs_are_two_lines_and_one_that_failed_is_said_once():
     out = io.StringIO()
-    lines = StageLines(out, 3, quiet=False)
-    assert not lines.filter(record("%s: %s", "score", "x" * 300, seconds=1.0))
-    assert lines.filter(record("careful", level=logging.WARNING))
-    assert not lines.filter(record("Created task run"))
-    (line,) = out.getvalue().splitlines()
-    assert (len(line), line[-1]) == (100, "…")
+    lines = StageLines(out, 9, quiet=False)
+    for ratio, benchmark in (("0.2", "piqa"), ("0.2", "boolq"), ("0.3", "piqa")):
+        lines.filter(record("%s: %s", f"evaluate pruned {benchmark}", "acc 0.5", seconds=1.0, its_runs=ratio))
+    assert not lines.filter(record("%s failed: %s", "recover", "no memory\nat all", failed=True, its_runs="0.2"))
+    for said in (
+        "Finished in state Failed('no memory')",
+        "Crash detected! Execution was aborted by an interrupt signal.",
+        "Finished in state Crashed('Execution was aborted by an interrupt signal.')",
+    ):
+        assert not lines.filter(record(said, level=logging.ERROR))
+    assert lines.filter(record("Crash detected! Execution was interrupted by OSError", level=logging.ERROR))
+    assert out.getvalue().splitlines() == [
+        "[ 2/9]     2 s  evaluate pruned     (0.2) 2 benchmarks, boolq last",
+        "[ 3/9]     1 s  evaluate pruned     (0.3) 1 benchmark, piqa last",
+        "[ 4/9]  failed  recover             (0.2) no memory",
+    ]
 
 
 def test_in_a_terminal_the_line_of_a_variant_counts_up_in_place():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     out = Terminal()
     lines = StageLines(out, 2, quiet=False)
     for benchmark in ("piqa", "boolq"):

@@ -69,6 +69,14 @@ REFUSED = [
 ]
 
 
+def test_a_target_that_is_set_takes_the_place_of_the_ratio_of_a_file_and_the_other_way_round(config):
+    config.write_text(config.read_text().replace("prune = { ", "prune = { ratio = 0.3, "))
+    assert load_config(config, ("prune.target=200K",)).prune.target == "200K"
+    config.write_text(config.read_text().replace("ratio = 0.3", 'target = "200K"'))
+    changed = load_config(config, ("prune.ratio=0.1",)).prune
+    assert (changed.ratio, changed.target) == (0.1, None)
+
+
 @pytest.mark.parametrize(("overrides", "words"), REFUSED, ids=str)
 def test_a_target_that_cannot_be_is_refused_before_anything_runs(config, store, overrides, words):
     assert_refused(words, "plan", config, *settings(overrides))

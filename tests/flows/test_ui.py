@@ -11,8 +11,9 @@ from flows.markdown import _block
 from flows.run import saap_run
 from flows.sweep import saap_sweep
 from storage.runs import all_runs, read_run
+from tests.flows.conftest import at_work_in
 from tests.flows.pages.conftest import rows_in
-from tests.flows.test_graph import QUICK, at_work_in, start, swept
+from tests.flows.test_graph import QUICK, start, swept
 
 pytestmark = pytest.mark.slow
 

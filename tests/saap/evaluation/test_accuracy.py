@@ -143,6 +143,18 @@ def test_models_whose_positions_cannot_be_given_go_the_stock_way(tiny_tokenizer,
     stock = HFLM(pretrained=model, tokenizer=tiny_tokenizer, device="cpu").loglikelihood(requests, disable_tqdm=True)
     shared = SharedQuestionLM(model, tiny_tokenizer, 100).loglikelihood(requests, disable_tqdm=True)
     assert [score for score, _ in shared] == [pytest.approx(score, rel=1e-5) for score, _ in stock]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = torch.nan
+    with pytest.raises(SaapError, match="a log-probability is not finite: neither is"):
+        SharedQuestionLM(model, tiny_tokenizer, 100).loglikelihood(requests)
+
+
+def test_a_model_that_computes_no_number_has_no_accuracy(tiny_llama, tiny_tokenizer, jsonl):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(SaapError, match=r"a log-probability is not finite: neither is lm_head\.weight"):
+        accuracy(model, tiny_tokenizer, "arc_easy", data_file=jsonl, limit=5)
 
 
 def test_out_of_memory_halves_the_batch_until_it_fits(model, tiny_tokenizer, monkeypatch):

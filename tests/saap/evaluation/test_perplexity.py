@@ -122,3 +122,16 @@ def test_a_broken_model_has_a_finite_or_infinite_perplexity_not_an_overflow(tiny
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
     assert perplexity(model, rows, tiny_tokenizer, window=WINDOW, max_tokens=2 * WINDOW).value > 1e100
+
+
+def test_a_model_that_computes_no_number_has_no_perplexity_and_the_error_says_why(tiny_llama, rows, tiny_tokenizer):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[7, 7] = torch.nan
+    with pytest.raises(SaapError, match=r"not finite: neither is lm_head\.weight"):
+        perplexity(model, rows, tiny_tokenizer, window=WINDOW, max_tokens=2 * WINDOW)
+    model = tiny_llama().to(torch.float16)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(6e4)  # times 64 inputs: no float16
+    with pytest.raises(SaapError, match="load the model in float32"):
+        perplexity(model, rows, tiny_tokenizer, window=WINDOW, max_tokens=2 * WINDOW)

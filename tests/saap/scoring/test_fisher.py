@@ -122,5 +122,5 @@ def test_a_broken_weight_is_an_error_that_names_the_place(tiny_llama, tokens):
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(SaapError, match="not finite"):
+    with pytest.raises(SaapError, match=r"not finite: neither is model\.layers\.3\.mlp\.up_proj\.weight"):
         mask_fisher(model, tokens)
