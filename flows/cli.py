@@ -49,7 +49,8 @@ def main() -> None:
             raise
         print(f"saap: {said}", file=sys.stderr)
     if code == INTERRUPTED:
-        print("saap: interrupted; the same command goes on from here", file=sys.stderr)
+        start = "\n" if sys.stderr.isatty() else ""  # behind the terminal's ^C
+        print(f"{start}saap: interrupted; the same command goes on from here", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code or 0)  # Prefect's threads would outlive the clean-up, and DuckDB would complain
