@@ -3,7 +3,7 @@
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -86,8 +86,17 @@ def default_toml(model: type[BaseModel]) -> str:
             if section is model and field in tables:
                 continue
             value = f"{field} = {toml_value(about.default)}" if about.default is not None else f"# {field} ="
-            lines.append(f"{value:<40} # {about.description}")
+            choices = _choices(about.annotation)
+            among = f" [{' | '.join(choices)}]" if len(choices) > 1 and about.default != tuple(choices) else ""
+            lines.append(f"{value:<40} # {about.description}{among}")
     return "\n".join(lines) + "\n"
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The words that a field takes."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in _choices(part)]
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:
