@@ -43,7 +43,7 @@ class Recover(Section):
     )
     batch_size: Count = Field(8, description="examples an optimiser step")
     micro_batch_size: Count = Field(8, description="examples at once on a device; in no key")
-    learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(1e-3, description="AdamW")
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(5e-4, description="AdamW")
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = Field(10, description="optimiser steps of linear warm-up")
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
     max_length: Annotated[Count, Field(ge=8)] = Field(256, description="tokens an example is cut at")

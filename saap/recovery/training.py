@@ -22,7 +22,7 @@ class Training:
     epochs: float = 1.0
     batch_size: int = 8
     micro_batch_size: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     warmup_steps: int = 10
     schedule: str = "cosine"
     max_length: int = 256
