@@ -281,5 +281,5 @@ def test_a_config_survives_json(settings):
 def test_the_printed_configuration_reads_back_as_the_defaults(tmp_path):
     (tmp_path / "all.toml").write_text(default_toml(RunConfig))
     assert load_config(tmp_path / "all.toml") == RunConfig()
-    for words in ("[prune]", "[evaluate]", "[auto | global | uniform | uniform_down]", "[groupwise | lora | qlora | none]"):
+    for words in ("[prune]", "[evaluate]", "[auto | global | uniform | uniform_down]", "lora | qlora | none]"):
         assert words in default_toml(RunConfig)
