@@ -4,17 +4,16 @@
     python benchmarks/recovery_text.py --data FOLDER --minutes 15 --rows mixed mixed:recipe=lora --ratios 0.2 0.5
     python benchmarks/recovery_text.py --data FOLDER --rows own:distill=0.9 alpaca=0.2+prose=0.8:learning_rate=3e-3
 
-A model is pruned by `--criterion`, a row of benchmarks/criteria.py, once for each seed and ratio, and each row recovers
-a copy of it. A row names its texts with their shares (equal ones where it gives none): `alpaca` (its first rows),
-`prose` (of the calibration set, apart from what ranks), `own` (written by the dense model), or `wikitext2`, passages
-of the test set behind those that are measured: how far text of the tested kind would bring it, no recovery to use.
-`mixed` stands for the pipeline's default, alpaca=0.4+prose=0.3+own=0.3. After a colon come the recipe (`recipe=lora`;
-groupwise where it says none), its options and those of the training; the learning rate is 1e-3 where it says none. The
-row `untrained` is the codes alone: what
-quantising costs; with `start=mean` the zeros then take the mean error of their quantisation group, the most that an
-adapter could start from. The rows of Alpaca and of the prose are the first ones, or of three times as many: with
-`choose=gap` those on which the pruned model has lost most, with `choose=long` Alpaca's with the longest answers, no
-answer twice.
+A model is pruned by `--criterion`, a row of benchmarks/criteria.py, once for each seed and ratio, and each row
+recovers a copy of it. A row names its texts with their shares (equal ones where it gives none): `alpaca` (its first
+rows), `prose` (of the calibration set, apart from what ranks), `own` (written by the dense model), or `wikitext2`,
+passages of the test set behind those that are measured: how far text of the tested kind would bring it, no recovery to
+use. `mixed` stands for the pipeline's default, alpaca=0.4+prose=0.3+own=0.3. After a colon come the recipe
+(`recipe=lora`; groupwise where it says none), its options and those of the training; the learning rate is 1e-3 where
+it says none. The row `untrained` is the codes alone: what quantising costs; with `start=mean` the zeros then take the
+mean error of their quantisation group, the most that an adapter could start from. The rows of Alpaca and of the prose
+are the first ones, or of three times as many: with `choose=gap` those on which the pruned model has lost most, with
+`choose=long` Alpaca's with the longest answers, no answer twice.
 
 Shown are perplexities, and how much of ln(pruned / dense) is closed, on WikiText-2 and PTB, which only report, and on
 text held out: novels, Alpaca's last rows, and text of the model's own with another seed. "Held out" is the mean share

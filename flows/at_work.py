@@ -149,7 +149,7 @@ def run_all(jobs: Sequence[Job]) -> Generator[list[Run], None, None]:
     tell_of_the_killed(store.root)
     runs = {job.run_id: Run(job, store) for job in jobs}
     graph, log, told = Graph(jobs), get_run_logger(), time.monotonic()
-    its_runs = {step: those for step, those in whose(jobs).items() if those != f"{len(jobs)} of {len(jobs)} runs"}
+    its_runs = {step: those for step, those in whose(jobs).items() if len(graph.needed[step]) < len(jobs)}
 
     def begin(run_id: str) -> None:
         if run_id in runs:  # not one that failed while others need its step

@@ -53,17 +53,17 @@ class SharedQuestionLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As in lm-eval, without its bars, which would stay on the screen."""
-        found = super().loglikelihood(requests, disable_tqdm=True)
-        if any(math.isnan(value) for value, _ in found):
-            raise not_finite("a log-probability", self.model)
-        return found
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         if not self._share:
             shown = not os.environ.get("TQDM_DISABLE")
-            return super()._loglikelihood_tokens(requests, disable_tqdm=not shown, override_bs=override_bs)
+            scores = super()._loglikelihood_tokens(requests, disable_tqdm=not shown, override_bs=override_bs)
+            if any(math.isnan(value) for value, _ in scores):  # elsewhere log_probs sees to it
+                raise not_finite("a log-probability", self.model)
+            return scores
         questions = sorted(self._questions(requests), key=len, reverse=True)
         results: dict[int, tuple[float, bool]] = {}
         budget, start = self._batch_tokens, 0
