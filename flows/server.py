@@ -25,6 +25,9 @@ START_SECONDS = 180
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # what only deployments need; the recorder of task runs must stay, or the UI shows none
 UNUSED_SERVICES = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "TRIGGERS", "PAUSE_EXPIRATIONS", "REPOSSESSOR")
+# how often a waiting OpenMP thread looks before it sleeps: with libgomp's own 300,000 it keeps a core from other
+# processes, with 1,000 it falls asleep between the small products of decoding (benchmarks/busy.py)
+SPINS = "10000"
 
 
 def quiet_settings(store: Path) -> None:
@@ -39,6 +42,8 @@ def quiet_settings(store: Path) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }.items():
         os.environ.setdefault(name, value)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     keep_loopback_off_proxies()

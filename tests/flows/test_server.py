@@ -63,3 +63,25 @@ def test_a_server_that_a_profile_names_is_used_and_none_of_ours_stays(tmp_path, 
         text=True,
     )
     assert done.stdout.splitlines() == [f"{prefect_server} []"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("users", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(tmp_path, users, spins):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    load = (
+        "import sys; from pathlib import Path; from flows.server import quiet_settings\n"
+        "quiet_settings(Path(sys.argv[1])); import torch"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", load, tmp_path],
+        env={**environment, **users, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr  # libgomp's own words as it is loaded
