@@ -62,7 +62,9 @@ class Recover(Section):
         None, description="stop when the held-out loss has not fallen so many times in a row; never if absent"
     )
     save_steps: Count = Field(50, description="optimiser steps between checkpoints to resume from, and held-out losses")
-    seed: Seed = Field(0, description="data order and adapter initialisation")
+    seed: Seed = Field(
+        0, description="data order, adapters at the start, what is held out, and which prose and own text"
+    )
 
     @property
     def shares(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Recovery: fine-tune a pruned model on instructions, by a recipe that says what is trained (SAAP §III-D)."""
 
+import logging
 import math
 from array import array
 from pathlib import Path
@@ -15,6 +16,7 @@ from saap.recovery.training import Training, TrainingStep
 from saap.texts import training_example
 
 CODED_ON = 8192  # tokens that the codes are made on
+_log = logging.getLogger("saap")
 HELD_OUT_AT_MOST = 128  # rows: to tell checkpoints apart; 4 % of Alpaca every 50 steps takes longer than training on it
 
 
@@ -84,16 +86,19 @@ def _examples(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows to train on, and the last rows, which are held out.
 
-    Rows whose answer is empty or cut off are left out: they would teach the model to answer nothing.
+    Rows whose answer is empty, or does not begin within max_length, are left out: they would teach the model to answer
+    nothing.
 
     Tokens and labels are int32 arrays: a list takes 36 bytes for each.
     """
     examples, answers = [], 0
     asked = sum("tokens" not in row for row in rows)
     for row in rows:
-        example = training_example(row, tokenizer, training.max_length, training.loss_on == "text")
+        example = training_example(row, tokenizer, training.max_length)
         answered = "tokens" in row or row["output"].strip()
         if answered and any(label != -100 for label in example["labels"]):
+            if training.loss_on == "text":
+                example = training_example(row, tokenizer, training.max_length, whole_text=True)
             compact = {name: array("i", example[name]) for name in ("input_ids", "labels")}
             examples.append({**example, **compact})
             answers += "tokens" not in row
@@ -102,7 +107,19 @@ def _examples(
             f"the answer of none of {asked} instruction rows begins within max_length {training.max_length}: raise "
             "recover.max_length, or train on other text alone (recover.prose and recover.own together 1)"
         )
-    kept = len(examples) - min(int(len(examples) * training.held_out), HELD_OUT_AT_MOST)
+    if answers < asked:
+        _log.warning(
+            "%d of %d instruction rows are left out: their answer is empty or does not begin within "
+            "recover.max_length = %d",
+            *(asked - answers, asked, training.max_length),
+        )
+    held_out = min(int(len(examples) * training.held_out), HELD_OUT_AT_MOST)
+    if training.held_out and not held_out:
+        _log.warning(
+            "no example is held out (recover.held_out = %g of %d): a loss that rises would not be seen",
+            *(training.held_out, len(examples)),
+        )
+    kept = len(examples) - held_out
     if kept < training.micro_batch_size:
         raise SaapError(
             f"recovery has {kept} examples whose answer begins within max_length {training.max_length}, "
@@ -152,13 +169,19 @@ def _check(training: Training, teacher: nn.Module | None, device: torch.device) 
 
 
 def _steps(history: list[dict[str, Any]]) -> list[TrainingStep]:
-    """The trainer's log as steps. Raises SaapError for a loss that is not finite."""
+    """The trainer's log as steps. Warns where no held-out loss is below the one before the first step."""
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    before, best = held_out.pop(0, math.inf), min(held_out.values(), default=-math.inf)
+    if best >= before:
+        _log.warning(
+            "recovery has not helped: the held-out loss was %.2f before the first step and is %.2f at best after it; "
+            "lower recover.learning_rate or give other text",
+            *(before, best),
+        )
     steps = []
     for entry in (entry for entry in history if "loss" in entry):
-        step = int(entry["step"])
-        if not math.isfinite(entry["loss"]):
-            raise SaapError(f"the training loss is not finite at step {step}: lower recover.learning_rate")
         rates = entry["learning_rate"], entry["tokens_per_s"]
-        steps.append(TrainingStep(step, entry["epoch"], entry["loss"], *rates, held_out.get(entry["step"])))
+        steps.append(
+            TrainingStep(int(entry["step"]), entry["epoch"], entry["loss"], *rates, held_out.get(entry["step"]))
+        )
     return steps

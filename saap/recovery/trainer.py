@@ -1,5 +1,6 @@
 """transformers' Trainer, set to save adapters only, to keep one data order, and to show and log what we want."""
 
+import math
 import pickle
 import time
 from dataclasses import dataclass
@@ -16,15 +17,16 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
-from saap.errors import SaapError
+from saap.errors import SaapError, not_finite
 from saap.progress import tqdm
 from saap.recovery.budget import UNPLANNED, Budget
 from saap.recovery.loss import Student
 from saap.recovery.order import Examples, Order, inputs, padded
-from saap.recovery.training import Training, last_checkpoint
+from saap.recovery.training import STATE, Training, ended, last_checkpoint
 
 ADAPTERS = "adapters.safetensors"
 
@@ -72,6 +74,9 @@ def train(
         trainer.add_callback(budget)
     trainer.add_callback(_Progress(trainer))
     trainer.remove_callback(PrinterCallback)
+    if checkpoint is not None and ended(checkpoint):
+        trainer.finish_from(checkpoint)
+        return list(trainer.state.log_history)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except pickle.UnpicklingError as error:
@@ -170,6 +175,11 @@ class _AdapterTrainer(Trainer):
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def finish_from(self, checkpoint: str) -> None:
+        """What is left to do behind the last step of a training that was killed there."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        self._load_from_checkpoint(self.state.best_model_checkpoint or checkpoint)
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.budget is None:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -248,11 +258,17 @@ class _Finish(TrainerCallback):
 
 
 class _Rising(TrainerCallback):
-    """Ends a training whose held-out loss is 1.2 times what it was before the first step."""
+    """Ends a training that ruins the model: its loss is not finite, or 1.2 times what it was before the first step."""
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, *more: Any, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if logs and not math.isfinite(logs.get("loss", 0.0)):  # before a checkpoint of it is written
+            raise SaapError(f"the training loss is not finite at step {state.global_step}: lower recover.learning_rate")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, *more: Any, model: Any = None, **kwargs: Any) -> None:
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if losses[-1] > 1.2 * losses[0]:
+        if not state.global_step and not math.isfinite(losses[0]):
+            raise not_finite("the held-out loss before the first step", model)
+        if not losses[-1] <= 1.2 * losses[0]:
             raise SaapError(
                 f"the held-out loss has risen from {losses[0]:.2f} to {losses[-1]:.2f} by step {state.global_step}: "
                 "lower recover.learning_rate"

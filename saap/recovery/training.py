@@ -3,6 +3,9 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +53,23 @@ class TrainingStep:
 
 
 def last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that was written to the end: the trainer writes trainer_state.json last."""
+    """The newest checkpoint that was written to the end: the trainer writes its state last."""
     folders = sorted(work.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
     for folder in reversed(folders):
         try:
-            json.loads((folder / "trainer_state.json").read_text())
+            _state(folder)
             return str(folder)
         except (OSError, json.JSONDecodeError):
             continue
     return None
+
+
+def ended(checkpoint: str) -> bool:
+    """Whether no step comes after the checkpoint: the last one is done, or `patience` has ended the training."""
+    control = _state(Path(checkpoint))["stateful_callbacks"]["TrainerControl"]
+    return bool(control["args"]["should_training_stop"])
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return found

@@ -50,7 +50,7 @@ def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[
 
 
 @stage(
-    version=6,
+    version=7,
     publishes=Checkpoint,
     params=_params,
     fingerprint=_fingerprint,
@@ -90,7 +90,8 @@ def recover(
     write_card(step, folder)
     write_table(folder, "training", steps)
     summary = {"steps": steps[-1]["step"]}
-    for name in ("loss", "held_out_loss"):
-        values = [round(row[name], 4) for row in steps if row[name] is not None]
-        summary |= {f"first_{name}": values[0], f"last_{name}": values[-1]} if values else {}
+    loss, held_out = ([row[name] for row in steps if row[name] is not None] for name in ("loss", "held_out_loss"))
+    summary |= {"first_loss": round(loss[0], 4), "last_loss": round(loss[-1], 4)}
+    if held_out:
+        summary |= {"first_held_out_loss": round(held_out[0], 4), "best_held_out_loss": round(min(held_out), 4)}
     return summary

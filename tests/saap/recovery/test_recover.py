@@ -24,6 +24,7 @@ from saap import (
     to_groupwise,
 )
 from saap.recovery.budget import TIMED
+from saap.recovery.recover import _examples
 from saap.recovery.trainer import OneDevice
 from tasks.recovery import Recover
 
@@ -222,12 +223,51 @@ def test_other_text_does_not_hide_that_every_answer_is_cut_off(tiny_llama, tiny_
         recover(tiny_llama(), mixed, tiny_tokenizer, tmp_path, RECIPE, Training(**(SETTINGS | {"max_length": 4})))
 
 
-def test_a_loss_that_is_not_finite_is_an_error(tiny_llama, tiny_tokenizer, rows, tmp_path):
+def test_a_damaged_model_is_an_error_before_the_first_step(tiny_llama, tiny_tokenizer, rows, tmp_path):
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
-    with pytest.raises(SaapError, match="not finite at step 1"):
+    with pytest.raises(SaapError, match=r"before the first step is not finite: neither is .*lm_head\.weight"):
         recover(model, rows, tiny_tokenizer, tmp_path, RECIPE, Training(**(SETTINGS | {"epochs": 1})))
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.25])
+def test_a_loss_that_is_no_longer_finite_ends_the_training_and_no_checkpoint_has_it(
+    tiny_folder, tiny_tokenizer, rows, tmp_path, held_out
+):
+    ruinous = {"learning_rate": 1e30, "warmup_steps": 0, "save_steps": 1, "held_out": held_out}
+    with pytest.raises(SaapError, match=r"not finite at step \d+: lower|risen from \d\.\d\d to nan by step \d+: lower"):
+        recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, Training(**(SETTINGS | ruinous)))
+    for file in tmp_path.glob("checkpoint-*/trainer_state.json"):
+        assert "NaN" not in file.read_text()
+
+
+def test_a_training_that_has_not_helped_says_so(tiny_folder, tiny_tokenizer, rows, tmp_path, caplog):
+    still = Training(**(SETTINGS | {"learning_rate": 1e-30, "epochs": 1}))
+    recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, still)
+    assert "recovery has not helped: the held-out loss was 6." in caplog.text
+
+
+@pytest.mark.parametrize("loss_on", ["response", "text"])
+def test_rows_that_are_left_out_are_counted_and_so_is_what_cannot_be_held_out(tiny_tokenizer, rows, caplog, loss_on):
+    """A prompt that fills max_length has nothing to answer, whatever the loss is on."""
+    long = dict(rows[0], instruction="word " * 300)
+    training = Training(held_out=0.01, max_length=256, loss_on=loss_on, micro_batch_size=4)
+    kept, held_out = _examples([*rows, long, dict(rows[1], output=" ")], tiny_tokenizer, training)
+    assert (len(kept), len(held_out)) == (32, 0)
+    assert "2 of 34 instruction rows are left out" in caplog.text
+    assert "no example is held out (recover.held_out = 0.01 of 32)" in caplog.text
+
+
+@pytest.mark.parametrize("how", [{"epochs": 1.5}, {"patience": 1, "learning_rate": 1e-30, "save_steps": 1}])
+def test_a_run_killed_behind_its_last_step_takes_no_further_one(tiny_folder, tiny_tokenizer, rows, tmp_path, how):
+    training = Training(**(SETTINGS | how))
+    (first, done), (again, steps) = (
+        recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, training) for _ in range(2)
+    )
+    assert steps == done
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_and_losses(
