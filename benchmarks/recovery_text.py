@@ -9,11 +9,12 @@ recovers a copy of it. A row names its texts with their shares (equal ones where
 rows), `prose` (of the calibration set, apart from what ranks), `own` (written by the dense model), or `wikitext2`,
 passages of the test set behind those that are measured: how far text of the tested kind would bring it, no recovery to
 use. `mixed` stands for the pipeline's default, alpaca=0.4+prose=0.3+own=0.3. After a colon come the recipe
-(`recipe=lora`; groupwise where it says none), its options and those of the training; the learning rate is 1e-3 where
-it says none. The row `untrained` is the codes alone: what quantising costs; with `start=mean` the zeros then take the
-mean error of their quantisation group, the most that an adapter could start from. The rows of Alpaca and of the prose
-are the first ones, or of three times as many: with `choose=gap` those on which the pruned model has lost most, with
-`choose=long` Alpaca's with the longest answers, no answer twice.
+(`recipe=lora`; groupwise where it says none), its options and those of the training; the learning rate is 1e-3 where it
+says none (the pipeline's is 5e-4). The row `untrained` is the codes alone: what quantising costs. Its feedback reads
+all tokens that rank, a recovery's 8,192 of its examples; with `start=mean` the zeros take the mean error of their
+quantisation group, the most that an adapter could start from. The rows of Alpaca and of the prose are the first ones,
+or of three times as many: with `choose=gap` those on which the pruned model has lost most, with `choose=long` Alpaca's
+with the longest answers, no answer twice.
 
 Shown are perplexities, and how much of ln(pruned / dense) is closed, on WikiText-2 and PTB, which only report, and on
 text held out: novels, Alpaca's last rows, and text of the model's own with another seed. "Held out" is the mean share
@@ -58,6 +59,7 @@ ROWS = [
     "mixed:recipe=qlora:learning_rate=3e-4",
     "wikitext2",
 ]
+TRAINED_ON = {"alpaca", "prose", "own", "wikitext2"}
 TEXTS = ("wikitext2", "ptb", "novels", "alpaca", "own")  # measured on; the last three are held out
 
 
@@ -65,21 +67,33 @@ def parse_row(row: str) -> tuple[dict[str, float], dict[str, Any]]:
     """'text=share+text:option=value' → (share of each text, options)."""
     texts, _, rest = row.partition(":")
     _, options, _ = parse(f"random:{rest}" if rest else "random")
-    shares = {}
     texts = MIXED if texts == "mixed" else texts
-    if texts != "untrained":
-        named = [part.partition("=") for part in texts.split("+")]
-        shares = {name: float(share) if share else 1 / len(named) for name, _, share in named}
-    if unknown := sorted(set(shares) - {"alpaca", "prose", "own", "wikitext2"}):
-        raise SystemExit(f"no text is called {', '.join(unknown)}")
+    if texts == "untrained":
+        _refuse(row, set(options) - {"rounding", "start"}, ["rounding", "start"])
+        return {}, options
+    named = [part.partition("=") for part in texts.split("+")]
+    shares = {name: float(share) if share else 1 / len(named) for name, _, share in named}
+    _refuse(row, set(shares) - TRAINED_ON, sorted(TRAINED_ON))
+    _refuse(row, {options.get("recipe", "groupwise")} - set(saap.RECIPES), sorted(saap.RECIPES))
+    _refuse(row, {options.get("choose", "first")} - {"first", "gap", "long"}, ["first", "gap", "long"])
+    kind = saap.RECIPES[options.get("recipe", "groupwise")]
+    known = {"recipe", "choose", "steps", *(field.name for made in (kind, saap.Training) for field in fields(made))}
+    _refuse(row, set(options) - known, sorted(known))
     return shares, options
+
+
+def _refuse(row: str, unknown: set[str], known: list[str]) -> None:
+    if unknown:
+        raise SystemExit(f"{row}: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
 
 
 class Source:
     """The rows of each text, made on first use."""
 
-    def __init__(self, data: str, model: Any, tokenizer: Any, length: int, seed: int) -> None:
+    def __init__(self, data: str, model: Any, tokenizer: Any, length: int, seed: int, measured: int) -> None:
+        """measured: tokens at the beginning of the test set that are measured on."""
         self.data, self.model, self.tokenizer, self.length, self.seed = data, model, tokenizer, length, seed
+        self.measured = measured
         self.known: dict[str, list[dict[str, Any]]] = {}
 
     def rows(self, shares: dict[str, float], count: int, choose: str, small: Any) -> list[dict[str, Any]]:
@@ -131,7 +145,7 @@ class Source:
 
     def _wikitext2(self, count: int) -> list[dict[str, Any]]:
         text = "\n\n".join(row["text"] for row in read_data(self.data, "wikitext2"))
-        ids = torch.tensor(self.tokenizer(text, verbose=False)["input_ids"][10_000:])
+        ids = torch.tensor(self.tokenizer(text, verbose=False)["input_ids"][max(10_000, self.measured) :])
         return _sequences(ids[: len(ids) // self.length * self.length].view(-1, self.length))
 
 
@@ -142,8 +156,13 @@ def _sequences(tokens: torch.Tensor) -> list[dict[str, Any]]:
 def measured_texts(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[list[str], dict[str, Any]]:
     """(texts to calibrate on, name → windows int64 (n, length)) of TEXTS."""
     windows, length = arguments.windows, arguments.length
+    instructions = read_data(arguments.data, "recovery")
+    if len(instructions) < 2000:
+        raise SystemExit(
+            f"--data {arguments.data}: a thousand instruction rows are held out, it has {len(instructions)}"
+        )
     calibration, held_out = texts_of("held-out", arguments.data, tokenizer, windows, length)
-    last = ["\n".join(row.values()) + "\n" for row in read_data(arguments.data, "recovery")[-1000:]]
+    last = ["\n".join(row.values()) + "\n" for row in instructions[-1000:]]
     held_out["alpaca"], _ = saap.sample_tokens(last, tokenizer, count=windows, length=length, seed=0)
     held_out["own"] = saap.own_text(model, tokenizer, count=windows, length=length, seed=2 * OTHER_SEED)
     _, test = texts_of("test", arguments.data, tokenizer, windows, length)
@@ -221,14 +240,13 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=240, help="of eight examples")
-    parser.add_argument("--minutes", type=float, help="train so long in place of --steps")
+    parser.add_argument("--minutes", type=float, help="train so long, on as many rows as --steps has")
     parser.add_argument("--windows", type=int, default=64, help="of each text that is measured")
     parser.add_argument("--length", type=int, default=128, help="tokens of a window, and of an example at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     parsed = {row: parse_row(row) for row in arguments.rows}
     device = arguments.device
-
     with tempfile.TemporaryDirectory() as folder:
         source = arguments.model or embedded(Path(folder))
         model = saap.load(source, dtype="bfloat16", device=device).requires_grad_(False)
@@ -242,7 +260,9 @@ def main() -> None:
         if arguments.own:
             own = saap.own_text(model, tokenizer, count=arguments.own, length=128, seed=seed)
             tokens = torch.cat([tokens, own])
-        text = Source(arguments.data, model, tokenizer, arguments.length, seed)
+        text = Source(
+            *(arguments.data, model, tokenizer, arguments.length, seed), measured=arguments.windows * arguments.length
+        )
         for ratio in arguments.ratios:
             small, *spent = cut(arguments.criterion, model, tokens, ratio, seed, 32, Cost(device))
             small.requires_grad_(False)

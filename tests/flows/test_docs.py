@@ -125,6 +125,21 @@ def test_a_benchmark_takes_the_arguments_of_the_docs(words, monkeypatch, tmp_pat
         program["main"]()
     for row in getattr(taken.value.args[0], "criteria", ()):
         program["parse"](row)
+    for row in getattr(taken.value.args[0], "rows", ()):
+        program["parse_row"](row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *("mixd", "mixed:learnig_rate=1e-3", "mixed:recipe=loras", "mixed:recipe=lora:rounding=feedback"),
+        *("mixed:start=mean", "mixed:choose=longest", "untrained:bits=3"),
+    ],
+)
+def test_a_row_of_a_recovery_that_would_run_as_another_is_refused(row, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    with pytest.raises(SystemExit, match=f"{row}: .* is none of "):
+        runpy.run_path(str(ROOT / "benchmarks" / "recovery_text.py"))["parse_row"](row)
 
 
 @pytest.mark.parametrize(
