@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import embedded, most_held, where
-from pruning_peers import PEERS, losses
+from pruning_peers import PEERS, losses, torch_pruning_package
 
 import saap
 from saap.models.groups import layer_parts
@@ -90,6 +90,7 @@ def cut(
     name, options, compensation = parse(row)
     if name in PEERS:
         small = cost.make(f"{row} {ratio}", lambda: PEERS[name](model, tokens, ratio))
+        del cost.known[f"{row} {ratio}"]
         return small, *cost.spent.pop(f"{row} {ratio}")
     groups, needs = saap.discover(model), SAAP if name == "saap" else NEEDS[name]
     statistics = ("score",) if name == "saap" else needs.statistics
@@ -183,8 +184,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a window")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    for row in arguments.criteria:
-        parse(row)
+    if "torch_pruning" in {parse(row)[0] for row in arguments.criteria}:
+        torch_pruning_package()
 
     with tempfile.TemporaryDirectory() as folder:
         source = arguments.model or embedded(Path(folder))

@@ -68,15 +68,21 @@ def losses(model: Any, tokens: torch.Tensor) -> np.ndarray:
     return np.array(found)
 
 
+def torch_pruning_package() -> Any:
+    """The peer's own package. Raises SystemExit where it is not installed."""
+    try:
+        import torch_pruning as tp
+    except ImportError as error:
+        raise SystemExit("the peer torch_pruning needs its package: pip install torch-pruning") from error
+    return tp
+
+
 def torch_pruning(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
     """Torch-Pruning (VainF): its group Taylor importance over all channels in one global order; heads stay.
 
     The layers that `saap.select` protects are left whole here too.
     """
-    try:
-        import torch_pruning as tp
-    except ImportError as error:
-        raise SystemExit("the peer torch_pruning needs its package: pip install torch-pruning") from error
+    tp, tokens = torch_pruning_package(), tokens.to(model.device)
     small = copy.deepcopy(model).float()
     layers = saap.family_of(small.config).layers(small)
     free = [layer for i, layer in enumerate(layers) if i not in {p % len(layers) for p in PROTECTED}]
@@ -148,7 +154,7 @@ def grasprune(model: Any, tokens: torch.Tensor, ratio: float) -> Any:
     small = saap.prune(model, mask.bool().numpy())
     layers = saap.family_of(small.config).layers(small)
     for layer, kind, index in groups.structures():
-        kept = scales[index][mask[index] > 0].to(model.dtype)
+        kept = scales[index][mask[index] > 0].to(model.device, model.dtype)
         attention, mlp = layers[layer].self_attn, layers[layer].mlp
         if kind == "mlp":
             mlp.down_proj.weight.data *= kept
@@ -163,7 +169,7 @@ def _gated(model: Any, groups: Any, gates: torch.Tensor) -> Iterator[None]:
     """While entered, every group of a LLaMA is multiplied by its gate: heads on k and v, channels before down_proj."""
     handles, layers = [], saap.family_of(model.config).layers(model)
     for layer, kind, index in groups.structures():
-        attention, mlp, own = layers[layer].self_attn, layers[layer].mlp, gates[index].to(model.dtype)
+        attention, mlp, own = layers[layer].self_attn, layers[layer].mlp, gates[index].to(model.device, model.dtype)
         if kind == "mlp":
             handles.append(mlp.down_proj.register_forward_pre_hook(lambda _, x, own=own: x[0] * own))
         else:

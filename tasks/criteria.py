@@ -22,17 +22,17 @@ SAAP = Needs(search="uniform_down", experts=True)  # its statistics go through f
 NEEDS: dict[str, Needs] = {
     "saap_plus": Needs(
         ("fisher", "tokens"),
-        ("cuts", "take_heads", "ridge", "protect", "align"),
+        ("cuts", "take_heads", "ridge", "protect", "align", "kinds"),
         search="global",
         compensation="least_squares",
         own=206,  # 256 sequences with the 50 that are drawn
         experts=True,
     ),
-    "saap_gates": Needs(("fisher", "tokens"), ("ratio", "seed", "protect"), search="global"),
+    "saap_gates": Needs(("fisher", "tokens"), ("ratio", "seed", "protect", "kinds"), search="global"),
     "llm_pruner": Needs(("gradients",), ("variant", "query_heads"), search="uniform_down"),
     "wanda_sp": Needs(("tokens",), ("ratio", "kinds", "protect", "align"), search="uniform_down"),
     "flap": Needs(("activations",), search="global", compensation="bias"),
-    "gisp": Needs(("tokens",), ("ratio", "protect", "align"), search="global", experts=True),
+    "gisp": Needs(("tokens",), ("ratio", "protect", "kinds"), search="global", experts=True),
     "hywia": Needs(("score",), search="uniform_down", experts=True),
     "loraprune": Needs(("tokens",), ("seed",), search="uniform_down"),
     "lorashear": Needs(("tokens",), ("seed",), search="global"),

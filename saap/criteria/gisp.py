@@ -17,7 +17,7 @@ STEP = 0.01  # share of the prunable parameters that goes between two backward p
 
 
 def gisp(
-    model: nn.Module, tokens: torch.Tensor, ratio: float, protect: Sequence[int] = PROTECTED, align: int = 32
+    model: nn.Module, tokens: torch.Tensor, ratio: float, protect: Sequence[int] = PROTECTED, kinds: str = "pooled"
 ) -> np.ndarray:
     """|Σ W·g| of a structure, divided by the mean of its layer and kind; after each step what is left is ranked again.
 
@@ -32,6 +32,7 @@ def gisp(
     Args:
         tokens: int64 (D, T), the calibration text: one backward pass over it a step.
         ratio: share of the prunable parameters at which the order ends.
+        protect, kinds: as in `saap.select`.
 
     Raises:
         SaapError: a ratio out of reach, a value that is not finite, or weights away from their device.
@@ -44,7 +45,7 @@ def gisp(
     steps = max(1, round(ratio / STEP))
     for step in range(1, steps):
         # small steps are less than a step of channels a layer: rounding to whole ones is left to the plan
-        keep = select(score, groups, ratio * step / steps, protect=tuple(protect), align=1)
+        keep = select(score, groups, ratio * step / steps, kinds=kinds, protect=tuple(protect), align=1)
         small = prune(model, keep)
         again = np.full(len(groups), -1.0)  # below all that stays
         again[keep] = _normalised(mask_gradient(small, tokens), groups.scopes("layer_kind")[keep])

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from saap.errors import SaapError
-from saap.models.groups import discover
+from saap.models.groups import Groups, discover
 from saap.models.logits import logits_of
 from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
 from saap.progress import tqdm
-from saap.pruning.plan import PROTECTED, select
+from saap.pruning.plan import PROTECTED, protected_groups, select
 from saap.scoring.backward import frozen
 from saap.scoring.statistics import output_matrices
 
@@ -32,6 +32,7 @@ def saap_gates(
     ratio: float,
     seed: int,
     protect: Sequence[int] = PROTECTED,
+    kinds: str = "pooled",
 ) -> np.ndarray:
     """The mean of each group's gate p over the second half of the training; the lowest go.
 
@@ -48,7 +49,7 @@ def saap_gates(
     Args:
         fisher: float64 (N,), `saap.mask_fisher`.
         tokens: int64 (D, T); several hundred sequences serve better than fifty.
-        ratio, protect: as in `saap.select`.
+        ratio, protect, kinds: as in `saap.select`.
         seed: the order in which the sequences are taken.
 
     Raises:
@@ -58,19 +59,22 @@ def saap_gates(
         raise SaapError("saap_gates needs a model whose weights are all on its device")
     groups = discover(model)
     start = fisher / groups.parameters
-    layers = int(groups.layer.max()) + 1
-    free = ~np.isin(groups.layer, [layer % layers for layer in protect])
+    free = ~protected_groups(groups, tuple(protect))
+    if kinds == "mlp":
+        free &= groups.kind == "mlp"
     place = np.empty(len(groups))
     place[np.argsort(start, kind="stable")] = np.linspace(0, 1, len(groups))
-    shut = ~select(start, groups, ratio, protect=tuple(protect), align=1)
+    shut = ~select(start, groups, ratio, kinds=kinds, protect=tuple(protect), align=1)
     logits = STEEPNESS * (place - place[shut].max())
     moments, mean, counted = np.zeros((2, len(groups))), np.zeros(len(groups)), 0
-    budget = ratio * groups.parameters.sum()
+    budgets = _budgets(groups, free, ratio, kinds)
     order = _batches(len(tokens), seed)
     with frozen(model), _Gates(model) as gates:
         dense = gates.final_states(tokens)
         for step in tqdm(range(STEPS), desc="saap_gates", unit="step"):
-            gates.open = _projected(np.where(free, logits, np.inf), groups.parameters, budget)
+            gates.open = np.logical_and.reduce(
+                [_projected(np.where(part, logits, np.inf), groups.parameters, budget) for part, budget in budgets]
+            )
             chosen = next(order)
             p = 1 / (1 + np.exp(-logits))
             gradient = np.where(free, gates.gradient(tokens[chosen], dense[chosen]) * p * (1 - p), 0)
@@ -85,6 +89,15 @@ def saap_gates(
     return mean / counted
 
 
+def _budgets(groups: Groups, free: np.ndarray, ratio: float, kinds: str) -> list[tuple[np.ndarray, float]]:
+    """(bool (N,), parameters to remove of these groups): one for all that is free, or one for each kind."""
+    budget = ratio * groups.parameters.sum()
+    if kinds != "equal":
+        return [(free, budget)]
+    parts = [free & (groups.kind == kind) for kind in ("attention", "mlp")]
+    return [(part, budget * groups.parameters[part].sum() / groups.parameters[free].sum()) for part in parts]
+
+
 def _projected(logits: np.ndarray, parameters: np.ndarray, budget: float) -> np.ndarray:
     """bool (N,): open gates; the lowest are shut as far as their parameters fit into the budget."""
     order = np.argsort(logits, kind="stable")
@@ -94,7 +107,7 @@ def _projected(logits: np.ndarray, parameters: np.ndarray, budget: float) -> np.
 
 
 def _batches(samples: int, seed: int) -> Iterator[torch.Tensor]:
-    """Numbers of BATCH sequences (all, when there are fewer), each sequence once before any comes again."""
+    """Numbers of BATCH sequences (all, when there are fewer), in a new order each round, without what is left over."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for chosen in torch.randperm(samples, generator=generator).split(BATCH):

@@ -28,6 +28,7 @@ def saap_plus(
     ridge: float | str = RIDGE,
     protect: Sequence[int] = PROTECTED,
     align: int = 32,
+    kinds: str = "pooled",
 ) -> np.ndarray:
     """F_g / parameters_g, with F_g = mean_d z_gd² the Fisher information of the group's mask (`saap.mask_fisher`).
 
@@ -37,9 +38,9 @@ def saap_plus(
     standardised. It goes with `search = "global"` and `compensation = "least_squares"` (`saap.refit`).
 
     The worth of a group changes once others are gone. So at each of `cuts`, shares of the prunable parameters, the
-    model is cut (`protect` and `align` as in `saap.select`) and refitted (with `ridge`), and what is left is ranked
-    again. Groups that an earlier cut removed stay first in the order. With cuts the score is the place in the order:
-    whole numbers from 0.
+    model is cut (`protect`, `align` and `kinds` as in `saap.select`) and refitted (with `ridge`), and what is left is
+    ranked again. Groups that an earlier cut removed stay first in the order. With cuts the score is the place in the
+    order: whole numbers from 0.
 
     take_heads = "measured": the estimate takes no notice of the refit, which makes up for channels better than for
     heads. So at each cut there are two plans, one as the order has it, one that takes no further head. Both are made
@@ -58,16 +59,19 @@ def saap_plus(
         )
     groups = discover(model)
     score, keep = fisher / groups.costs, np.ones(len(groups), bool)
-    planned = partial(select, groups=groups, protect=tuple(protect), align=align)
+    planned = partial(select, groups=groups, protect=tuple(protect), align=align, kinds=kinds)
     for cut in sorted(cuts):
         plans = [planned(score, ratio=cut)]
         if take_heads == "measured":
             spared = np.where(keep & (groups.kind == "attention"), score.max() + 1, score)
             plans.append(planned(spared, ratio=cut))
-        keep, small = _nearest(model, plans, tokens, ridge)
         again = np.full(len(groups), -1.0)  # below all that stays
-        last = take_heads == "measured" and cut == max(cuts)
-        again[keep] = 0 if last else mask_fisher(small, tokens) / discover(small).costs
+        if take_heads == "measured" and cut == max(cuts):  # nothing is ranked behind it
+            agree = np.array_equal(plans[0], plans[1])
+            again[plans[0] if agree else _nearest(model, plans, tokens, ridge)[0]] = 0
+        else:
+            keep, small = _nearest(model, plans, tokens, ridge)
+            again[keep] = mask_fisher(small, tokens) / discover(small).costs
         score[np.lexsort((score, again))] = np.arange(len(groups))
     return score
 

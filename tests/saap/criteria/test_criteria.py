@@ -190,7 +190,7 @@ def test_gisp_ranks_what_is_left_after_each_step_and_leaves_what_went_first_in_t
     """Two steps of a hundredth: gradients of gates by autograd, on the whole model and on what the first step left."""
     model, gradients = tiny_llama(n_kv=4), []
     groups = discover(model)
-    score = CRITERIA["gisp"](model, tokens, 0.02, protect=(0, -1), align=1)
+    score = CRITERIA["gisp"](model, tokens, 0.02, protect=(0, -1))
     assert sorted(score) == list(range(len(groups)))
     gone = np.argsort(score)[:40]
     for keep in (np.ones(len(groups), bool), None):

@@ -111,6 +111,7 @@ def test_every_criterion_that_says_so_ranks_experts_for_a_plan(name, model):
         "score": lambda: score(model, IDS),
         "protect": lambda: (0,),
         "align": lambda: 4,
+        "kinds": lambda: "pooled",
         "cuts": lambda: (0.05, 0.1),
         "take_heads": lambda: "measured",
         "ridge": lambda: "held_out",

@@ -49,6 +49,22 @@ def test_the_lowest_gates_are_shut_as_far_as_they_fit_into_the_budget(budget, ke
     assert _projected(logits, parameters, budget).tolist() == [bool(k) for k in kept]
 
 
+@pytest.mark.parametrize("name", ["saap_gates", "gisp", "saap_plus"])
+def test_no_head_goes_while_ranking_where_channels_alone_may(tiny_llama, name, monkeypatch):
+    model, tokens = tiny_llama(n_kv=4), tokens_of(12)
+    groups = discover(model)
+    heads = groups.kind == "attention"
+    fisher = np.where(heads, 1e-9, 1.0) * np.random.default_rng(0).random(len(groups))  # heads are worth nothing
+    given = {"gisp": (tokens, 0.1), "saap_gates": (fisher, tokens, 0.1, 0), "saap_plus": (fisher, tokens, (0.1,))}
+    score = CRITERIA[name](model, *given[name], protect=(0, -1), kinds="mlp")
+    if name == "saap_gates":  # the gates of heads stay as they began: in the order of the start
+        assert (np.diff(score[heads][np.argsort((fisher / groups.parameters)[heads])]) > 0).all()
+        assert np.corrcoef(score[~heads].argsort().argsort(), fisher[~heads].argsort().argsort())[0, 1] < 0.9999
+    else:  # what went is first in the order
+        keep = select(score, groups, 0.09 if name == "gisp" else 0.1, protect=(0, -1), kinds="mlp", align=1)
+        assert score[heads].min() > score[~heads][~keep[~heads]].max()
+
+
 def test_training_brings_the_pruned_model_nearer_to_the_dense_one_than_the_order_it_starts_from(
     tiny_llama, monkeypatch
 ):
