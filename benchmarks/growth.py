@@ -34,13 +34,13 @@ Figures = dict[str, tuple[float, float]]  # stage → seconds, peak in bytes
 def commands(times: int) -> list[tuple[tuple[str, ...], list[str]]]:
     """The stages a command makes beyond those cached, and what it is told, with so many times the tokens."""
     drawn = [*NOTHING, f"calibrate.count={10 * times}"]
-    rows = f"recover.examples={34 * times}"
+    rows = [f"recover.examples={34 * times}", "recover.prose=0", "recover.own=0"]
     texts = [f"evaluate.max_tokens={2048 * times}", "evaluate.windows=[128]"]
     return [
         (("score", "fuse"), drawn),
         (("prune",), [*drawn, "prune.ratio=0.25"]),
         (("fisher", "refit"), [*drawn, *PLUS, "prune.ratio=0.25"]),
-        (("recover",), [*drawn, "prune.ratio=0.25", 'recover.recipe="groupwise"', rows, "recover.learning_rate=1e-5"]),
+        (("recover",), [*drawn, "prune.ratio=0.25", 'recover.recipe="groupwise"', *rows, "recover.learning_rate=1e-5"]),
         (("evaluate",), [*drawn, 'evaluate.benchmarks=["wikitext2"]', 'evaluate.variants=["dense"]', *texts]),
         (("speed",), [*drawn, "speed.runs=2", "speed.warmup=1", "speed.new_tokens=16"]),
     ]

@@ -37,6 +37,7 @@ PLUS = [
 ]
 # what was the default at that commit and is no more; fields it did not have are set only where a build knows them
 THEN = ['prune.search="global"', "calibrate.own=0", 'criterion.take_heads="pooled"', "prune.ridge=1.0"]
+THEN += ["recover.prose=0", "recover.own=0", "recover.learning_rate=1e-3"]
 RANKING = ("gradients", "activations", "fisher", "rank", "prune")  # what `saap_plus` does beyond the model and its text
 STAGES = ("model", "score", "prune", "recover", "evaluate", "speed")
 
@@ -48,7 +49,7 @@ class Build:
     """One build: the folder of its code, the interpreter of its environment, and the configuration both run."""
 
     def __init__(self, folder: Path, python: Path, config: Path, overrides: list[str]) -> None:
-        fields = (folder / "tasks" / "config.py").read_text()
+        fields = "".join(file.read_text() for file in (folder / "tasks").glob("*.py"))
         then = [setting for setting in THEN if f"    {setting.partition('=')[0].partition('.')[2]}: " in fields]
         self.folder, self.python, self.config, self.overrides = folder, python, config, [*then, *overrides]
 
