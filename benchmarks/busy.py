@@ -4,7 +4,7 @@
     python benchmarks/busy.py --rounds 5
 
 A thread that waits for the others of its product looks again and again, and sleeps after so many looks. libgomp's own
-number is 300,000; GOMP_SPINCOUNT, which `saap` sets where the user has set nothing, is 10,000. Scores a sample, makes
+number is 300,000; GOMP_SPINCOUNT, which `saap` sets where the user has set nothing, is 3,000. Scores a sample, makes
 the logits of eight windows and decodes 16 tokens, in processes of their own because libgomp reads the number when it is
 loaded: both numbers in turn, one process alone and two at once. Prints a table and, as its last line, one JSON object.
 """

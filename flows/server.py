@@ -27,7 +27,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UNUSED_SERVICES = ("SCHEDULER", "LATE_RUNS", "FOREMAN", "TRIGGERS", "PAUSE_EXPIRATIONS", "REPOSSESSOR")
 # how often a waiting OpenMP thread looks before it sleeps: with libgomp's own 300,000 it keeps a core from other
 # processes, with 1,000 it falls asleep between the small products of decoding (benchmarks/busy.py)
-SPINS = "10000"
+SPINS = "3000"
 
 
 def quiet_settings(store: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_server_that_a_profile_names_is_used_and_none_of_ours_stays(tmp_path, 
 
 @pytest.mark.parametrize(
     ("users", "spins"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
 )
 def test_waiting_threads_soon_sleep_unless_the_user_says_otherwise(tmp_path, users, spins):
     environment = {
