@@ -84,7 +84,7 @@ def find_waste(
                 found.append(Waste("temporary file", file, size(file), "of a dead process"))
     for path in lost:
         log.warning("no artifact is removed: which ones the damaged %s refers to is not known; delete it first", path)
-    if lost or any(runs.is_alive(root, run_id) for run_id in runs.all_runs(root)):
+    if lost or any(runs.is_alive(root, folder.name) for folder in root.glob("runs/*/")):
         return found
     used = references(store, [run_id for run_id in runs.all_runs(root) if run_id not in dropped])
     for stage, key in store.all():
@@ -121,6 +121,7 @@ def _left_by_the_dead(store: ArtifactStore) -> Iterator[Waste]:
 def remove(store: ArtifactStore, waste: Iterable[Waste]) -> int:
     """Remove it, run records first; what is in use by now stays. Returns the bytes freed."""
     freed = 0
+    (store.root / "locks").mkdir(exist_ok=True)  # a copy of a store may lack an empty folder
     for one in sorted(waste, key=lambda one: (one.kind != "run record", one.kind == "lock")):
         lock = one.path if one.kind == "lock" else _lock(store, *one.reference) if one.reference else None
         if lock is None:

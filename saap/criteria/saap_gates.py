@@ -13,7 +13,7 @@ from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
 from saap.progress import tqdm
 from saap.pruning.plan import PROTECTED, protected_groups, select
-from saap.scoring.backward import frozen
+from saap.scoring.backward import LOSS_SCALES, frozen
 from saap.scoring.statistics import output_matrices
 
 STEPS = 120
@@ -159,6 +159,15 @@ class _Gates:
 
     def gradient(self, ids: torch.Tensor, dense: torch.Tensor) -> np.ndarray:
         """float64 (N,): of the mean KL(dense ‖ gated), nats a token, for every gate. dense: (D, T, H), final states."""
+        scales = LOSS_SCALES if next(self.model.parameters()).dtype == torch.float16 else (1.0,)
+        for scale in scales:
+            found = self._slopes(ids, dense, scale) / scale
+            if np.isfinite(found).all():
+                break
+        return found
+
+    def _slopes(self, ids: torch.Tensor, dense: torch.Tensor, scale: float) -> np.ndarray:
+        """Of so many times the divergence."""
         device = input_device(self.model)
         self.slopes = [
             torch.zeros(int(end - start), device=linear.weight.device)
@@ -168,13 +177,14 @@ class _Gates:
         with torch.enable_grad(), FastLinears():
             states = self.model.get_input_embeddings()(ids.to(device)).detach().requires_grad_()  # type: ignore[operator]
             last = self.model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
-        last.backward(_divergence_gradient(self.model, last.detach().flatten(0, 1), dense.flatten(0, 1)).view_as(last))
+        states, dense = last.detach().flatten(0, 1), dense.flatten(0, 1)
+        last.backward(_divergence_gradient(self.model, states, dense, scale).view_as(last))
         return torch.cat([slope.double().cpu() for slope in self.slopes]).numpy()
 
 
 @torch.no_grad()
-def _divergence_gradient(model: nn.Module, states: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
-    """∂/∂states of the mean over the tokens of KL(p(dense) ‖ p(states)), p from the model's logits; (tokens, H)."""
+def _divergence_gradient(model: nn.Module, states: torch.Tensor, dense: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · ∂/∂states of the mean over tokens of KL(p(dense) ‖ p(states)), p from the model's logits; (tokens, H)."""
     found = []
     step = max(1, LOGITS // model.get_output_embeddings().out_features)  # type: ignore[operator]
     for own, wanted in zip(states.split(step), dense.split(step), strict=True):
@@ -182,7 +192,7 @@ def _divergence_gradient(model: nn.Module, states: torch.Tensor, dense: torch.Te
             leaf = own.detach().requires_grad_()
             output = logits_of(model, leaf)
         difference = output.detach().softmax(-1) - logits_of(model, wanted).softmax(-1)
-        found.append(torch.autograd.grad(output, leaf, difference / len(states))[0])
+        found.append(torch.autograd.grad(output, leaf, difference * (scale / len(states)))[0])
     return torch.cat(found)
 
 

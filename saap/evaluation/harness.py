@@ -35,7 +35,8 @@ class SharedQuestionLM(HFLM):
     The stock model runs every (question, answer) pair as a sequence of its own. Here a question is one sequence
     [question, answer 1, answer 2, …] in which mask and positions let an answer see the question and itself; logits
     are made only where an answer is predicted. Questions are sorted by length and batched by `batch_tokens`, which
-    is halved when the device runs out of memory. Models with ALiBi positions go the stock way.
+    is halved when the device runs out of memory. Models with ALiBi positions, linear attention or
+    a window shorter than `max_length` go the stock way.
     Log-softmax is in float32 whatever the model's dtype (the stock model's `softmax_dtype=float32`).
     """
 

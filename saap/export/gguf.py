@@ -1,6 +1,7 @@
 """GGUF for llama.cpp: uneven layers through its `deci` architecture, our int4 as Q4_1, bit for bit."""
 
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def export_gguf(folder: str | Path, file: str | Path, *, floats: str = "f16") ->
     stored = Stored(folder)
     tensors = list(gguf_tensors(model, stored, FLOATS[floats]))
     stored.all_used()
-    draft = file.with_name(f".{file.name}.partial")
+    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.partial")
     writer = gguf.GGUFWriter(None, "deci")
     try:
         packed = any(tensor.kind == GGMLQuantizationType.Q4_1 for tensor in tensors)

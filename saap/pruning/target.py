@@ -58,6 +58,8 @@ def _nearest(
     """
     whole = np.ones(len(groups), bool)
     low, high, at_low, at_high = 0.0, 1.0, size(whole), size(~whole)
+    if at_high >= at_low:
+        raise OutOfReach("what is removed makes it no smaller or faster", smallest=at_high)
     best, found, limited = whole, 0.0, False
     for _ in range(_TRIES):
         share = 0.5 if limited else (at_low - wanted) / (at_low - at_high)

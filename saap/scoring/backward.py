@@ -16,6 +16,10 @@ from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
 from saap.progress import tqdm
 
+# The loss of a float16 model is scaled, by powers of two so that undoing it is exact: its gradients of 1e-8 would be
+# zero in float16. Where the scaled ones overflow the pass is made again with the next scale.
+LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
+
 
 def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0, *, recompute: bool = False) -> None:
     """Backward pass of scale·Σ_d L_d, L_d the mean next-token cross-entropy of row d of batch, int64 (D, T).
@@ -85,9 +89,28 @@ def see_gradients(
     model.eval()
     with tqdm(total=len(tokens), desc=name, unit="sample") as bar:
         for batch in tokens.split(batch_size):
-            with watch_gradients(linears, see):
-                backward(model, batch)
+            scale = loss_scale(model, batch, linears)
+            with watch_gradients(linears, unscaled(see, scale)):
+                backward(model, batch, scale)
             bar.update(len(batch))
+
+
+def loss_scale(model: nn.Module, batch: torch.Tensor, linears: list[nn.Linear]) -> float:
+    """1, or for a float16 model the largest of LOSS_SCALES with which no gradient of this batch overflows."""
+    if next(model.parameters()).dtype != torch.float16:
+        return 1.0
+    for scale in LOSS_SCALES:
+        finite: list[torch.Tensor] = []
+        with watch_gradients(linears, lambda _, x, delta, finite=finite: finite.append(delta.isfinite().all())):  # type: ignore[misc]
+            backward(model, batch, scale)
+        if all(finite):
+            break
+    return scale
+
+
+def unscaled(see: Callable[..., None], scale: float) -> Callable[..., None]:
+    """`see` for passes of a loss that is scaled: its last argument, the gradient, is in float32 then."""
+    return see if scale == 1 else lambda *seen: see(*seen[:-1], seen[-1].float() / scale)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from saap.models.families import Experts, family_of
 from saap.models.groups import discover, layer_parts
 from saap.models.offload import input_device, is_offloaded
 from saap.progress import tqdm
-from saap.scoring.backward import backward, watch_gradients
+from saap.scoring.backward import backward, loss_scale, unscaled, watch_gradients
 
 See = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -80,7 +80,7 @@ def expert_masks(
 
     def see_linear(number: int, x: torch.Tensor, delta: torch.Tensor) -> None:
         layer, kind, part, linear = members[number]
-        z = (x.float() * (delta @ linear.weight).float()).unflatten(-1, (-1, part.width)).sum((1, -1))
+        z = (x.float() * (delta @ linear.weight.to(delta.dtype)).float()).unflatten(-1, (-1, part.width)).sum((1, -1))
         sums[layer, kind] += of(z).sum(0).double().cpu()
 
     def see(layer: int, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, delta: torch.Tensor) -> None:
@@ -90,20 +90,24 @@ def expert_masks(
             token, place = torch.where(index == expert)
             weighted = delta[token] * weights[token, place, None]
             entering = family.activations(module, expert, x[token]).float()
-            z = entering * (weighted @ family.down(module, expert).T).float()
+            z = entering * (weighted @ family.down(module, expert).T.to(weighted.dtype)).float()
             samples = torch.zeros(len(x) // length, z.shape[1], device=z.device).index_add_(0, token // length, z)
             each = samples.sum(1)
             if not family.layout.stacked:
-                bias = (weighted @ module.down_proj_bias[expert]).float()
+                bias = (weighted @ module.down_proj_bias[expert].to(weighted.dtype)).float()
                 each = each.index_add(0, token // length, bias)
             inside[expert] += of(samples).sum(0).double().cpu()
             sums[layer, "expert"][expert] += of(each).sum().double().cpu()
 
-    with tqdm(total=len(tokens), desc=name, unit="sample") as bar, ExitStack() as stack:
-        stack.enter_context(watch_experts(mixtures, see, gradients=True))
-        stack.enter_context(watch_gradients([linear for *_, linear in members], see_linear))
+    linears = [linear for *_, linear in members]
+    with tqdm(total=len(tokens), desc=name, unit="sample") as bar:
         for batch in tokens.split(batch_size):
-            backward(model, batch)
+            scale = loss_scale(model, batch, linears)
+            with (
+                watch_experts(mixtures, unscaled(see, scale), gradients=True),
+                watch_gradients(linears, unscaled(see_linear, scale)),
+            ):
+                backward(model, batch, scale)
             bar.update(len(batch))
     found = torch.cat(list(sums.values())) / len(tokens)
     if not found.isfinite().all():

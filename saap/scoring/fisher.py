@@ -55,7 +55,11 @@ def _mean_over_samples(
 
     def see(index: int, x: torch.Tensor, delta: torch.Tensor) -> None:
         _, _, part, linear = matrices[index]
-        z = (x.float() * (delta @ weight_of(linear, delta.device)).float()).unflatten(-1, (-1, part.width)).sum((1, -1))
+        z = (
+            (x.float() * (delta @ weight_of(linear, delta.device).to(delta.dtype)).float())
+            .unflatten(-1, (-1, part.width))
+            .sum((1, -1))
+        )
         sums[index] += of(z).sum(0).double().cpu()
 
     see_gradients(model, tokens, [linear for *_, linear in matrices], see, batch_size=batch_size, name=name)

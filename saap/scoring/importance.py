@@ -15,7 +15,7 @@ from saap.errors import SaapError, not_finite
 from saap.models.groups import layer_parts, weight_of
 from saap.models.offload import input_device, is_offloaded
 from saap.progress import tqdm
-from saap.scoring.backward import backward, watch_gradients
+from saap.scoring.backward import LOSS_SCALES, backward, watch_gradients
 from saap.scoring.expert_importance import ExpertChannels
 from saap.scoring.salience import TILE, channel_sums
 
@@ -24,10 +24,6 @@ from saap.scoring.salience import TILE, channel_sums
 # On a GPU launching a pass's kernels takes as long as 2,000 tokens' arithmetic, and weights that are fetched layer by
 # layer are worth even more: such passes keep only the inputs of layers, and repeat each layer in the backward.
 TOKENS_AT_ONCE = {"cpu": 128, "cuda": 3200, "offloaded": 8192}
-
-# The loss of a float16 model is scaled, by powers of two so that undoing it is exact: its gradients of 1e-8 would be
-# zero in float16. Where the scaled ones overflow the sample is done again with the next scale.
-LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
 
 HESSIANS = ("none", "fisher")
 VECTOR_UNITS = ("row", "group")

@@ -38,7 +38,7 @@ def _fingerprint(outside: Outside, inputs: Mapping[str, Source], benchmark: str)
     return digest([model.weights, model.tokenizer, data] if inputs["checkpoint"].path else [None, data])
 
 
-@stage(version=3, publishes=Metrics, params=_params, fingerprint=_fingerprint)
+@stage(version=4, publishes=Metrics, params=_params, fingerprint=_fingerprint)
 def evaluate(step: Step, folder: Path, *, checkpoint: Checkpoint, data: Data) -> Summary:
     benchmark = step.config()["benchmark"]
     measured = (

@@ -49,7 +49,7 @@ class Family(ABC):
 
     model_types: tuple[str, ...]
     int4 = False  # whether the class of `uneven` understands `config.groupwise`
-    rotary = True  # whether `position_ids` say where a token stands; with ALiBi its place in the sequence does
+    rotary = True  # whether mask and `position_ids` say what a token sees, and where it stands; with ALiBi they do not
     post_norm = False  # whether a norm stands between an output matrix and the residual stream
 
     @abstractmethod

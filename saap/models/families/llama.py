@@ -32,6 +32,7 @@ class Llama(Family):
         self.model_class, self.post_norm = model_class, post_norm
         self.fused_qkv, self.fused_mlp, self.has_joint_norms = fused_qkv, fused_mlp, joint_norms
         self.mlp_only = mlp_only
+        self.rotary = self.rotary and not mlp_only  # linear attention reads on through a mask
         uneven = model_class.config_class.model_type
         self.model_types = (uneven.removeprefix("saap_"), uneven)
 

@@ -18,6 +18,7 @@ from saap.evaluation.accuracy import task_file
 from saap.evaluation.harness import SharedQuestionLM
 from saap.models.modeling_baichuan import SaapBaichuanConfig, SaapBaichuanForCausalLM
 from tasks.data import mini_folder
+from tests.saap.models.families import build
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +136,11 @@ ALIBI = {
 }
 
 
-@pytest.mark.parametrize("family", ALIBI)
+@pytest.mark.parametrize("family", [*ALIBI, "qwen3_5"])
 def test_models_whose_positions_cannot_be_given_go_the_stock_way(tiny_tokenizer, family):
+    """With ALiBi, or in linear attention, which reads through a mask: answer 2 would be scored behind answer 1."""
     torch.manual_seed(0)
-    model = ALIBI[family]().eval()
+    model = (build(family) if family not in ALIBI else ALIBI[family]()).eval()
     requests = [Instance("loglikelihood", {}, ("The sea is", f" {answer}"), 0) for answer in ("calm", "very deep")]
     stock = HFLM(pretrained=model, tokenizer=tiny_tokenizer, device="cpu").loglikelihood(requests, disable_tqdm=True)
     shared = SharedQuestionLM(model, tiny_tokenizer, 100).loglikelihood(requests, disable_tqdm=True)

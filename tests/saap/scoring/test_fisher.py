@@ -1,19 +1,57 @@
 """The masks' Fisher information against autograd on masks that are really there."""
 
+import copy
+import importlib
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from saap import CRITERIA, SaapError, discover, mask_fisher, prune, refit, select
+from saap.criteria.saap_gates import _Gates
 from saap.criteria.saap_plus import clearly_nearer
-from saap.scoring.statistics import output_matrices
+from saap.scoring.fisher import mask_gradient
+from saap.scoring.statistics import output_matrices, taylor_sums
 from tests.saap.models.families import build
+
+backward, saap_gates = (importlib.import_module(f"saap.{name}") for name in ("scoring.backward", "criteria.saap_gates"))
 
 
 @pytest.fixture(scope="module")
 def tokens():
     return torch.randint(0, 512, (5, 12), generator=torch.Generator().manual_seed(1))
+
+
+def gate_slopes(model, tokens):
+    with _Gates(model) as gates:
+        dense = gates.final_states(tokens)
+        gates.open = np.arange(len(gates.open)) % 5 > 0
+        return gates.gradient(tokens, dense)
+
+
+SEEN = {
+    "fisher": mask_fisher,
+    "gradient": mask_gradient,
+    "taylor": lambda model, tokens: taylor_sums(model, tokens).param_first,
+    "gates": gate_slopes,
+}
+
+
+@pytest.mark.parametrize("seen", SEEN)
+def test_float16_gradients_that_would_be_zero_are_kept_by_scaling_the_loss(tiny_llama, tokens, seen, monkeypatch):
+    """A small last norm and head make all gradients small, as a long sequence and a well trained model do."""
+    half = tiny_llama(seed=3)
+    with torch.no_grad():
+        half.model.norm.weight.mul_(1e-2)
+        half.lm_head.weight.mul_(1e-2)
+    half = half.half()
+    exact = SEEN[seen](copy.deepcopy(half).float(), tokens)
+    error = np.linalg.norm(SEEN[seen](half, tokens) - exact) / np.linalg.norm(exact)
+    assert error < (0.06 if seen == "gates" else 0.01)  # of gates also that of two softmaxes' difference
+    for module in (backward, saap_gates):
+        monkeypatch.setattr(module, "LOSS_SCALES", (1.0,))
+    assert np.linalg.norm(SEEN[seen](half, tokens) - exact) / np.linalg.norm(exact) > 3 * error
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
