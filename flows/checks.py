@@ -133,14 +133,21 @@ def _check_launch(config: RunConfig) -> None:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            script = launch_command_parser().parse_args([*shlex.split(arguments), *ours]).training_script
+            parsed = launch_command_parser().parse_args([*shlex.split(arguments), *ours])
+        script, processes = parsed.training_script, parsed.num_processes or 1  # None: a file of accelerate's says it
     except SystemExit:
-        script = ""
+        script, processes = "", 1
     if script != ours[1]:
         why = said.getvalue().strip().rpartition("error: ")[2].splitlines() if "error: " in said.getvalue() else []
         raise ConfigError(
             f"compute.launch = '{arguments}' is not what `accelerate launch` takes before a program"
             f"{': ' + why[0] if why else ''}; give options like --multi_gpu --num_processes 2"
+        )
+    if config.recover.batch_size % (config.recover.micro_batch_size * processes):
+        raise ConfigError(
+            f"recover.batch_size = {config.recover.batch_size} must be a multiple of recover.micro_batch_size = "
+            f"{config.recover.micro_batch_size} times the {processes} processes of compute.launch: lower "
+            "recover.micro_batch_size"
         )
 
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from tasks.config import ConfigError, load_config
-from tasks.toml import read_toml, toml_value
+from tasks.toml import parse_value, read_toml, toml_value
 
 MOST = 10_000
 
@@ -26,7 +26,7 @@ def combinations(config: str, overrides: Sequence[str] = ()) -> list[list[str]]:
         axis for axis in axes if axis in ("store", "store_remote") or axis.partition(".")[0] == "execute"
     ):
         raise ConfigError(f"{', '.join(fixed)} in {config}: a whole sweep has one, so it cannot be an axis of it")
-    if double := sorted(axes.keys() & {override.partition("=")[0].strip() for override in overrides}):
+    if double := sorted(axes.keys() & {field for override in overrides for field in _fields(override)}):
         raise ConfigError(f"{', '.join(double)}: an axis of the sweep in {config} cannot be set too; change the file")
     texts: dict[str, list[str]] = {path: [toml_value(value) for value in values] for path, values in axes.items()}
     for path, values in texts.items():
@@ -40,3 +40,10 @@ def combinations(config: str, overrides: Sequence[str] = ()) -> list[list[str]]:
     for run in runs:
         load_config(config, (*run, *overrides))
     return runs
+
+
+def _fields(override: str) -> list[str]:
+    """What an override sets: one field, or those of a whole section."""
+    path, _, text = override.partition("=")
+    value = parse_value(text)
+    return [f"{path.strip()}.{name}" for name in value] if isinstance(value, dict) else [path.strip()]

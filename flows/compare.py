@@ -3,6 +3,7 @@
 A run is found by the keys of its steps. So runs of other code, data or settings are left out, and gaps show.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import duckdb
 
 from flows.combinations import combinations
 from flows.dag import build
+from flows.job import Job
 from flows.to_ratio import NotTimed, with_ratio
 from storage.artifacts import ArtifactStore
 from storage.warehouse import Warehouse
 from tasks.config import RunConfig, load_config
 from tasks.outside import SharedOutside
+from tasks.step import Step
 from tasks.toml import parse_value
 
 MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
 PAPER_MODEL = "llama-7b"
+_OF_DENSE = ("model.", "data", "evaluate.", "speed.")  # axes that the dense model's numbers depend on
 
 
 @dataclass
@@ -69,24 +73,25 @@ class _Combination:
     """One run of a sweep: where it stands in the table, and its steps' keys."""
 
     chosen: tuple[str, ...]
-    model: str
     ratio: float
     target: str
     keys: list[str]
     parameters: float | None  # of the pruned model, if it is there
 
 
-def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
+def compare(config: str, overrides: tuple[str, ...] = (), jobs: Sequence[Job] = ()) -> Comparison:
     """What the store holds of a sweep; no number of the paper beside those of the mini pack, which compare with none.
 
+    jobs: its runs, where they are known: then neither models nor data are looked at, nor the hub asked.
     Raises ConfigError for a file without a [sweep] table.
     """
-    sweep = combinations(config, overrides)
+    sweep = [list(job.chosen) for job in jobs] or combinations(config, overrides)
     names = [choice.partition("=")[0] for choice in sweep[0]]
     axes = [name for name in names if name not in ("prune.ratio", "prune.target", "calibrate.seed")]
-    settings = [load_config(config, (*chosen, *overrides)) for chosen in sweep]
+    settings = [job.settings for job in jobs] or [load_config(config, (*chosen, *overrides)) for chosen in sweep]
     store, outside = Path(settings[0].store), SharedOutside(look_only=True)
-    wanted = [_combination(one, chosen, axes, outside) for one, chosen in zip(settings, sweep, strict=True)]
+    steps: list[list[Step] | None] = [*(job.steps for job in jobs)] or [_steps_of(one, outside) for one in settings]
+    wanted = [_combination(*of_one, axes) for of_one in zip(settings, sweep, steps, strict=True)]
     if Warehouse(store).is_empty():
         return Comparison(axes, [], len(sweep), len(sweep))
     with Warehouse(store).reading() as connection:
@@ -98,29 +103,36 @@ def compare(config: str, overrides: tuple[str, ...] = ()) -> Comparison:
     return Comparison(axes, rows, len(sweep) - len(runs), len(sweep))
 
 
-def _combination(settings: RunConfig, chosen: list[str], axes: list[str], outside: SharedOutside) -> _Combination:
-    values = {path: str(parse_value(text)) for path, _, text in (choice.partition("=") for choice in chosen)}
-    place = tuple(values[axis] for axis in axes), values.get("model.path", "")
-    target = settings.prune.target or ""
+def _steps_of(settings: RunConfig, outside: SharedOutside) -> list[Step] | None:
+    """None where a target has no ratio yet."""
     try:
         settings = with_ratio(settings, outside.of(settings), look_only=True)
     except NotTimed:
-        return _Combination(*place, 0.0, target, ["no key yet"], None)
-    steps = build(settings, outside=outside.of(settings))
+        return None
+    return build(settings, outside=outside.of(settings))
+
+
+def _combination(settings: RunConfig, chosen: list[str], steps: Sequence[Step] | None, axes: list[str]) -> _Combination:
+    values = {path: str(parse_value(text)) for path, _, text in (choice.partition("=") for choice in chosen)}
+    place = tuple(values[axis] for axis in axes)
+    target = settings.prune.target or ""
+    if steps is None:
+        return _Combination(place, 0.0, target, ["no key yet"], None)
     cut = next(step for step in steps if step.stage == "prune")
     manifest, _ = ArtifactStore(settings.store).inspect(cut.stage, cut.key)
     parameters = manifest["summary"].get("parameters") if manifest else None
     keys = [step.key for step in steps if step.missing is None]
-    return _Combination(*place, settings.prune.ratio, target, keys, parameters)
+    return _Combination(place, settings.prune.ratio, target, keys, parameters)
 
 
 def _runs_of(connection: duckdb.DuckDBPyConnection, wanted: list[_Combination]) -> dict[int, str]:
-    """Number of a combination → the newest completed run that has all its steps."""
+    """Number of a combination → the newest completed run of just its steps: one with more is another sweep's."""
     found = connection.execute(
         "with had as (select run_id, list(key) as keys from stage_runs join runs using (run_id) "
         "where status = 'completed' and skipped is null group by run_id), "
         "wanted as (select unnest(range(len($wanted))) as number, unnest($wanted) as keys) "
-        "select number, max(run_id) from wanted join had on list_has_all(had.keys, wanted.keys) group by number",
+        "select number, max(run_id) from wanted "
+        "join had on list_sort(list_distinct(had.keys)) = list_sort(list_distinct(wanted.keys)) group by number",
         {"wanted": [combination.keys for combination in wanted]},
     ).fetchall()
     return dict(found)
@@ -140,8 +152,8 @@ def _rows(
         for row in here:
             row.chosen, row.ratio, row.target = chosen, ratio, target
             if row.variant == "dense":
-                model = wanted[numbers[0]].model
-                row.chosen, row.ratio, row.runs = tuple(model if axis == "model.path" else "" for axis in axes), 0.0, 1
+                told = (value if axis.startswith(_OF_DENSE) else "" for axis, value in zip(axes, chosen, strict=True))
+                row.chosen, row.ratio, row.runs = tuple(told), 0.0, 1
                 row.spreads, row.seconds, row.target = {}, None, ""
             elif row.variant == "pruned" and "parameters" not in row.means:
                 sizes = [size for size in (wanted[number].parameters for number in numbers) if size is not None]
@@ -157,8 +169,8 @@ def _means(connection: duckdb.DuckDBPyConnection, places: list[list[str]], axes:
     found = connection.execute(
         "with places as (select unnest(range(len($runs))) as place, unnest($runs) as runs), "
         "mine as (select place, unnest(runs) as run_id from places) "
-        f"select place, variant, settings, count(*), avg(seconds_to_rank order by run_id), {columns} "
-        "from mine join ablations using (run_id) group by place, variant, settings order by all",
+        f"select place, variant, min(settings), count(*), avg(seconds_to_rank order by run_id), {columns} "
+        "from mine join ablations using (run_id) group by place, variant order by all",
         {"runs": places},
     ).fetchall()
     published = _published(connection, list({settings for _, _, settings, *_ in found}), axes)

@@ -6,6 +6,7 @@ from pathlib import Path
 from duckdb import DuckDBPyConnection
 
 from flows.compare import compare, table
+from flows.job import Job
 from flows.pages.run_head import checkpoints
 from flows.pages.section import ask
 from flows.pages.write import report_file
@@ -31,9 +32,9 @@ def run_markdown(store: Path, connection: DuckDBPyConnection, run_id: str) -> st
     return "\n\n".join(parts)
 
 
-def sweep_markdown(config: str, overrides: tuple[str, ...]) -> str:
+def sweep_markdown(config: str, overrides: tuple[str, ...], jobs: Sequence[Job]) -> str:
     """The comparison of a sweep's runs."""
-    found = compare(config, overrides)
+    found = compare(config, overrides, jobs)
     missing = f"\n\n{found.missing} of {found.runs} runs are not complete." if found.missing else ""
     return f"# {Path(config).stem}\n\n{_table(*table(found))}{missing}"
 

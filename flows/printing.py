@@ -2,12 +2,16 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from flows.job import Job
 
 WIDTH = 100  # columns that tables are made to fit
 # a pipe or a file has no width of its own: print_table lets nothing be cut there
@@ -63,13 +67,20 @@ def _say_what_data_is_for(data: str) -> None:
 
 
 def print_comparison(
-    config: Path, overrides: tuple[str, ...], figure: Path | None = None, html: Path | None = None
+    config: Path,
+    overrides: tuple[str, ...],
+    figure: Path | None = None,
+    html: Path | None = None,
+    jobs: "Sequence[Job]" = (),
 ) -> None:
-    """The table of a sweep and what to see in it, its picture and its page where they are asked for."""
+    """The table of a sweep and what to see in it, its picture and its page where they are asked for.
+
+    jobs: its runs, where they are known.
+    """
     from flows.compare import compare, headlines, table
     from tasks.config import load_config
 
-    found = compare(str(config), overrides)
+    found = compare(str(config), overrides, jobs)
     print_table(*table(found), title=config.stem, keep=len(found.axes) + 2)
     spread = ", mean ± standard deviation over the seeds of the calibration" if found.several else ""
     console.print(f"perplexities (↓) at 128 tokens, accuracies in %{spread}", style="dim", highlight=False)

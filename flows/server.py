@@ -91,10 +91,11 @@ def prefect_api(store: Path, meanwhile: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def _ask_health(url: str) -> None:
-    """Raises StorageError when nobody answers. Prefect judges the answer itself."""
+    """Raises StorageError when nobody answers, or with a page. Prefect judges other answers itself."""
     try:
-        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{url}/health", timeout=10):
-            pass
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+            if answer.headers.get_content_type() == "text/html":
+                raise StorageError(f"what answers at {url} is no Prefect API: does PREFECT_API_URL lack its /api?")
     except (OSError, ValueError) as error:
         raise StorageError(
             f"no Prefect server answers at {url}: start it with prefect server start, or unset PREFECT_API_URL"

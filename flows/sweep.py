@@ -43,7 +43,7 @@ def sweep_jobs(config: str, overrides: list[str], jobs: list[Job]) -> list[str]:
             _flow_of(run)(config, [*run.job.chosen, *overrides], return_state=True, wait_for=run.tickets)
             if run.error is not None:
                 failed.setdefault(str(run.error), []).append(", ".join(run.job.chosen))
-    create_markdown_artifact(sweep_markdown(config, tuple(overrides)), key="sweep")
+    create_markdown_artifact(sweep_markdown(config, tuple(overrides), jobs), key="sweep")
     if failed:
         count = sum(map(len, failed.values()))
         reasons = "; ".join(f"{_some(runs)}: {why}" for why, runs in failed.items())

@@ -64,6 +64,11 @@ class Sweep:
     missing: int
 
 
+def store_of(config: Path, overrides: tuple[str, ...]) -> Path:
+    """The store that a sweep's file names."""
+    return Path(load_config(config, overrides).store)
+
+
 def sweep_of_file(connection: Any, config: Path, overrides: tuple[str, ...]) -> Sweep:
     """The newest run of each combination of a sweep's file, a completed one if there is. Raises ConfigError."""
     made: dict[str, str] = {}
@@ -80,7 +85,7 @@ def write_sweep_of_file(config: Path, overrides: tuple[str, ...], html: Path) ->
     from flows.pages.render import write
     from flows.pages.write import page_of_sweep
 
-    store = Path(load_config(config, overrides).store)
+    store = store_of(config, overrides)
     with Warehouse(store).reading() as connection:
         sweep = sweep_of_file(connection, config, overrides)
         text = page_of_sweep(store, connection, sweep.title, sweep.run_ids, sweep.missing)

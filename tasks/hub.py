@@ -18,7 +18,11 @@ LONGEST_WAIT = 60.0
 
 
 class HubError(ConfigError):
-    """The hub does not give what is asked for. The message is one line."""
+    """The hub does not give what is asked for. The message is one line. may_pass: whether it may later."""
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 @dataclass
@@ -49,7 +53,7 @@ def ask(what: str, action: Callable[[], Found]) -> Found:
                 raise
             why, passes, asked = _explain(what, cause)
             if not passes or wait is None:
-                raise HubError(why) from error
+                raise HubError(why, may_pass=passes) from error
             wait = min(asked if asked is not None else wait, LONGEST_WAIT)
             logging.getLogger(__name__).warning("%s; trying again in %.0f s", why.partition(": ")[0], wait)
             time.sleep(wait)

@@ -3,6 +3,7 @@
 import errno
 import logging
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from prefect import Task, get_run_logger
@@ -13,10 +14,12 @@ from storage.remote import Remote, remote_of
 from storage.remote_files import RemoteError
 from tasks.compute import take_place
 from tasks.data import MissingData
+from tasks.hub import HubError
 from tasks.memory import give_back
 from tasks.progress import shown_progress
 from tasks.stage import Stage, stage_named
 from tasks.step import Step
+from tasks.toml import ConfigError
 
 PACKAGES = ("saap", "torch", "transformers", "lm-eval", "prefect")
 
@@ -83,7 +86,7 @@ def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:
                 "versions": {name: version(name) for name in PACKAGES},
             }
             with store.publish(step.stage, step.key, **about, summary=(summary := {})) as folder:
-                summary.update(stage.run(step, folder))
+                summary.update(_run(stage, step, folder))
             give_back()
             store.drop_work(step.stage, step.key)
         else:
@@ -91,6 +94,20 @@ def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:
     if remote is not None and not fetched:
         remote.upload(store, step.stage, step.key)
     return {"stage": step.stage, "key": step.key, "summary": summary, "fetched": fetched}
+
+
+def _run(stage: Stage, step: Step, folder: Path) -> dict[str, Any]:
+    try:
+        return stage.run(step, folder)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, by its name: torch may not be there yet
+            raise
+        raise ConfigError(
+            f"{step.label} needs more memory than the device has: lower "
+            f"{'recover.micro_batch_size' if step.stage == 'recover' else 'compute.batch_size'}, or set "
+            f"{'recover.gradient_checkpointing' if step.stage == 'recover' else 'compute.offload'}, and give the "
+            "command again"
+        ) from error
 
 
 def _bring_inputs(remote: Remote, store: ArtifactStore, step: Step) -> None:
@@ -110,7 +127,7 @@ def is_transient(task: Any, task_run: Any, state: Any) -> bool:
     except Exception as failure:
         # a download that failed says what to do about it, but may pass
         error = failure.__cause__ if isinstance(failure, MissingData) and failure.__cause__ else failure
-        if isinstance(error, RemoteError):
+        if isinstance(error, RemoteError | HubError):
             return error.may_pass
         if getattr(error, "exit_code", None) == 2:
             return False

@@ -163,9 +163,13 @@ def find_checkpoint(source: str, variant: str | None, store: Path) -> Checkpoint
     folder = Path(source)
     if folder.is_dir():
         if not (folder / MANIFEST).is_file():
+            if variant is not None:
+                raise ConfigError(f"{folder} is a checkpoint already: --variant says which one of a run")
             return Checkpoint(folder)
         store, stage, key = folder.resolve().parent.parent, folder.resolve().parent.name, folder.resolve().name
         run_id = None
+        if variant is not None and stage != STAGES[variant]:
+            raise ConfigError(f"{folder} is not the {variant} checkpoint of a run: leave --variant out")
     else:
         stages = [STAGES[variant]] if variant else ["recover", "prune"]
         with Warehouse(store).reading() as connection:
@@ -247,7 +251,7 @@ def _token() -> str:
 def _upload(files: list[Path], card: str, repository: str, token: str, private: bool) -> str:
     """One commit of all files; returns its address."""
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     from saap.errors import first_line
 
@@ -257,7 +261,7 @@ def _upload(files: list[Path], card: str, repository: str, token: str, private: 
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
         done = hub.create_commit(repository, operations, commit_message="Upload by saap export hf")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet's
         raise ConfigError(f"cannot upload to {repository}: {first_line(error)}") from error
     return str(done.commit_url)
 

@@ -19,7 +19,7 @@ def push(
     run: Annotated[
         str | None,
         typer.Argument(
-            help="Run id or its beginning or end; the newest when absent.",
+            help="Run id or its beginning or end; the newest completed run when absent.",
             show_default=False,
             autocompletion=complete_run,
         ),

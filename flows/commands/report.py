@@ -7,7 +7,7 @@ import typer
 
 from flows.commands.store import StoreOption
 from flows.printing import console, print_run, print_table
-from flows.targets import complete_run, find_run, sweep_of_file, sweep_of_name
+from flows.targets import complete_run, find_run, store_of, sweep_of_file, sweep_of_name
 
 RUN = "A run: its id, or how that begins or ends."
 RunArgument = Annotated[
@@ -30,7 +30,16 @@ def report(
             autocompletion=complete_run,
         ),
     ] = None,
-    store: StoreOption = Path("saap_store"),
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store",
+            envvar="SAAP_STORE",
+            help="Folder with the artifacts and the warehouse; saap_store, or the one that a sweep's file names, when "
+            "absent.",
+            show_default=False,
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the page with charts and tables here.", show_default=False)
     ] = None,
@@ -54,6 +63,8 @@ def report(
 
     if svg is not None and not svg.absolute().parent.is_dir():
         raise StorageError(f"there is no folder {svg.absolute().parent} to write {svg.name} in")
+    if store is None:
+        store = store_of(Path(target), tuple(set_ or ())) if target and target.endswith(".toml") else Path("saap_store")
     sweep, warehouse = None, Warehouse(store)
     with warehouse.reading() as connection:
         if target and target.endswith(".toml"):

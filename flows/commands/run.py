@@ -30,7 +30,8 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings 
 
 
 def _overrides(values: list[str] | None, store: Path | None) -> tuple[str, ...]:
-    return (*(values or ()), *([f"store={toml_value(str(store))}"] if store else []))
+    """Those of --set come last: SAAP_STORE may stand behind `store`."""
+    return (*([f"store={toml_value(str(store))}"] if store else []), *(values or ()))
 
 
 def run(
@@ -80,7 +81,7 @@ def sweep(
     """Run every combination of the lists in the config's \\[sweep] table; what they share is computed once."""
     from flows.combinations import combinations
     from flows.job import prepare_all
-    from tasks.config import load_config
+    from tasks.config import ConfigError, load_config
 
     overrides = _overrides(set_, store)
     runs = combinations(str(config), overrides)
@@ -93,8 +94,14 @@ def sweep(
 
         steps = {step.reference for job in jobs for step in job.steps}
         show_progress("verbose" if verbose else "quiet" if quiet else "normal", len(steps))
-        sweep_of(jobs)(str(config.resolve()), list(overrides))
-    print_comparison(config, overrides, html=Path(settings.store) / f"{config.stem}.html")
+        failed: ConfigError | None = None
+        try:
+            sweep_of(jobs)(str(config.resolve()), list(overrides))
+        except ConfigError as error:  # some runs failed: what the others found is shown all the same
+            failed = error
+    print_comparison(config, overrides, html=Path(settings.store) / f"{config.stem}.html", jobs=jobs)
+    if failed is not None:
+        raise failed
 
 
 def compare(

@@ -25,7 +25,10 @@ from tasks.step import Step
 
 
 def _params(config: RunConfig) -> dict[str, object]:
+    """What this recipe reads: other settings leave its result alone."""
     unused = {name for name in ("prose", "own", "minutes") if not getattr(config.recover, name)}
+    unused |= set() if config.recover.recipe == "groupwise" else {"bits", "group_size", "groups", "rounding"}
+    unused |= {"epochs"} if config.recover.minutes else set()
     return config.recover.model_dump(exclude={*MEMORY, *unused, "prose_from"}) | dtype_of(config)
 
 

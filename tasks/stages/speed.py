@@ -70,7 +70,7 @@ def checked(target: str, found: float) -> str:
 
 def machine_name(device: str, threads: int | None) -> str:
     """What a speed was measured on: part of its key, and of nothing else's. Read without torch."""
-    names = [device, str(threads or os.cpu_count())]
+    names = [device, str(threads or os.environ.get("OMP_NUM_THREADS") or _cores())]
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -80,4 +80,11 @@ def machine_name(device: str, threads: int | None) -> str:
         pass
     for gpu in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         names += [line.partition(":")[2].strip() for line in gpu.read_text().splitlines() if line.startswith("Model")]
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        names.append(f"CUDA_VISIBLE_DEVICES={visible}")
     return ", ".join(names)
+
+
+def _cores() -> int | None:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

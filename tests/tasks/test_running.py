@@ -4,15 +4,19 @@ import errno
 import importlib
 
 import pytest
+import torch
 from prefect import flow
 
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.remote_files import RemoteError
 from tasks.artifact import Artifact
+from tasks.data import MissingData
+from tasks.hub import HubError
 from tasks.running import is_transient, task_of
 from tasks.stage import stage
 from tasks.step import Step
+from tasks.toml import ConfigError
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +72,25 @@ def test_an_error_that_would_repeat_is_not_tried_again(tmp_path, prefect_server,
         call(task, step(tmp_path))
     assert len(tries) == 1
     assert ArtifactStore(tmp_path).find("calibrate", tmp_path.name) is None
+
+
+def test_too_little_memory_on_a_gpu_is_a_line_with_the_remedy(tmp_path, prefect_server, failing):
+    task, tries = failing([torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")])
+    with pytest.raises(ConfigError, match=r"^calibrate needs more memory .* lower compute\.batch_size") as failed:
+        call(task, step(tmp_path))
+    assert len(tries) == 1
+    assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("may_pass", [True, False])
+def test_a_download_that_may_pass_is_tried_again(may_pass):
+    def download():
+        raise MissingData("piqa is not there") from HubError("no answer", may_pass=may_pass)
+
+    class Failed:
+        result = staticmethod(download)
+
+    assert is_transient(None, None, Failed) == may_pass
 
 
 @pytest.mark.parametrize("client", ["httpx", "httpx2", "requests"])
