@@ -92,14 +92,16 @@ def prefect_api(store: Path, meanwhile: tuple[str, ...] = ()) -> Iterator[str]:
 
 def _ask_health(url: str) -> None:
     """Raises StorageError when nobody answers, or with a page. Prefect judges other answers itself."""
+    kind = None
     try:
         with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
-            if answer.headers.get_content_type() == "text/html":
-                raise StorageError(f"what answers at {url} is no Prefect API: does PREFECT_API_URL lack its /api?")
+            kind = answer.headers.get_content_type()
     except (OSError, ValueError) as error:
         raise StorageError(
             f"no Prefect server answers at {url}: start it with prefect server start, or unset PREFECT_API_URL"
         ) from error
+    if kind == "text/html":
+        raise StorageError(f"what answers at {url} is no Prefect API: does PREFECT_API_URL lack its /api?")
 
 
 @contextlib.contextmanager

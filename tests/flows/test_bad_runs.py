@@ -41,6 +41,10 @@ RUNS = [
     (["compute.launch=rm -rf /"], ["compute.launch", "--multi_gpu"]),
     (["compute.launch=--help"], ["compute.launch", "--multi_gpu"]),
     (["compute.launch=train.py"], ["compute.launch", "--multi_gpu"]),
+    (
+        ["compute.launch=--num_processes 2", "recover.batch_size=4", "recover.micro_batch_size=4"],
+        ["recover.batch_size = 4", "2 processes", "lower recover.micro_batch_size"],
+    ),
     (["compute.launch=--num_processes two"], ["compute.launch", "invalid int value: 'two'"]),
     (["store=~/runs"], ["store", "'~'"]),
     (["compute.device=cuda:99"], ["cuda:99", "not there"]),
@@ -63,6 +67,7 @@ SWEEPS = [
     ("[sweep]\n'prune.rato' = [0.2]", [], ["prune.rato"]),
     ("[sweep]\n'prune' = [0.2]", [], ["prune is a section"]),
     ("[sweep]\n'prune.ratio' = [0.2, 0.3]", ["prune.ratio=0.4"], ["prune.ratio", "axis"]),
+    ("[sweep]\n'prune.ratio' = [0.2, 0.3]", ["prune={ratio=0.4}"], ["prune.ratio", "axis"]),
     ("[sweep]\n'prune.ratio' = [0.2, 0.3]", ["prune.align=0"], ["prune.align"]),
     (f"[sweep]\n'calibrate.seed' = {list(range(20000))}", [], ["10,000"]),
     ("[sweep]\n'prune.ratio' = [0.2, 0.99]", [], ["prune.ratio=0.99", "cannot be reached"]),

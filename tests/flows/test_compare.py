@@ -1,14 +1,18 @@
 """A sweep over criteria, ratios and seeds, run for real on a tiny model: what it shares, its table and its figure."""
 
+import shutil
 import statistics
 
 import pytest
+import torch
 from matplotlib.image import imread
 
 from flows.compare import Comparison, Row, compare, headlines, table
 from flows.figure import draw
+from saap import load, load_tokenizer, save
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
+from storage.runs import all_runs
 from storage.warehouse import Warehouse
 from tasks.data import mini_folder
 from tests.flows.conftest import saap
@@ -206,6 +210,46 @@ def test_a_figure_of_nothing_or_into_nowhere_is_refused(swept, tmp_path):
     comparison.rows = [row for row in comparison.rows if row.variant == "dense"]
     with pytest.raises(StorageError, match="nothing to draw"):
         draw(comparison, tmp_path / "figure.png")
+
+
+def test_a_run_of_more_steps_is_not_taken_for_one_of_the_sweep(swept, tmp_path, prefect_server):
+    from flows.run import saap_run
+
+    file, store = swept
+    copy = shutil.copytree(store, tmp_path / "store")
+    at = f"store='{copy}'"
+    before = compare(str(file), (at,))
+    chosen = ["criterion.name='flap'", "prune.ratio=0.2", "calibrate.seed=0"]
+    saap_run(str(file), [at, *chosen, "evaluate.benchmarks=['wikitext2', 'arc_easy']", "evaluate.limit=2"])
+    after = compare(str(file), (at,))
+    assert after == before
+    assert len(all_runs(copy)) == 9
+
+
+def test_a_sweep_is_shown_also_where_a_run_of_it_failed(swept, tiny_folder, tmp_path):
+    model = load(tiny_folder)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
+    broken = shutil.copytree(tiny_folder, tmp_path / "broken")
+    save(model, broken, load_tokenizer(tiny_folder))
+    file = tmp_path / "models.toml"
+    text = (
+        swept[0].read_text().partition("[sweep]")[0].replace(f'model.path = "{tiny_folder}"', "criterion.name = 'flap'")
+    )
+    file.write_text(f'{text}[sweep]\n"model.path" = ["{tiny_folder}", "{broken}"]\n')
+    done = saap("sweep", file, "--store", tmp_path / "store")
+    assert done.returncode == 2, done.stderr
+    assert "1 of 2 runs failed" in done.stderr.strip().splitlines()[-1]
+    assert "1 of 2 runs are not complete" in done.stdout
+    assert (tmp_path / "store" / "models.html").is_file()
+
+
+def test_the_report_of_a_sweeps_file_is_of_its_own_store(swept, tmp_path, monkeypatch):
+    monkeypatch.delenv("SAAP_STORE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    done = saap("report", swept[0], "--html", "page.html")
+    assert done.returncode == 0, done.stderr
+    assert "8 runs, 0 not made yet" in done.stdout
 
 
 def test_every_sweep_in_configs_is_valid_and_shares_its_statistics(request):

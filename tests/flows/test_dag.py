@@ -12,6 +12,7 @@ from tasks.config import ConfigError, RunConfig, check_config, load_config
 from tasks.criteria import NEEDS
 from tasks.data import mini_folder
 from tasks.stages.prune import prune
+from tasks.stages.speed import machine_name
 from tasks.toml import default_toml
 
 
@@ -71,6 +72,26 @@ DENSE = {"evaluate dense arc_easy", "evaluate dense wikitext2"}
 )
 def test_a_setting_changes_the_keys_of_its_stage_and_of_those_after_it_only(settings, override, expected):
     assert changed(settings, override) == expected
+
+
+@pytest.mark.parametrize(
+    "unread", [("recover.recipe=lora", "recover.bits=3"), ("recover.minutes=1", "recover.epochs=2")], ids=str
+)
+def test_what_a_recovery_does_not_read_is_in_no_key(settings, unread):
+    this, other = unread
+    assert keys(settings, this) == keys(settings, this, other)
+    assert keys(settings) != keys(settings, other)
+
+
+def test_a_speed_on_other_cores_or_another_gpu_is_another(settings, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    every, seven = machine_name("cpu", None), machine_name("cpu", 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", "123")
+    assert machine_name("cpu", None) != every
+    assert machine_name("cpu", 7) == seven
+    before = keys(settings)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "123,7")
+    assert {label for label, key in keys(settings).items() if key != before[label]} == {"speed"}
 
 
 def test_other_prose_makes_other_text_to_recover_on_and_no_other_calibration(settings, tmp_path):

@@ -37,6 +37,24 @@ def test_a_server_that_is_not_there_is_named_before_anything_runs(tmp_path):
         pass
 
 
+def test_a_page_in_place_of_an_api_is_named(tmp_path):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server.server_port}"})
+        with url, pytest.raises(StorageError, match="does PREFECT_API_URL lack its /api"), prefect_api(tmp_path):
+            pass
+        server.shutdown()
+
+
 def test_a_server_that_fails_for_longer_than_prefect_retries_is_one_line(tmp_path, busy):
     with (
         temporary_settings({PREFECT_API_URL: busy}),

@@ -97,6 +97,14 @@ def test_runs_are_picked_by_id_name_and_age(store):
         select_runs(store.root, names=["other"])
 
 
+def test_a_copy_of_a_store_without_its_empty_folders_is_cleaned_too(store):
+    shutil.rmtree(store.root / "locks")
+    waste = find_waste(store, select_runs(store.root, ids=["r1", "r2"]))
+    assert {"artifact", "run record"} <= set(kinds(waste))
+    assert remove(store, waste) > 0
+    assert not list(store.all())
+
+
 def test_what_a_living_run_uses_is_left_alone(store):
     record = RunRecord(store.root, "r3", **ABOUT)
     with store.lock("prune", "now"), store.publish("prune", "now", run_id="r3") as folder:

@@ -97,6 +97,13 @@ def test_what_is_out_of_reach_names_the_smallest_there_is(model, choice):
         select_for(scores(groups), groups, size, smallest - STEP, **OPTIONS, **choice)
 
 
+def test_a_device_where_narrower_layers_are_no_faster_is_out_of_reach(model):
+    groups = discover(model)
+    time = DecodeTime(groups, [("attention", 0.5, 1.02), ("mlp", 0.5, 1.0)])
+    with pytest.raises(OutOfReach, match="no smaller or faster"):
+        select_for(scores(groups), groups, time, 1 / 1.25, **OPTIONS)
+
+
 @pytest.mark.parametrize("search", ["global", "uniform"])
 def test_of_a_mixture_the_plan_comes_near(search):
     model = mixtures.build("qwen3_moe")
