@@ -19,6 +19,10 @@ class DataUnavailable(SaapError):
     """Data that is not available: a download that failed. The message is one line and says what to do."""
 
 
+class TooShort(SaapError):
+    """A text that holds less than is asked of it."""
+
+
 def not_finite(what: str, model: Any) -> SaapError:
     """The error that `what` of a model is not finite: for want of range, or for weights that are not either."""
     for name, weight in model.named_parameters():

@@ -12,7 +12,7 @@ from typing import Any
 
 from storage.damage import move_aside
 from storage.errors import DamagedError, StorageError
-from storage.files import fsync, read_small
+from storage.files import PASSING, fsync, read_small
 from storage.keys import file_digest
 from storage.locks import held
 
@@ -76,8 +76,9 @@ class ArtifactStore:
                 if fault := _fault(folder / name, about, verify):
                     return None, f"{name} {fault}"
             except OSError as error:
-                if isinstance(error.__cause__ or error, PermissionError):
-                    raise  # another user's, not damaged
+                cause = error.__cause__ or error
+                if isinstance(cause, PermissionError) or getattr(cause, "errno", None) in PASSING:
+                    raise  # another user's, or it may pass: not damaged
                 return None, f"{name} cannot be read ({error})"
         return manifest, None
 
@@ -86,7 +87,7 @@ class ArtifactStore:
         try:
             return parse_manifest(read_small(self.path(stage, key) / MANIFEST), stage, key)
         except StorageError as error:
-            if isinstance(error.__cause__, PermissionError):
+            if error.__cause__ is not None:  # no fault of the file
                 raise
             return None
         except OSError:

@@ -1,5 +1,6 @@
 """Small files, written whole or not at all."""
 
+import errno
 import os
 import shutil
 import uuid
@@ -24,10 +25,15 @@ def write_whole(file: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+# errors that say nothing of the file: too many are open, memory is short, a network file system lost its server
+PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}
+
+
 def read_small(file: Path) -> bytes:
     """The content of a file that is one: not a folder, a pipe that nobody writes to, or a link in a circle.
 
-    Raises FileNotFoundError when nothing is there, StorageError for anything else.
+    Raises FileNotFoundError when nothing is there, StorageError for anything else; it has a cause where that is no
+    fault of the file.
     """
     try:
         if file.is_file():
@@ -37,7 +43,8 @@ def read_small(file: Path) -> bytes:
     except PermissionError as error:
         raise StorageError(f"cannot read {file} ({error.strerror})") from error
     except (OSError, ValueError) as error:
-        raise StorageError(f"it cannot be read: {error}") from None
+        passing = isinstance(error, OSError) and error.errno in PASSING
+        raise StorageError(f"it cannot be read: {error}") from (error if passing else None)
     if os.path.lexists(file):
         raise StorageError("it is no regular file")
     raise FileNotFoundError(file)

@@ -110,6 +110,10 @@ class Remote:
         Raises DamagedError when one is damaged in the remote; the run is not in the store then.
         """
         record = self.record(run_id)
+        with runs.arriving(store.root, run_id):
+            return self._pull(store, run_id, record)
+
+    def _pull(self, store: ArtifactStore, run_id: str, record: dict[str, Any]) -> list[str]:
         lost = []
         for stage, key in runs.made_by(record["stages"]):
             if self.bring(store, stage, key) is None:

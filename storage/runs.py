@@ -7,6 +7,7 @@ its process lives, so a killed one can be told from a running one.
 import contextlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from filelock import FileLock
 from storage.damage import move_aside
 from storage.errors import StorageError
 from storage.files import listed, read_small, write_whole
-from storage.locks import is_held
+from storage.locks import held, is_held
 
 
 def _text(value: Any) -> bool:
@@ -183,6 +184,25 @@ def write_whole_record(root: Path, whole: dict[str, Any]) -> None:
     for stage in whole["stages"]:
         _write(folder / "stages" / f"{stage['position']:04d}.json", stage)
     _write(folder / "run.json", whole["run"])
+
+
+@contextlib.contextmanager
+def arriving(root: Path, run_id: str) -> Iterator[None]:
+    """While open the run counts as alive, so that gc leaves its artifacts alone; of one without a record nothing stays.
+
+    Raises StorageError when the store cannot be written.
+    """
+    folder = root / "runs" / run_id
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with held(folder / "alive.lock", f"run {run_id}", timeout=-1):
+            try:
+                yield
+            finally:
+                if not (folder / "run.json").exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+    except PermissionError as error:
+        raise StorageError(f"cannot write the run record {folder} ({error.strerror})") from error
 
 
 def made_by(stages: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -108,17 +108,22 @@ def hf(
         raise ConfigError(f"--push takes org/name, got '{push}'")
     token = _token() if push and not dry_run else ""
     checkpoint = find_checkpoint(source, variant, store)
-    files = [file for file in sorted(checkpoint.folder.iterdir()) if _belongs(file)]
+    files = {
+        str(file.relative_to(checkpoint.folder)): file
+        for file in sorted(checkpoint.folder.rglob("*"))
+        if _belongs(file)
+    }
     card = card_of(checkpoint, push)
     if dry_run:
-        for file in files:
-            print(f"{file.stat().st_size:>14,}  {file.name}")
+        for name, file in files.items():
+            print(f"{file.stat().st_size:>14,}  {name}")
         print(f"{len(card.encode()):>14,}  README.md\n\n{card}")
         return
     if folder:
         with _new_folder(folder) as draft:
-            for file in files:
-                shutil.copy(file, draft)
+            for name, file in files.items():
+                (draft / name).parent.mkdir(exist_ok=True)
+                shutil.copy(file, draft / name)
             (draft / "README.md").write_text(card, encoding="utf-8")
         print(f"{folder}: {len(files) + 1} files")
     if push:
@@ -248,7 +253,7 @@ def _token() -> str:
     return token
 
 
-def _upload(files: list[Path], card: str, repository: str, token: str, private: bool) -> str:
+def _upload(files: dict[str, Path], card: str, repository: str, token: str, private: bool) -> str:
     """One commit of all files; returns its address."""
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
@@ -256,7 +261,7 @@ def _upload(files: list[Path], card: str, repository: str, token: str, private: 
     from saap.errors import first_line
 
     hub = HfApi(token=token)
-    operations = [CommitOperationAdd(file.name, str(file)) for file in files]
+    operations = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
     operations.append(CommitOperationAdd("README.md", card.encode()))
     try:
         hub.create_repo(repository, private=private, exist_ok=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from saap.errors import SaapError
+from saap.errors import SaapError, TooShort
 from saap.evaluation.log_probs import log_probs
 from saap.models.products import FastLinears
 from saap.progress import tqdm
@@ -63,7 +63,7 @@ def perplexity(
     `max_tokens` keeps only the first so many tokens of the text.
     `bos` is a token to put before each window (see `window_bos`): the model sees it, and as many tokens are targets.
     None leaves the text as the tokenizer gives it, which may begin with one, as in the papers' code.
-    Raises SaapError when the text is shorter than one window.
+    Raises TooShort when the text is shorter than one window.
     """
     ids = tokenizer("\n\n".join(rows), return_tensors="pt", verbose=False)["input_ids"][0]
     if bos is not None and ids[:1].tolist() == [bos]:
@@ -71,7 +71,7 @@ def perplexity(
     ids = ids[:max_tokens]
     windows = ids[: len(ids) // window * window].view(-1, window)
     if len(windows) == 0:
-        raise SaapError(f"the text has {len(ids)} tokens, fewer than one window of {window}")
+        raise TooShort(f"the text has {len(ids)} tokens, fewer than one window of {window}")
     device = next(model.parameters()).device
     losses = []
     step = max(1, batch_tokens // window)

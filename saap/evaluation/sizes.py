@@ -52,6 +52,8 @@ def size_of(model: nn.Module) -> Size:
         for part, linear in module.get("attention", [])
         if part.axis == 1
     )
+    if not width:  # of a hybrid, whose attention no group holds
+        width = sum(module.o_proj.in_features for module in model.modules() if hasattr(module, "o_proj"))
     idle = 0
     family = family_of(model.config)
     for layer, experts in family.mixtures(model).items() if isinstance(family, Experts) else ():

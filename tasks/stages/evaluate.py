@@ -1,6 +1,7 @@
 """One benchmark on one checkpoint."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -77,8 +78,12 @@ def _accuracies(step: Step, folder: Path, checkpoint: Checkpoint, data: Data) ->
 
 
 def _perplexities(step: Step, checkpoint: Checkpoint, data: Data) -> list[dict[str, Any]]:
-    """Rows of metrics: one for each window length that the model's positions allow."""
+    """Rows of metrics: one for each window length that the model's positions and the text allow.
+
+    Raises TooShort where that is none.
+    """
     import saap
+    from saap.errors import TooShort
     from saap.evaluation.perplexity import window_bos
 
     config, benchmark = step.config(), step.config()["benchmark"]
@@ -90,20 +95,26 @@ def _perplexities(step: Step, checkpoint: Checkpoint, data: Data) -> list[dict[s
     before = "no BOS" if bos is None else "BOS before each"
     longest = getattr(model.config, "max_position_embeddings", None)  # ALiBi models have no limit
     limited = f", first {config['max_tokens']} tokens" if config["max_tokens"] else ""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    short: TooShort | None = None
     for window in config["windows"]:
         if longest is not None and window + (bos is not None) > longest:
             continue
-        found = saap.perplexity(
-            model,
-            text,
-            tokenizer,
-            window=window,
-            max_tokens=config["max_tokens"],
-            batch_tokens=256 * compute_settings(step)["batch_size"],
-            bos=bos,
-            name=benchmark,
-        )
+        try:
+            found = saap.perplexity(
+                model,
+                text,
+                tokenizer,
+                window=window,
+                max_tokens=config["max_tokens"],
+                batch_tokens=256 * compute_settings(step)["batch_size"],
+                bos=bos,
+                name=benchmark,
+            )
+        except TooShort as error:
+            logging.getLogger("saap").warning("%s is not measured in windows of %d: %s", benchmark, window, error)
+            short = error
+            continue
         rows.append(
             {
                 **asdict(found),
@@ -114,4 +125,6 @@ def _perplexities(step: Step, checkpoint: Checkpoint, data: Data) -> list[dict[s
                 "papers": window == PAPERS_WINDOW,
             }
         )
+    if short is not None and not rows:
+        raise short
     return rows

@@ -18,7 +18,7 @@ from flows.cli import app
 from flows.dag import build
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
-from tasks.config import load_config
+from tasks.config import ConfigError, load_config
 from tasks.running import find_or_publish
 from tasks.stage import stage_named
 from tests.flows.conftest import saap as command
@@ -116,6 +116,19 @@ def test_an_export_of_a_folder_outside_any_store_needs_its_card(store, tiny_fold
     assert (tmp_path / "again" / "README.md").read_text() == (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(Exception, match=r"no README\.md"):
         export("hf", tiny_folder, tmp_path / "nothing")
+
+
+def test_further_chat_templates_go_along_and_a_variant_of_a_folder_is_refused(store, tmp_path):
+    folder = shutil.copytree(folder_of(store, "prune"), tmp_path / "pruned")
+    (folder / "manifest.json").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    (folder / "README.md").write_text("a card")
+    export("hf", folder, tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    for source in (folder, folder_of(store, "prune")):
+        with pytest.raises(ConfigError, match="variant"):
+            export("gguf", source, tmp_path / "int4.gguf", "--variant", "recovered")
 
 
 def test_gguf_and_uniform_take_a_run_or_a_folder(store, tmp_path):

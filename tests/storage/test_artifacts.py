@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -66,6 +67,18 @@ def test_a_damaged_artifact_is_set_aside_and_can_be_made_again(store, harm, capl
     assert len(list((store.root / "damaged").iterdir())) == 1
     publish(store, text="again")
     assert (store.path("score", "k") / "a.txt").read_text() == "again"
+
+
+def test_a_process_with_too_many_open_files_calls_no_artifact_damaged(store):
+    publish(store)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(StorageError, match="Too many open files"):
+            store.find("score", "k")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert store.find("score", "k", verify=True) is not None
 
 
 def test_changed_content_of_the_same_size_is_noticed_in_small_files_always_in_large_ones_when_asked(store):

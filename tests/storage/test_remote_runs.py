@@ -26,6 +26,38 @@ def test_a_run_is_pushed_and_pulled_whole(place, stores):
     assert rows(two) == rows(one)
 
 
+def test_gc_leaves_what_a_pull_has_fetched_so_far(place, stores, monkeypatch):
+    one, two = stores
+    run(one.root, "r1")
+    Remote(place).push(one, "r1")
+    bring, seen = Remote.bring, []
+
+    def and_clean(self, store, stage, key):
+        found = bring(self, store, stage, key)
+        seen.append([waste.kind for waste in find_waste(store) if waste.kind in ("artifact", "run record")])
+        return found
+
+    monkeypatch.setattr(Remote, "bring", and_clean)
+    assert Remote(place).pull(two, "r1") == []
+    assert len(seen) > 1
+    assert not any(seen)
+    assert not [waste for waste in find_waste(two) if waste.kind != "lock"]
+
+
+def test_nothing_stays_of_a_pull_that_fails(place, stores, monkeypatch):
+    one, two = stores
+    run(one.root, "r1")
+    Remote(place).push(one, "r1")
+
+    def gone(*_):
+        raise StorageError("gone")
+
+    monkeypatch.setattr(Remote, "bring", gone)
+    with pytest.raises(StorageError, match="gone"):
+        Remote(place).pull(two, "r1")
+    assert list(two.root.glob("runs/*")) == []
+
+
 def test_artifacts_that_nobody_has_any_more_are_named(url, stores):
     one, two = stores
     run(one.root, "r1")

@@ -17,6 +17,11 @@ def meta(model):
     return empty
 
 
+def test_the_attention_of_a_hybrid_is_counted_though_no_group_holds_it():
+    """Two of the four layers attend, with 4 heads of 16."""
+    assert size_of(build("qwen3_5")).attention_width == 2 * 4 * 16
+
+
 @pytest.mark.parametrize("case", CASES | LLAMAS)
 def test_parameters_and_bytes_are_those_of_the_pruned_model(case):
     model = build(case)
