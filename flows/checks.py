@@ -60,6 +60,7 @@ def check_before_start(config: RunConfig, source: ModelSource) -> None:
     _check_family(config, facts)
     _check_offload(config, source)
     _check_tokenizer(config, source, facts)
+    _check_llama_cpp(config, source, facts)
     _check_plan(config, facts)
     _check_lengths(config, facts)
 
@@ -158,10 +159,6 @@ def _check_family(config: RunConfig, facts: Facts) -> None:
     kind, recover = facts.config.model_type, config.recover
     if isinstance(family_of(facts.config), Experts):
         _check_experts(config, kind)
-    if config.speed.llama_cpp:
-        from saap.export.gguf import check_config
-
-        check_config(facts.config)
     if recover.recipe == "groupwise" and not family_of(facts.config).int4:
         raise ConfigError(f"{kind} has no int4 recovery: set recover.recipe to 'lora', 'qlora' or 'none'")
     unknown = sorted(set(recover.targets) - facts.linears)
@@ -169,6 +166,21 @@ def _check_family(config: RunConfig, facts: Facts) -> None:
         raise ConfigError(
             f"no layer is called {', '.join(unknown)}: recover.targets may name {', '.join(sorted(facts.linears))}"
         )
+
+
+def _check_llama_cpp(config: RunConfig, source: ModelSource, facts: Facts) -> None:
+    """Whether what llama.cpp is timed on can be written."""
+    if not config.speed.llama_cpp:
+        return
+    from gguf import GGUFWriter
+
+    from saap import load_tokenizer
+    from saap.export.gguf import check_config
+    from saap.export.vocabulary import write_vocabulary
+
+    check_config(facts.config)
+    if source.kind == "folder":
+        write_vocabulary(GGUFWriter(None, "deci"), load_tokenizer(source.path), facts.config.vocab_size)
 
 
 def _check_experts(config: RunConfig, kind: str) -> None:

@@ -53,7 +53,8 @@ def size_of(model: nn.Module) -> Size:
         if part.axis == 1
     )
     if not width:  # of a hybrid, whose attention no group holds
-        width = sum(module.o_proj.in_features for module in model.modules() if hasattr(module, "o_proj"))
+        outputs = [module for name, module in model.named_modules() if name.endswith("self_attn.o_proj")]
+        width = sum(linear.in_features for linear in outputs if isinstance(linear, nn.Linear | GroupwiseLinear))
     idle = 0
     family = family_of(model.config)
     for layer, experts in family.mixtures(model).items() if isinstance(family, Experts) else ():

@@ -7,7 +7,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BloomConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerFast
 
 from flows.cli import app
 from saap import load, load_tokenizer, save, to_groupwise
@@ -179,6 +181,13 @@ def test_a_folder_that_is_no_model_we_can_prune_is_refused(config, store, folder
     change(folder)
     assert_refused(words, "plan", config, "--set", f"model.path={folder}")
     assert not list(store.glob("*/*/manifest.json"))
+
+
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused_before_anything_runs(config, folder):
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    own = settings([f"model.path={folder}", "calibrate.own=0", "recover.own=0"])
+    assert_refused(["WordLevel", "GGUF"], "plan", config, *own, *settings(["speed.llama_cpp=true"]))
 
 
 def test_a_tokenizer_without_an_end_will_do_where_none_is_needed(config, folder):
