@@ -1,0 +1,47 @@
+"""The evaluate stage on texts that hold less than is asked of them."""
+
+import shutil
+
+import pytest
+from prefect.logging import disable_run_logger
+
+from flows.dag import build
+from saap.errors import TooShort
+from storage.tables import read_table
+from tasks.config import load_config
+from tasks.data import mini_folder
+from tasks.running import find_or_publish
+from tasks.stage import stage_named
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def evaluate(tiny_folder, tmp_path):
+    """The dense model's evaluation on four sentences of PTB, in windows of these lengths: (window of each row)."""
+    data = shutil.copytree(mini_folder(), tmp_path / "data")
+    file = data / "ptb" / "validation.jsonl"
+    file.write_text("\n".join(file.read_text().splitlines()[:4]) + "\n")
+    (tmp_path / "store").mkdir()
+
+    def run(windows):
+        fields = {"model.path": tiny_folder, "data": data, "store": tmp_path / "store"}
+        choice = [f"evaluate.windows={windows}", "evaluate.benchmarks=['ptb']", "evaluate.variants=['dense']"]
+        config = load_config(None, (*(f"{name}='{value}'" for name, value in fields.items()), *choice))
+        (step,) = [step for step in build(config) if step.stage == "evaluate"]
+        with disable_run_logger():
+            reference = find_or_publish(stage_named("evaluate"), step)
+        return list(read_table(tmp_path / "store" / "evaluate" / reference["key"], "metrics")["protocol"])
+
+    return run
+
+
+def test_windows_longer_than_the_text_are_left_out_with_a_line(evaluate, caplog):
+    (protocol,) = evaluate([16, 250])
+    assert "windows of 16" in protocol
+    assert "ptb is not measured in windows of 250: the text has" in caplog.text
+
+
+def test_a_text_shorter_than_every_window_is_an_error(evaluate):
+    with pytest.raises(TooShort, match="fewer than one window of 250"):
+        evaluate([250])
