@@ -169,6 +169,7 @@ class Graph:
                 variant=variant,
                 benchmark=benchmark,
                 missing=None if benchmark is None else self.outside.missing(benchmark),
+                looked_at=self.outside.looked_at(set(outside.values())),
             )
         )
         return Source(stage.publishes, stage=stage.name, key=key)

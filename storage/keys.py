@@ -29,18 +29,21 @@ def file_digest(path: Path) -> str:
 class Fingerprints:
     """File digests, remembered in the store by path, size, modification time and inode: gigabytes are hashed once.
 
-    With look_only nothing is written.
+    With look_only nothing is written. looked_at: path → [size, modification time in ns] of each file when it was asked
+    for.
     """
 
     def __init__(self, store: Path, *, look_only: bool = False) -> None:
         self._folder = store / "fingerprints"
         self.look_only = look_only
+        self.looked_at: dict[str, list[int]] = {}
 
     def file(self, path: Path) -> str:
         try:
             stat = path.stat()
         except OSError as error:
             raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        self.looked_at[str(path)] = [stat.st_size, stat.st_mtime_ns]
         if stat.st_size < 1 << 24:
             return file_digest(path)
         memo = self._folder / digest([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino])

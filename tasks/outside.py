@@ -1,5 +1,8 @@
 """What a run takes from outside the store, and its fingerprints."""
 
+import json
+import socket
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +23,7 @@ class Outside:
         self._config = config
         self._fingerprints = Fingerprints(Path(config.store).resolve(), look_only=look_only)
         self._data: dict[str, Found | MissingData] = {}
+        self._told: dict[tuple[frozenset[str], int], str] = {}  # what `looked_at` said
 
     @cached_property
     def model(self) -> ModelSource:
@@ -62,6 +66,19 @@ class Outside:
             raise ConfigError(f"data = '{data}' is a file: give the folder of the data sets, 'mini' or 'hub'")
         role = "calibration" if role == "prose" else role
         return find_data(data if data in ("mini", "hub") else str(Path(data).resolve()), role, self._fingerprints)
+
+    def looked_at(self, places: Collection[str]) -> str:
+        """This host and the sizes and times of the files there that were fingerprinted, as JSON."""
+        found = self._fingerprints.looked_at
+        asked = frozenset(places), len(found)
+        if asked not in self._told:
+            files = {
+                path: about
+                for path, about in found.items()
+                if any(path == place or path.startswith(f"{place}/") for place in places if place)
+            }
+            self._told[asked] = json.dumps({"host": socket.gethostname(), "files": files})
+        return self._told[asked]
 
     def missing(self, role: str) -> str | None:
         """Why a role's data cannot be had and what helps; None when it is there."""

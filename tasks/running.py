@@ -1,7 +1,10 @@
 """A stage as a Prefect task: find the artifact or publish it, under a lock, and say what happened."""
 
 import errno
+import json
 import logging
+import os
+import socket
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -98,7 +101,10 @@ def find_or_publish(stage: Stage, step: Step) -> dict[str, Any]:
 
 def _run(stage: Stage, step: Step, folder: Path) -> dict[str, Any]:
     try:
-        return stage.run(step, folder)
+        _check_unchanged(step)
+        summary = stage.run(step, folder)
+        _check_unchanged(step)  # else the key would name what was read by then
+        return summary
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, by its name: torch may not be there yet
             raise
@@ -108,6 +114,17 @@ def _run(stage: Stage, step: Step, folder: Path) -> dict[str, Any]:
             f"{'recover.gradient_checkpointing' if step.stage == 'recover' else 'compute.offload'}, and give the "
             "command again"
         ) from error
+
+
+def _check_unchanged(step: Step) -> None:
+    """Whether model and data are still the files that the step's key was made of; only where they were looked at."""
+    found = json.loads(step.looked_at or "{}")
+    if found.get("host") != socket.gethostname():
+        return
+    for path, about in found["files"].items():
+        now = os.stat(path) if os.path.exists(path) else None
+        if now is None or [now.st_size, now.st_mtime_ns] != about:
+            raise ConfigError(f"{path} was changed while the run was at work: give the same command again")
 
 
 def _bring_inputs(remote: Remote, store: ArtifactStore, step: Step) -> None:

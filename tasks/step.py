@@ -14,7 +14,8 @@ class Step:
 
     outside: (name, path) of what comes from outside the store: model, tokenizer, data.
     params: the stage's own part of the config, compute: how to do the work, both as JSON.
-    missing: why the step cannot be done and is skipped, and what helps.
+    looked_at: `Outside.looked_at` of what comes from outside. missing: why the step cannot be done and is skipped, and
+    what helps.
     """
 
     stage: str
@@ -29,6 +30,7 @@ class Step:
     benchmark: str | None = None
     missing: str | None = None
     store_remote: str | None = None
+    looked_at: str = ""
 
     @property
     def reference(self) -> tuple[str, str]:

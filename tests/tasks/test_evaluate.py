@@ -1,14 +1,15 @@
-"""The evaluate stage on texts that hold less than is asked of them."""
+"""The evaluate stage on texts that hold less than is asked of them, and that change meanwhile."""
 
 import shutil
 
 import pytest
 from prefect.logging import disable_run_logger
 
+import saap
 from flows.dag import build
 from saap.errors import TooShort
 from storage.tables import read_table
-from tasks.config import load_config
+from tasks.config import ConfigError, load_config
 from tasks.data import mini_folder
 from tasks.running import find_or_publish
 from tasks.stage import stage_named
@@ -40,6 +41,21 @@ def test_windows_longer_than_the_text_are_left_out_with_a_line(evaluate, caplog)
     (protocol,) = evaluate([16, 250])
     assert "windows of 16" in protocol
     assert "ptb is not measured in windows of 250: the text has" in caplog.text
+
+
+def test_text_that_is_replaced_while_it_is_read_is_not_published_under_the_old_key(evaluate, tmp_path, monkeypatch):
+    perplexity, file = saap.perplexity, tmp_path / "data" / "ptb" / "validation.jsonl"
+
+    def and_replace(*given, **options):
+        file.write_text(file.read_text() + '{"sentence": "another"}\n')
+        return perplexity(*given, **options)
+
+    monkeypatch.setattr(saap, "perplexity", and_replace)
+    with pytest.raises(ConfigError, match=r"validation\.jsonl was changed while the run was at work"):
+        evaluate([16])
+    assert not list(tmp_path.glob("store/evaluate/*/manifest.json"))
+    monkeypatch.setattr(saap, "perplexity", perplexity)
+    assert len(evaluate([16])) == 1
 
 
 def test_a_text_shorter_than_every_window_is_an_error(evaluate):
