@@ -86,19 +86,17 @@ def _examples(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows to train on, and the last rows, which are held out.
 
-    Rows whose answer is empty, or does not begin within max_length, are left out: they would teach the model to answer
-    nothing.
+    Rows whose answer is empty, or has no label within max_length, are left out: they would teach the model to answer
+    nothing. With loss_on = "text" the prompt has labels too.
 
     Tokens and labels are int32 arrays: a list takes 36 bytes for each.
     """
     examples, answers = [], 0
     asked = sum("tokens" not in row for row in rows)
     for row in rows:
-        example = training_example(row, tokenizer, training.max_length)
+        example = training_example(row, tokenizer, training.max_length, training.loss_on == "text")
         answered = "tokens" in row or row["output"].strip()
         if answered and any(label != -100 for label in example["labels"]):
-            if training.loss_on == "text":
-                example = training_example(row, tokenizer, training.max_length, whole_text=True)
             compact = {name: array("i", example[name]) for name in ("input_ids", "labels")}
             examples.append({**example, **compact})
             answers += "tokens" not in row

@@ -73,9 +73,13 @@ def expected_sizes(model):
     macs = SMALL["vocab_size"] * model.config.hidden_size
     for layer in layers(model):
         macs += sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
+    width = 0
     for _, kind, _, parts in each_group(model):
         if kind == "attention":
-            macs += 2 * 100 * sum(take(m.weight, 1, piece).shape[1] for m, axis, piece in parts if axis == 1)
+            width += sum(take(m.weight, 1, piece).shape[1] for m, axis, piece in parts if axis == 1)
+    if model.config.model_type.endswith("qwen3_5_text"):  # its attention is in no group
+        width = sum(layer.self_attn.o_proj.in_features for layer in layers(model) if hasattr(layer, "self_attn"))
+    macs += 2 * 100 * width
     return sum(p.numel() for p in model.parameters()), macs
 
 

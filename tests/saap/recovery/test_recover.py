@@ -248,15 +248,17 @@ def test_a_training_that_has_not_helped_says_so(tiny_folder, tiny_tokenizer, row
     assert "recovery has not helped: the held-out loss was 6." in caplog.text
 
 
-@pytest.mark.parametrize("loss_on", ["response", "text"])
-def test_rows_that_are_left_out_are_counted_and_so_is_what_cannot_be_held_out(tiny_tokenizer, rows, caplog, loss_on):
-    """A prompt that fills max_length has nothing to answer, whatever the loss is on."""
+@pytest.mark.parametrize(("loss_on", "kept"), [("response", 32), ("text", 33)])
+def test_rows_that_are_left_out_are_counted_and_so_is_what_cannot_be_held_out(
+    tiny_tokenizer, rows, caplog, loss_on, kept
+):
+    """One answer is empty. One prompt fills max_length: it has nothing to learn from unless the loss is on it too."""
     long = dict(rows[0], instruction="word " * 300)
     training = Training(held_out=0.01, max_length=256, loss_on=loss_on, micro_batch_size=4)
-    kept, held_out = _examples([*rows, long, dict(rows[1], output=" ")], tiny_tokenizer, training)
-    assert (len(kept), len(held_out)) == (32, 0)
-    assert "2 of 34 instruction rows are left out" in caplog.text
-    assert "no example is held out (recover.held_out = 0.01 of 32)" in caplog.text
+    learnt, held_out = _examples([*rows, long, dict(rows[1], output=" ")], tiny_tokenizer, training)
+    assert (len(learnt), len(held_out)) == (kept, 0)
+    assert f"{34 - kept} of 34 instruction rows are left out" in caplog.text
+    assert f"no example is held out (recover.held_out = 0.01 of {kept})" in caplog.text
 
 
 @pytest.mark.parametrize("how", [{"epochs": 1.5}, {"patience": 1, "learning_rate": 1e-30, "save_steps": 1}])
