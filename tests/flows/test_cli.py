@@ -9,16 +9,16 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
-from tests.flows.conftest import ask, saap, without_server
+from tests.flows.conftest import ask, at_work_in, saap, without_server
 from tests.storage.test_warehouse import ABOUT, fill
 
 
@@ -253,12 +253,9 @@ def test_a_ctrl_c_in_a_terminal_ends_a_run_in_a_line_and_its_server_with_it(conf
     command = [sys.executable, "-m", "flows.cli", "run", str(config), "--set", "recover.epochs=1000"]
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests are a job in the background
         os.execve(sys.executable, command, without_server())
-    # not before it trains: some libraries take an interrupt for a reason why they cannot be imported
-    deadline = time.monotonic() + 200
-    while not list(store.glob("work/recover-*/checkpoint-*/trainer_state.json")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    at_work_in(store, "recover")
     os.write(terminal, b"\x03")
     screen = b""
     with contextlib.suppress(OSError):  # at its end
