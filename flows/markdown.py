@@ -32,11 +32,11 @@ def run_markdown(store: Path, connection: DuckDBPyConnection, run_id: str) -> st
     return "\n\n".join(parts)
 
 
-def sweep_markdown(config: str, overrides: tuple[str, ...], jobs: Sequence[Job]) -> str:
-    """The comparison of a sweep's runs."""
+def sweep_markdown(config: str, overrides: tuple[str, ...], jobs: Sequence[Job], page: Path) -> str:
+    """The comparison of a sweep's runs, and where their page is."""
     found = compare(config, overrides, jobs)
     missing = f"\n\n{found.missing} of {found.runs} runs are not complete." if found.missing else ""
-    return f"# {Path(config).stem}\n\n{_table(*table(found))}{missing}"
+    return f"# {Path(config).stem}\n\n{_table(*table(found))}{missing}\n\npage: `{page}`"
 
 
 def _block(share: float) -> str:

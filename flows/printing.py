@@ -72,10 +72,11 @@ def print_comparison(
     figure: Path | None = None,
     html: Path | None = None,
     jobs: "Sequence[Job]" = (),
+    page: Path | None = None,
 ) -> None:
     """The table of a sweep and what to see in it, its picture and its page where they are asked for.
 
-    jobs: its runs, where they are known.
+    jobs: its runs, where they are known. page: a page that is there already.
     """
     from flows.compare import compare, headlines, table
     from tasks.config import load_config
@@ -97,9 +98,9 @@ def print_comparison(
     if html is not None:
         from flows.targets import write_sweep_of_file
 
-        console.print(
-            f"page: {write_sweep_of_file(config, overrides, html).resolve()}", highlight=False, soft_wrap=True
-        )
+        page = write_sweep_of_file(config, overrides, html)
+    if page is not None:
+        console.print(f"page: {page.resolve()}", highlight=False, soft_wrap=True)
 
 
 def print_table(columns: list[str], rows: Any, title: str | None = None, keep: int = 1) -> None:

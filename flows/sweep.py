@@ -1,6 +1,7 @@
 """Many runs of one configuration as one graph: every combination of the values of a [sweep] table."""
 
 from contextlib import closing
+from pathlib import Path
 
 from prefect import Flow, flow
 from prefect.artifacts import create_markdown_artifact
@@ -11,6 +12,7 @@ from flows.combinations import combinations
 from flows.job import Job, prepare_all, title_of
 from flows.markdown import sweep_markdown
 from flows.run import saap_run, show_results
+from flows.targets import sweep_page, write_sweep_of_file
 from tasks.config import ConfigError
 
 
@@ -35,7 +37,10 @@ def sweep_of(jobs: list[Job]) -> Flow[[str, list[str]], list[str]]:
 
 
 def sweep_jobs(config: str, overrides: list[str], jobs: list[Job]) -> list[str]:
-    """Do the work of all jobs; each gets a flow run when it ends. Returns the ids of the completed runs."""
+    """Do the work of all jobs; each gets a flow run when it ends. Writes the sweep's page, also where runs failed.
+
+    Returns the ids of the completed runs.
+    """
     failed: dict[str, list[str]] = {}  # by the reason
     # a flow run of a moment needs no heartbeat, whose thread would end up to a second later
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}), closing(run_all(jobs)) as batches:
@@ -43,7 +48,8 @@ def sweep_jobs(config: str, overrides: list[str], jobs: list[Job]) -> list[str]:
             _flow_of(run)(config, [*run.job.chosen, *overrides], return_state=True, wait_for=run.tickets)
             if run.error is not None:
                 failed.setdefault(str(run.error), []).append(", ".join(run.job.chosen))
-    create_markdown_artifact(sweep_markdown(config, tuple(overrides), jobs), key="sweep")
+    page = write_sweep_of_file(Path(config), tuple(overrides), sweep_page(jobs[0].settings.store, config))
+    create_markdown_artifact(sweep_markdown(config, tuple(overrides), jobs, page.resolve()), key="sweep")
     if failed:
         count = sum(map(len, failed.values()))
         reasons = "; ".join(f"{_some(runs)}: {why}" for why, runs in failed.items())

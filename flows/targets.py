@@ -69,6 +69,11 @@ def store_of(config: Path, overrides: tuple[str, ...]) -> Path:
     return Path(load_config(config, overrides).store)
 
 
+def sweep_page(store: str | Path, config: str | Path) -> Path:
+    """Where `saap sweep` writes its page."""
+    return Path(store) / f"{Path(config).stem}.html"
+
+
 def sweep_of_file(connection: Any, config: Path, overrides: tuple[str, ...]) -> Sweep:
     """The newest run of each combination of a sweep's file, a completed one if there is. Raises ConfigError."""
     made: dict[str, str] = {}

@@ -91,6 +91,7 @@ def sweep(
     console.print(f"{len(runs)} runs, the last of them {', '.join(runs[-1])}", highlight=False)
     with _prefect(Path(settings.store), [step for job in jobs for step in job.steps]):
         from flows.sweep import sweep_of
+        from flows.targets import sweep_page
 
         steps = {step.reference for job in jobs for step in job.steps}
         show_progress("verbose" if verbose else "quiet" if quiet else "normal", len(steps))
@@ -99,7 +100,7 @@ def sweep(
             sweep_of(jobs)(str(config.resolve()), list(overrides))
         except ConfigError as error:  # some runs failed: what the others found is shown all the same
             failed = error
-    print_comparison(config, overrides, html=Path(settings.store) / f"{config.stem}.html", jobs=jobs)
+    print_comparison(config, overrides, page=sweep_page(settings.store, config), jobs=jobs)
     if failed is not None:
         raise failed
 

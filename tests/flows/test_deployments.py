@@ -53,6 +53,7 @@ def test_a_sweep_shares_what_its_runs_have_in_common(config, store, prefect_serv
 
     config.write_text('sweep = { "prune.ratio" = [0.2, 0.3, 0.4] }\n' + config.read_text())
     assert len(saap_sweep(str(config))) == 3
+    assert "wikitext2" in (store / "tiny.html").read_text()  # also of a sweep that a deployment runs
     with Warehouse(store).reading() as connection:
         rows = connection.execute("select stage, computed, reused from stage_reuse").fetchall()
     reuse = {stage: (computed, reused) for stage, computed, reused in rows}
