@@ -266,7 +266,8 @@ def _check_lengths(config: RunConfig, facts: Facts) -> None:
     options = config.evaluate
     if set(options.benchmarks) <= set(ACCURACIES) or not options.variants:
         return
-    windows = [window for window in options.windows if positions is None or window <= positions]
+    behind = int(options.bos == "always")
+    windows = [window for window in options.windows if positions is None or window + behind <= positions]
     if not options.windows:
         raise ConfigError("evaluate.windows is empty: name at least one, as in [128]")
     if not windows:

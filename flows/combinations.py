@@ -2,9 +2,10 @@
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
-from tasks.config import ConfigError, load_config
-from tasks.toml import parse_value, read_toml, toml_value
+from tasks.config import ConfigError, RunConfig, load_config
+from tasks.toml import fields_of, read_toml, toml_value
 
 MOST = 10_000
 
@@ -26,9 +27,10 @@ def combinations(config: str, overrides: Sequence[str] = ()) -> list[list[str]]:
         axis for axis in axes if axis in ("store", "store_remote") or axis.partition(".")[0] == "execute"
     ):
         raise ConfigError(f"{', '.join(fixed)} in {config}: a whole sweep has one, so it cannot be an axis of it")
-    if double := sorted(axes.keys() & {field for override in overrides for field in _fields(override)}):
-        raise ConfigError(f"{', '.join(double)}: an axis of the sweep in {config} cannot be set too; change the file")
     texts: dict[str, list[str]] = {path: [toml_value(value) for value in values] for path, values in axes.items()}
+    varied = {field for path, values in texts.items() for text in values for field in fields_of(f"{path}={text}")}
+    if double := sorted(varied & {field for override in overrides for field in fields_of(override)}):
+        raise ConfigError(f"{', '.join(double)}: an axis of the sweep in {config} cannot be set too; change the file")
     for path, values in texts.items():
         if len(set(values)) < len(values):
             double_value = next(value for value in values if values.count(value) > 1)
@@ -38,12 +40,18 @@ def combinations(config: str, overrides: Sequence[str] = ()) -> list[list[str]]:
         raise ConfigError(f"the sweep in {config} has more than {MOST:,} runs: shorten its lists")
     runs = [[f"{path}={text}" for path, text in zip(axes, chosen, strict=True)] for chosen in found]
     for run in runs:
-        load_config(config, (*run, *overrides))
+        try:
+            load_config(config, (*run, *overrides))
+        except ConfigError as error:
+            named = f"{', '.join(run)}: " if run is not runs[0] else ""  # what the first has, all may have
+            raise ConfigError(f"{named}{error}") from error
     return runs
 
 
-def _fields(override: str) -> list[str]:
-    """What an override sets: one field, or those of a whole section."""
-    path, _, text = override.partition("=")
-    value = parse_value(text)
-    return [f"{path.strip()}.{name}" for name in value] if isinstance(value, dict) else [path.strip()]
+def base_of(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """What all runs of a sweep's file share, as its first run has it; a file without [sweep] as it is.
+
+    Without the values of its axes a file may be none that can be run.
+    """
+    chosen = combinations(str(config), overrides)[0] if "sweep" in read_toml(config) else []
+    return load_config(config, (*chosen, *overrides))

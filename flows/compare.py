@@ -3,6 +3,7 @@
 A run is found by the keys of its steps. So runs of other code, data or settings are left out, and gaps show.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from tasks.step import Step
 from tasks.toml import parse_value
 
 MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
+TIMED = "speed"
 PAPER_MODEL = "llama-7b"
 _OF_DENSE = ("model.", "data", "evaluate.", "speed.")  # axes that the dense model's numbers depend on
 
@@ -75,7 +77,8 @@ class _Combination:
     chosen: tuple[str, ...]
     ratio: float
     target: str
-    keys: list[str]
+    keys: frozenset[str]
+    untimed: frozenset[str]  # the same, of speeds only that there are some: their key is this machine's
     parameters: float | None  # of the pruned model, if it is there
 
 
@@ -117,25 +120,32 @@ def _combination(settings: RunConfig, chosen: list[str], steps: Sequence[Step] |
     place = tuple(values[axis] for axis in axes)
     target = settings.prune.target or ""
     if steps is None:
-        return _Combination(place, 0.0, target, ["no key yet"], None)
+        return _Combination(place, 0.0, target, frozenset({"no key yet"}), frozenset({"no key yet"}), None)
     cut = next(step for step in steps if step.stage == "prune")
     manifest, _ = ArtifactStore(settings.store).inspect(cut.stage, cut.key)
     parameters = manifest["summary"].get("parameters") if manifest else None
-    keys = [step.key for step in steps if step.missing is None]
-    return _Combination(place, settings.prune.ratio, target, keys, parameters)
+    made = [step for step in steps if step.missing is None]
+    keys, untimed = ({step.key for step in made}, {TIMED if step.stage == TIMED else step.key for step in made})
+    return _Combination(place, settings.prune.ratio, target, frozenset(keys), frozenset(untimed), parameters)
 
 
 def _runs_of(connection: duckdb.DuckDBPyConnection, wanted: list[_Combination]) -> dict[int, str]:
-    """Number of a combination → the newest completed run of just its steps: one with more is another sweep's."""
-    found = connection.execute(
-        "with had as (select run_id, list(key) as keys from stage_runs join runs using (run_id) "
-        "where status = 'completed' and skipped is null group by run_id), "
-        "wanted as (select unnest(range(len($wanted))) as number, unnest($wanted) as keys) "
-        "select number, max(run_id) from wanted "
-        "join had on list_sort(list_distinct(had.keys)) = list_sort(list_distinct(wanted.keys)) group by number",
-        {"wanted": [combination.keys for combination in wanted]},
+    """Number of a combination → the newest completed run of just its steps: one with more is another sweep's.
+
+    Where there is none, one whose speeds were measured elsewhere, unless other combinations differ by that alone.
+    """
+    made = connection.execute(
+        f"select run_id, list(key), list(if(stage = '{TIMED}', stage, key)) from stage_runs join runs using (run_id) "
+        "where status = 'completed' and skipped is null group by run_id order by run_id"
     ).fetchall()
-    return dict(found)
+    exact = {frozenset(keys): run_id for run_id, keys, _ in made}
+    elsewhere = {frozenset(untimed): run_id for run_id, _, untimed in made}
+    alike = Counter(one.untimed for one in wanted)
+    found = {
+        number: exact.get(one.keys) or (elsewhere.get(one.untimed) if alike[one.untimed] == 1 else None)
+        for number, one in enumerate(wanted)
+    }
+    return {number: run_id for number, run_id in found.items() if run_id is not None}
 
 
 def _rows(

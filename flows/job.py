@@ -23,6 +23,10 @@ class Job:
     steps: list[Step]
     chosen: tuple[str, ...] = ()
 
+    def title(self) -> str:
+        """`title_of` the run, for Prefect to call: in a text it would fill in braces."""
+        return title_of(self.settings)
+
 
 def title_of(settings: RunConfig) -> str:
     """What Prefect's UI calls the run."""

@@ -1,6 +1,7 @@
 """What commands print: tables, and the closing lines of a run."""
 
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -78,8 +79,8 @@ def print_comparison(
 
     jobs: its runs, where they are known. page: a page that is there already.
     """
+    from flows.combinations import base_of
     from flows.compare import compare, headlines, table
-    from tasks.config import load_config
 
     found = compare(str(config), overrides, jobs)
     print_table(*table(found), title=config.stem, keep=len(found.axes) + 2)
@@ -87,9 +88,10 @@ def print_comparison(
     console.print(f"perplexities (↓) at 128 tokens, accuracies in %{spread}", style="dim", highlight=False)
     for line in headlines(found):
         console.print(line, highlight=False)
-    _say_what_data_is_for(load_config(config, overrides).data)
+    _say_what_data_is_for(base_of(config, overrides).data)
     if found.missing:
-        console.print(f"{found.missing} of {found.runs} runs are not complete: saap sweep {config}", highlight=False)
+        again = shlex.join(["saap", "sweep", str(config), *(f"--set={override}" for override in overrides)])
+        console.print(f"{found.missing} of {found.runs} runs are not complete: {again}", highlight=False)
     if figure is not None:
         from flows.figure import draw
 

@@ -12,12 +12,15 @@ from flows.pages.write import report_file
 from flows.report import result_rows, skipped_rows
 from storage.artifacts import ArtifactStore
 from storage.warehouse import Warehouse
-from tasks.config import load_config
+from tasks.config import ConfigError, load_config
 
 
 def _deployed_title() -> str:
     asked: dict[str, Any] = runtime.flow_run.parameters
-    return title_of(load_config(asked["config"], tuple(asked["overrides"] or ())))
+    try:
+        return title_of(load_config(asked["config"], tuple(asked["overrides"] or ())))
+    except ConfigError:  # the flow itself fails by it, and then Prefect shows the line
+        return str(asked["config"])
 
 
 @flow(name="saap", flow_run_name=_deployed_title, validate_parameters=False)
@@ -35,7 +38,7 @@ def flow_of(job: Job) -> Flow[[str | None, list[str]], str]:
     def run_prepared(config: str | None, overrides: list[str]) -> str:
         return run_job(job)
 
-    return Flow(run_prepared, name=saap_run.name, flow_run_name=title_of(job.settings), validate_parameters=False)
+    return Flow(run_prepared, name=saap_run.name, flow_run_name=job.title, validate_parameters=False)
 
 
 def run_job(job: Job) -> str:

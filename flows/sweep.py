@@ -9,7 +9,7 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settin
 
 from flows.at_work import Run, run_all
 from flows.combinations import combinations
-from flows.job import Job, prepare_all, title_of
+from flows.job import Job, prepare_all
 from flows.markdown import sweep_markdown
 from flows.run import saap_run, show_results
 from flows.targets import sweep_page, write_sweep_of_file
@@ -66,7 +66,7 @@ def _flow_of(run: Run) -> Flow[[str, list[str]], str]:
         show_results(run.job)
         return run.job.run_id
 
-    return Flow(end, name=saap_run.name, flow_run_name=title_of(run.job.settings), validate_parameters=False)
+    return Flow(end, name=saap_run.name, flow_run_name=run.job.title, validate_parameters=False)
 
 
 def _some(runs: list[str]) -> str:

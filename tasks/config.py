@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from tasks.criteria import needs_of
 from tasks.how import Compute, Execute, Section, wrong_execution
 from tasks.recovery import Recover, wrong_recovery
-from tasks.toml import ConfigError, one_line, parse_value, read_toml, sections_of, short
+from tasks.toml import ConfigError, fields_of, one_line, parse_value, read_toml, sections_of, short
 from tasks.values import Amount, Count, Layer, Ratio, Seed, Target, Text, distinct, parse_target
 
 ACCURACIES = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "winogrande", "openbookqa")
@@ -197,7 +197,7 @@ def load_config(file: str | Path | None, overrides: tuple[str, ...] = ()) -> Run
         if not equals:
             raise ConfigError(f"--set takes section.field=value, got {short(override)}")
         set_value(values, path.strip(), parse_value(text.strip()))
-    named = {override.partition("=")[0].strip() for override in overrides} & {"prune.ratio", "prune.target"}
+    named = {field for override in overrides for field in fields_of(override)} & {"prune.ratio", "prune.target"}
     if len(named) == 1:  # it takes the place of the other in a file
         values["prune"].pop("target" if "prune.ratio" in named else "ratio", None)
     return check_config(values)

@@ -97,6 +97,11 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
 
     With fingerprints.look_only nothing is downloaded. Raises ConfigError when it is not there or its family is unknown.
     """
+    if revision is not None and (path in EMBEDDED or Path(path).is_dir()):
+        raise ConfigError(
+            f"model.revision = '{revision}' is of a hub id, and model.path = '{path}' is "
+            f"{'the embedded model' if path in EMBEDDED else 'a folder'}: leave it out"
+        )
     if path in EMBEDDED:
         gguf = _embedded_gguf(EMBEDDED[path])
         found = fingerprints.file(gguf)
@@ -109,6 +114,7 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
                 "*.safetensors, or a hub id like org/name"
             )
         folder = _download(path, revision, look_only=fingerprints.look_only)
+    folder = folder.resolve()  # as steps name it
     config = folder / "config.json"
     if not config.is_file():
         raise ConfigError(f"no model in {folder}: there is no config.json")

@@ -49,6 +49,13 @@ def read_toml(file: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not valid TOML: {one_line(str(error))}") from error
 
 
+def fields_of(override: str) -> list[str]:
+    """What `section.field=value` sets: one field, or those of a whole section."""
+    path, _, text = override.partition("=")
+    value = parse_value(text.strip())
+    return [f"{path.strip()}.{name}" for name in value] if isinstance(value, dict) else [path.strip()]
+
+
 def parse_value(text: str) -> Any:
     """The TOML value that the text is, or the text itself."""
     try:

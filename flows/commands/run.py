@@ -128,13 +128,13 @@ def plan(config: ConfigArgument, set_: SetOption = None, store: RunStoreOption =
 
     Changes nothing.
     """
-    from flows.combinations import combinations
+    from flows.combinations import base_of, combinations
     from flows.job import prepare, prepare_all, whose
     from flows.preview import preview_rows
     from tasks.config import load_config
 
     overrides = _overrides(set_, store)
-    place = Path(load_config(config, overrides).store)
+    place = Path(base_of(config, overrides).store)
     if place.exists() and not place.is_dir():
         raise ConfigError(f"{place} is no folder: name another store (--store)")
     if sweeps := "sweep" in read_toml(config):

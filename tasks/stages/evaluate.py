@@ -83,7 +83,7 @@ def _perplexities(step: Step, checkpoint: Checkpoint, data: Data) -> list[dict[s
     Raises TooShort where that is none.
     """
     import saap
-    from saap.errors import TooShort
+    from saap.errors import SaapError, TooShort
     from saap.evaluation.perplexity import window_bos
 
     config, benchmark = step.config(), step.config()["benchmark"]
@@ -127,4 +127,9 @@ def _perplexities(step: Step, checkpoint: Checkpoint, data: Data) -> list[dict[s
         )
     if short is not None and not rows:
         raise short
+    if not rows:
+        raise SaapError(
+            f"no window of evaluate.windows = {config['windows']} fits the model's {longest} positions"
+            f"{' behind a BOS' if bos is not None else ''}: name a shorter one"
+        )
     return rows

@@ -24,6 +24,8 @@ class Speeds(Artifact):
 
 def _params(config: RunConfig) -> dict[str, Any]:
     machine = machine_name(config.compute.device, config.compute.threads)
+    if config.execute.runner == "ray":  # one of its nodes measures, this machine or not
+        machine = f"a node of Ray at {config.execute.address or 'this machine'}, {config.compute.device}"
     target = {"target": config.prune.target} if config.prune.target_is_speed else {}
     return config.speed.model_dump() | dtype_of(config) | {"machine": machine} | target
 

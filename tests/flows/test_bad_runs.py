@@ -36,6 +36,7 @@ RUNS = [
     (["recover.own=0.5", "recover.max_length=257"], ["recover.max_length = 257", "256 positions", "lower it"]),
     (["calibrate.length=257"], ["calibrate.length", "256 positions"]),
     (["evaluate.windows=[512]"], ["evaluate.windows", "256 positions"]),
+    (["evaluate.windows=[256]", "evaluate.bos=always"], ["evaluate.windows", "256 positions"]),
     (["evaluate.windows=[]"], ["evaluate.windows is empty"]),
     (["evaluate.max_tokens=16"], ["evaluate.max_tokens", "window of 32"]),
     (["compute.launch=rm -rf /"], ["compute.launch", "--multi_gpu"]),

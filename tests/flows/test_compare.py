@@ -20,6 +20,7 @@ from tests.flows.pages.conftest import rows_in
 from tests.flows.test_cli import refused
 
 pytestmark = pytest.mark.slow
+SHORT = "speed = { runs = 1, prompt_tokens = 4, new_tokens = 2 }"
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +225,22 @@ def test_a_run_of_more_steps_is_not_taken_for_one_of_the_sweep(swept, tmp_path, 
     after = compare(str(file), (at,))
     assert after == before
     assert len(all_runs(copy)) == 9
+
+
+def test_speeds_that_another_machine_measured_are_shown_where_one_run_only_can_be_meant(swept, tmp_path, monkeypatch):
+    from flows.sweep import saap_sweep
+
+    file = tmp_path / "timed.toml"
+    text = swept[0].read_text().partition("[sweep]")[0].replace("speed = { runs = 0 }", SHORT)
+    file.write_text(f"{text}criterion.name = 'flap'\n[sweep]\n\"prune.ratio\" = [0.2]\n")
+    store = f"store='{tmp_path / 'store'}'"
+    assert len(saap_sweep(str(file), [store])) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    found = compare(str(file), (store,))
+    assert (found.missing, len(found.rows)) == (0, 2)
+    both = tmp_path / "both.toml"
+    both.write_text(file.read_text() + '"compute.threads" = [1, 2]\n')
+    assert compare(str(both), (store,)).missing == 2  # which of them it was cannot be told here
 
 
 def test_a_sweep_is_shown_also_where_a_run_of_it_failed(swept, tiny_folder, tmp_path):

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from flows.combinations import combinations
+from flows.combinations import base_of, combinations
 from flows.dag import build
 from flows.preview import preview_rows
 from tasks.config import ConfigError, RunConfig, check_config, load_config
@@ -127,6 +128,14 @@ def test_other_weights_change_every_key_and_another_folder_of_the_same_changes_n
     content[-1] ^= 1
     weights.write_bytes(content)
     assert changed(settings, f"model.path={same}") == set(keys(settings)) - {"calibrate"}
+
+
+def test_the_files_of_a_model_are_remembered_whatever_its_path_is_called(settings, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny_folder)
+    step = next(step for step in build(settings("model.path=model")) if step.stage == "score")
+    looked_at = {Path(file).name for file in json.loads(step.looked_at)["files"]}
+    assert {"model.safetensors", "config.json"} <= looked_at
 
 
 def test_another_tokenizer_changes_all_that_reads_text_or_carries_it_and_a_template_what_carries_it(
@@ -276,11 +285,29 @@ def test_a_sweep_is_the_product_of_its_axes(tmp_path):
     found = [load_config(file, tuple(overrides)) for overrides in combinations(str(file))]
     assert [(c.prune.ratio, c.model.path) for c in found] == [(0.2, "a/b"), (0.2, "c/d"), (0.5, "a/b"), (0.5, "c/d")]
     file.write_text('[sweep]\n"prune.ratio" = [0.2, 1.5]\n')
-    with pytest.raises(ConfigError, match=r"prune\.ratio"):
+    with pytest.raises(ConfigError, match=r"^prune\.ratio=1\.5: "):
         combinations(str(file))
+    file.write_text("[sweep]\nprune = [{ratio = 0.2}, {ratio = 0.5}]\n")
+    with pytest.raises(ConfigError, match=r"^prune\.ratio: an axis"):
+        combinations(str(file), ["prune.ratio=0.9"])
     file.write_text("")
     with pytest.raises(ConfigError, match="sweep"):
         combinations(str(file))
+
+
+def test_a_sweep_may_need_its_axes_to_be_one(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text('recover.batch_size = 4\n[sweep]\n"recover.micro_batch_size" = [2, 4]\n')
+    with pytest.raises(ConfigError, match="multiple"):
+        load_config(file)
+    assert base_of(file).recover.batch_size == 4
+
+
+def test_a_ratio_set_takes_the_place_of_a_files_target(tmp_path):
+    file = tmp_path / "target.toml"
+    file.write_text('prune.target = "80M"\n')
+    for override in ("prune.ratio=0.3", "prune={ratio=0.3}"):
+        assert load_config(file, (override,)).prune.target is None
 
 
 def test_every_field_of_the_config_is_described():

@@ -60,3 +60,11 @@ def test_a_sweep_shares_what_its_runs_have_in_common(config, store, prefect_serv
     assert reuse["score"] == (1, 2)
     assert reuse["prune"] == (3, 0)
     assert reuse["evaluate"] == (2 + 3 * 4, 2 * 2)
+
+
+def test_a_run_of_no_configuration_fails_with_the_line(tmp_path, prefect_server):
+    from flows.run import saap_run
+
+    state = saap_run(str(tmp_path / "none.toml"), [], return_state=True)
+    assert state.is_failed()
+    assert "cannot read the config" in state.message

@@ -144,11 +144,14 @@ def test_a_store_and_a_place_are_no_axes(config):
         config.write_text(original)
 
 
-def test_where_steps_run_is_in_no_key(config):
+def test_where_steps_run_is_in_no_key_but_that_of_a_speed(config):
     from flows.dag import build
 
-    keys = [[step.key for step in build(load_config(config, overrides))] for overrides in ((), PROCESSES)]
-    assert keys[0] == keys[1]
+    settings = (), PROCESSES, ("execute.runner='ray'",)
+    here, processes, ray = ({step.label: step.key for step in build(load_config(config, one))} for one in settings)
+    assert here == processes
+    # a node of Ray measures speed, and this machine may be another
+    assert {label for label, key in ray.items() if key != here[label]} == {"speed"}
 
 
 @pytest.mark.slow

@@ -39,8 +39,8 @@ def test_a_full_block_is_a_layer_left_whole():
 
 def test_a_run_and_a_sweep_show_results_widths_and_checkpoints(config, store, tiny_folder, prefect_server):
     quick = [*QUICK, "evaluate.benchmarks=['arc_easy']"]
-    run_id = saap_run(str(config), ["name='shown'", *quick])
-    flow_run = named(f"shown: {tiny_folder} at 0.2")
+    run_id = saap_run(str(config), ["name='shown {1}'", *quick])
+    flow_run = named(f"shown {{1}}: {tiny_folder} at 0.2")
     (shown,) = (a.data for a in artifacts("markdown") if a.key == "run" and a.flow_run_id == flow_run.id)
     (folder,) = store.glob("prune/[!.]*")
     assert f"# Run {run_id}" in shown
@@ -49,11 +49,11 @@ def test_a_run_and_a_sweep_show_results_widths_and_checkpoints(config, store, ti
     assert (len(attention.split(None, 1)[1]), attention[10], attention[-1]) == (6, "█", "█")
     assert "| pruned |" in shown
     before = {a.id for a in artifacts("markdown")}
-    saap_sweep(str(swept(config, '{ "prune.ratio" = [0.2, 0.3] }')), ["name='of a sweep'", *quick])
+    saap_sweep(str(swept(config, '{ "prune.ratio" = [0.2, 0.3] }')), ["name='of a {sweep}'", *quick])
     (comparison,) = (a.data for a in artifacts("markdown") if a.key == "sweep" and a.id not in before)
     assert "| 0.3 | pruned |" in comparison
     for ratio in ("0.2", "0.3"):
-        flow_run = named(f"of a sweep: {tiny_folder} at {ratio}")
+        flow_run = named(f"of a {{sweep}}: {tiny_folder} at {ratio}")
         with get_client(sync_client=True) as client:
             of_run = client.read_artifacts(flow_run_filter=FlowRunFilter(id={"any_": [flow_run.id]}))
         assert {"results", "run", "report"} == {artifact.key for artifact in of_run}

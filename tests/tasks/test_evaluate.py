@@ -7,7 +7,7 @@ from prefect.logging import disable_run_logger
 
 import saap
 from flows.dag import build
-from saap.errors import TooShort
+from saap.errors import SaapError, TooShort
 from storage.tables import read_table
 from tasks.config import ConfigError, load_config
 from tasks.data import mini_folder
@@ -25,9 +25,14 @@ def evaluate(tiny_folder, tmp_path):
     file.write_text("\n".join(file.read_text().splitlines()[:4]) + "\n")
     (tmp_path / "store").mkdir()
 
-    def run(windows):
+    def run(windows, bos="never"):
         fields = {"model.path": tiny_folder, "data": data, "store": tmp_path / "store"}
-        choice = [f"evaluate.windows={windows}", "evaluate.benchmarks=['ptb']", "evaluate.variants=['dense']"]
+        choice = [
+            f"evaluate.windows={windows}",
+            f"evaluate.bos={bos}",
+            "evaluate.benchmarks=['ptb']",
+            "evaluate.variants=['dense']",
+        ]
         config = load_config(None, (*(f"{name}='{value}'" for name, value in fields.items()), *choice))
         (step,) = [step for step in build(config) if step.stage == "evaluate"]
         with disable_run_logger():
@@ -61,3 +66,9 @@ def test_text_that_is_replaced_while_it_is_read_is_not_published_under_the_old_k
 def test_a_text_shorter_than_every_window_is_an_error(evaluate):
     with pytest.raises(TooShort, match="fewer than one window of 250"):
         evaluate([250])
+
+
+def test_a_window_that_has_no_place_behind_a_bos_is_an_error(evaluate):
+    """The model has 256 positions."""
+    with pytest.raises(SaapError, match="fits the model's 256 positions behind a BOS"):
+        evaluate([256], bos="always")

@@ -55,3 +55,10 @@ def test_an_embedded_model_that_is_not_installed_says_how_to_get_it(monkeypatch,
 def test_the_licence_of_an_embedded_model_goes_into_its_card(tmp_path):
     for known in EMBEDDED.values():
         assert base_model(tmp_path / known.file) == (known.name, known.licence)
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_revision_of_what_has_none_is_refused(tiny_folder, tmp_path, embedded):
+    path = next(iter(EMBEDDED)) if embedded else str(tiny_folder)
+    with pytest.raises(ConfigError, match=r"model\.revision = 'v2' is of a hub id"):
+        model_source(path, "v2", Fingerprints(tmp_path))
