@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from common import embedded, most_held, where
 from pruning_peers import PEERS, losses, torch_pruning_package
+from torch.nn import functional as F
 
 import saap
 from saap.models.groups import layer_parts
@@ -149,15 +150,21 @@ def difference(own: np.ndarray, first: np.ndarray) -> tuple[float, float]:
     return ratio - 1, ratio * float(paired.std(ddof=1)) / math.sqrt(len(paired))
 
 
-def texts_of(which: str, data: str, tokenizer: Any, windows: int, length: int) -> tuple[list[str], dict[str, Any]]:
-    """(texts to calibrate on, name → windows int64 (n, length) to measure on)."""
+def texts_of(
+    which: str, data: str, tokenizer: Any, windows: int, length: int, bos: int | None
+) -> tuple[list[str], dict[str, Any]]:
+    """(texts to calibrate on, name → windows int64 (n, length) to measure on). Windows begin with bos, if there is one.
+
+    Those of the test sets are a token longer then, so that as many are targets.
+    """
     novels = [row["text"] for row in read_data(data, "calibration")]
     if which == "test":
         found = {}
         for name in ("wikitext2", "ptb"):
             text = "\n\n".join(str(row) for item in read_data(data, name) for row in item.values())
-            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: windows * length])
-            found[name] = ids[: len(ids) // length * length].view(-1, length)
+            ids = torch.tensor(tokenizer(text, verbose=False, add_special_tokens=bos is None)["input_ids"])
+            cut = ids[: min(windows, len(ids) // length) * length].view(-1, length)
+            found[name] = cut if bos is None else F.pad(cut, (1, 0), value=bos)
         return novels, found
     end = len(novels) * 3 // 4
     others = {
@@ -165,7 +172,7 @@ def texts_of(which: str, data: str, tokenizer: Any, windows: int, length: int) -
         "alpaca": ["\n".join(row.values()) + "\n" for row in read_data(data, "recovery")],
     }
     return novels[:end], {
-        name: saap.sample_tokens(text, tokenizer, count=windows, length=length, seed=0)[0]
+        name: saap.sample_tokens(text, tokenizer, count=windows, length=length, seed=0, bos=bos)[0]
         for name, text in others.items()
     }
 
@@ -191,11 +198,13 @@ def main() -> None:
         source = arguments.model or embedded(Path(folder))
         model = saap.load(source, dtype="bfloat16", device=arguments.device)
         tokenizer = saap.load_tokenizer(source)
-    calibration, texts = texts_of(arguments.texts, arguments.data, tokenizer, arguments.windows, arguments.length)
-    tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, length=128, seed=arguments.seed)
+    bos = saap.calibration_bos(model.config.model_type, tokenizer)
+    sizes = arguments.windows, arguments.length
+    calibration, texts = texts_of(arguments.texts, arguments.data, tokenizer, *sizes, bos)
+    about = {"length": 128, "seed": arguments.seed, "bos": bos}
+    tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, **about)
     if arguments.own:
-        own = saap.own_text(model, tokenizer, count=arguments.own, length=128, seed=arguments.seed)
-        tokens = torch.cat([tokens, own])
+        tokens = torch.cat([tokens, saap.own_text(model, tokenizer, count=arguments.own, **about)])
     cost = Cost(arguments.device)
     figures: dict[str, Any] = {}
     firsts: dict[float, list[np.ndarray]] = {}

@@ -60,8 +60,9 @@ def main() -> None:
     arguments = parser.parse_args()
     model = saap.load(arguments.checkpoint, dtype="bfloat16", device=arguments.device).requires_grad_(False)
     tokenizer = saap.load_tokenizer(arguments.checkpoint)
-    calibration, texts = texts_of("held-out", arguments.data, tokenizer, arguments.windows, arguments.length)
-    tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, length=128, seed=0)
+    bos = saap.calibration_bos(model.config.model_type, tokenizer)
+    calibration, texts = texts_of("held-out", arguments.data, tokenizer, arguments.windows, arguments.length, bos)
+    tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, length=128, seed=0, bos=bos)
     groups = saap.discover(model)
     last = [(layer, index) for layer, kind, index in groups.structures() if kind == "attention" and len(index) == 1]
     if not last:

@@ -161,11 +161,12 @@ def measured_texts(arguments: argparse.Namespace, model: Any, tokenizer: Any) ->
         raise SystemExit(
             f"--data {arguments.data}: a thousand instruction rows are held out, it has {len(instructions)}"
         )
-    calibration, held_out = texts_of("held-out", arguments.data, tokenizer, windows, length)
+    bos = saap.calibration_bos(model.config.model_type, tokenizer)
+    calibration, held_out = texts_of("held-out", arguments.data, tokenizer, windows, length, bos)
     last = ["\n".join(row.values()) + "\n" for row in instructions[-1000:]]
-    held_out["alpaca"], _ = saap.sample_tokens(last, tokenizer, count=windows, length=length, seed=0)
-    held_out["own"] = saap.own_text(model, tokenizer, count=windows, length=length, seed=2 * OTHER_SEED)
-    _, test = texts_of("test", arguments.data, tokenizer, windows, length)
+    held_out["alpaca"], _ = saap.sample_tokens(last, tokenizer, count=windows, length=length, seed=0, bos=bos)
+    held_out["own"] = saap.own_text(model, tokenizer, count=windows, length=length, seed=2 * OTHER_SEED, bos=bos)
+    _, test = texts_of("test", arguments.data, tokenizer, windows, length, bos)
     return calibration, {name: {**test, **held_out}[name] for name in TEXTS}
 
 
@@ -256,10 +257,10 @@ def main() -> None:
     table = Table(texts)
     table.add("dense", model, 0, 0, 0)
     for seed in arguments.seeds:
-        tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, length=128, seed=seed)
+        about = {"length": 128, "seed": seed, "bos": saap.calibration_bos(model.config.model_type, tokenizer)}
+        tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, **about)
         if arguments.own:
-            own = saap.own_text(model, tokenizer, count=arguments.own, length=128, seed=seed)
-            tokens = torch.cat([tokens, own])
+            tokens = torch.cat([tokens, saap.own_text(model, tokenizer, count=arguments.own, **about)])
         text = Source(
             *(arguments.data, model, tokenizer, arguments.length, seed), measured=arguments.windows * arguments.length
         )

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from saap.scoring.importance import score
     from saap.scoring.own_text import own_text
     from saap.scoring.statistics import input_moments, taylor_sums
-    from saap.texts import read_rows, sample_tokens
+    from saap.texts import calibration_bos, read_rows, sample_tokens
 
 _NAMES = {
     "saap.corpus": "ParquetTexts",
@@ -84,7 +84,7 @@ _NAMES = {
     "saap.scoring.importance": "score",
     "saap.scoring.own_text": "own_text",
     "saap.scoring.statistics": "input_moments taylor_sums",
-    "saap.texts": "read_rows sample_tokens",
+    "saap.texts": "calibration_bos read_rows sample_tokens",
 }
 _PLACES = {name: place for place, names in _NAMES.items() for name in names.split()}
 

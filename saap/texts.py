@@ -78,13 +78,21 @@ def _read_ahead(rows: Iterator[int], texts: Sequence[str], count: int) -> Iterat
 
 
 def sample_tokens(
-    texts: Sequence[str], tokenizer: Any, *, count: int, length: int, seed: int, at_most: bool = False
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+    at_most: bool = False,
+    bos: int | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """`count` calibration sequences of exactly `length` tokens, no row used twice.
 
     texts: a list, or `ParquetTexts`, of which only what is drawn is read. Rows are visited in an order drawn from
     `seed`; a row that is too short is continued by the rows after it (BookCorpus has one sentence a row), and the
-    window begins at a random place of what was gathered. No special tokens.
+    window begins at a random place of what was gathered. No special tokens but bos, which is then the first of each
+    (`calibration_bos`).
 
     Returns tokens int64 (count, length) and the row each sequence begins in, int64 (count,).
     Raises SaapError when the texts do not hold that many; with at_most they may be fewer, and one is enough.
@@ -92,19 +100,21 @@ def sample_tokens(
     rng = np.random.default_rng(seed)
     used: set[int] = set()
     sequences, rows = [], []
+    begin = [] if bos is None else [bos]
+    wanted = length - len(begin)
     for start in _read_ahead(random_order(len(texts), rng), texts, count):
         ids: list[int] = []
         origin: list[int] = []
         row = start
-        while row < len(texts) and row not in used and len(ids) < length:
+        while row < len(texts) and row not in used and len(ids) < wanted:
             ids += tokenizer(texts[row], add_special_tokens=False)["input_ids"]
             origin += [row] * (len(ids) - len(origin))
             row += 1
-        if len(ids) < length:
+        if len(ids) < wanted:
             continue
         used.update(range(start, row))
-        offset = int(rng.integers(len(ids) - length + 1))
-        sequences.append(ids[offset : offset + length])
+        offset = int(rng.integers(len(ids) - wanted + 1))
+        sequences.append(begin + ids[offset : offset + wanted])
         rows.append(origin[offset])
         if len(sequences) == count:
             break
@@ -132,19 +142,24 @@ WITHOUT_INPUT = (
 def alpaca_example(row: dict[str, str], tokenizer: Any, max_length: int, whole_text: bool = False) -> dict[str, Any]:
     """One Alpaca row in the Alpaca prompt format: input_ids, and labels, −100 on the prompt (loss on the answer).
 
-    whole_text: loss on the prompt too. Ends with the end-of-sequence token; cut at max_length tokens. The first label
-    is −100, since nothing comes before it. Raises SaapError for a row without instruction or output.
+    whole_text: loss on the prompt too. Ends with one end-of-sequence token; cut at max_length tokens. The first label
+    is −100, since nothing comes before it. Prompt and answer are one text to the tokenizer: LLaMA's would begin an
+    answer of its own with a space. Raises SaapError for a row without instruction or output.
     """
     for column in ("instruction", "output"):
         if not isinstance(row[column], str):
             raise SaapError(f"an Alpaca row needs text as {column}, found {row[column]!r}"[:300])
     prompt = (WITH_INPUT if row["input"] else WITHOUT_INPUT).format(**row)
-    head = tokenizer(prompt)["input_ids"]
-    tail = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    ids = (head + tail)[:max_length]
+    head, ids = (_without_end(tokenizer(text)["input_ids"], tokenizer) for text in (prompt, prompt + row["output"]))
+    ids = [*ids, tokenizer.eos_token_id][:max_length]
     unlabelled = 1 if whole_text else len(head)
-    labels = ([-100] * unlabelled + (head + tail)[unlabelled:])[:max_length]
+    labels = ([-100] * unlabelled + ids[unlabelled:])[:max_length]
     return {"input_ids": ids, "labels": labels, "length": len(ids)}
+
+
+def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Without the end-of-sequence token that some tokenizers put behind every text."""
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def token_example(tokens: list[int], tokenizer: Any, max_length: int) -> dict[str, Any]:
@@ -158,6 +173,16 @@ def training_example(row: dict[str, Any], tokenizer: Any, max_length: int, whole
     if "tokens" in row:
         return token_example(row["tokens"], tokenizer, max_length)
     return alpaca_example(row, tokenizer, max_length, whole_text)
+
+
+def calibration_bos(model_type: str, tokenizer: Any) -> int | None:
+    """The BOS that text to rank by, and windows to measure perplexity in, begin with; or None.
+
+    There is one where the tokenizer puts it before a text, because models that were trained that way are far off
+    without. LLaMA and its likes are excepted: what is published of them is without.
+    """
+    begin = [] if model_type.removeprefix("saap_") == "llama" else leading_bos(tokenizer)
+    return begin[0] if begin else None
 
 
 def leading_bos(tokenizer: Any) -> list[int]:

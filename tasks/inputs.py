@@ -1,5 +1,6 @@
 """Inputs that several stages share: models, tokenizers, data sets."""
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,6 +65,14 @@ def load_model(
 def load_tokenizer(step: Step) -> Any:
     """The tokenizer that goes with the step's checkpoint."""
     return _load_tokenizer(step.place("tokenizer"))
+
+
+def calibration_bos(step: Step) -> int | None:
+    """What the text to rank by begins with, for the model and tokenizer of the step's checkpoint."""
+    import saap
+
+    model_type = json.loads((step.place("tokenizer") / "config.json").read_text())["model_type"]
+    return saap.calibration_bos(model_type, load_tokenizer(step))
 
 
 @lru_cache(maxsize=1)

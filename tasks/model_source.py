@@ -82,13 +82,14 @@ class ModelSource:
 
     weights, tokenizer and extras are fingerprints: of the weight files and config.json; of the tokenizer's files; of
     the chat templates and generation_config.json, which every checkpoint made from the model carries along (None when
-    it has none of them).
+    it has none of them). model_type: that of config.json.
     """
 
     kind: str
     path: Path
     weights: str
     tokenizer: str
+    model_type: str
     extras: str | None = None
 
 
@@ -105,7 +106,7 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
     if path in EMBEDDED:
         gguf = _embedded_gguf(EMBEDDED[path])
         found = fingerprints.file(gguf)
-        return ModelSource("gguf", gguf, found, found)
+        return ModelSource("gguf", gguf, found, found, EMBEDDED[path].config["model_type"])
     folder = Path(path)
     if not folder.is_dir():
         if path.count("/") != 1 or path.startswith((".", "/", "~")):
@@ -134,6 +135,7 @@ def model_source(path: str, revision: str | None, fingerprints: Fingerprints) ->
         folder,
         found,
         fingerprints.files(tokenizer),
+        fields["model_type"],
         fingerprints.files(extras) if extras else None,
     )
 

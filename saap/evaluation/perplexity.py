@@ -12,6 +12,7 @@ from saap.errors import SaapError, TooShort
 from saap.evaluation.log_probs import log_probs
 from saap.models.products import FastLinears
 from saap.progress import tqdm
+from saap.texts import calibration_bos
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,15 @@ class Perplexity:
 def window_bos(model: nn.Module, tokenizer: Any, wish: str = "auto") -> int | None:
     """The token for `perplexity` to put before each window, or None.
 
-    wish: "always", "never" or "auto". "auto" puts one where the tokenizer puts one before a text, because models
-    trained that way are far off without it. LLaMA and its likes are excepted: their published perplexities are of
-    windows without. Raises SaapError for "always" when the tokenizer has none.
+    wish: "always", "never" or "auto", that of the calibration (`calibration_bos`). Raises SaapError for "always" when
+    the tokenizer has none.
     """
     token: int | None = tokenizer.bos_token_id
     if wish == "always" and token is None:
         raise SaapError("the tokenizer has no BOS token: set evaluate.bos to 'auto' or 'never'")
-    papers = str(model.config.model_type).removeprefix("saap_") == "llama"  # type: ignore[union-attr]
-    if wish == "never" or token is None or (wish == "auto" and papers):
-        return None
-    adds = tokenizer("a")["input_ids"][:1] == [token]
-    return token if wish == "always" or adds else None
+    if wish == "auto":
+        return calibration_bos(str(model.config.model_type), tokenizer)  # type: ignore[union-attr]
+    return token if wish == "always" else None
 
 
 @torch.no_grad()

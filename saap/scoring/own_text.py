@@ -18,12 +18,14 @@ RUN = 256  # tokens of the vocabulary whose probabilities are first summed
 
 
 @torch.no_grad()
-def own_text(model: nn.Module, tokenizer: Any, *, count: int, length: int, seed: int) -> torch.Tensor:
+def own_text(
+    model: nn.Module, tokenizer: Any, *, count: int, length: int, seed: int, bos: int | None = None
+) -> torch.Tensor:
     """`count` sequences that begin with any token and go on as the model's distribution has it, nothing cut off.
 
     Sequence i depends on the model, `seed` and i; rounding may turn a draw that falls between two tokens. A token drawn
     evenly from the vocabulary begins it (LLM-QAT, arXiv 2305.17888), without special tokens, and behind BOS where the
-    tokenizer puts one; BOS is not returned.
+    tokenizer puts one; it is returned where `bos` names it (`calibration_bos`), as the first token of each sequence.
 
     Returns:
         int64 (count, length).
@@ -34,6 +36,8 @@ def own_text(model: nn.Module, tokenizer: Any, *, count: int, length: int, seed:
     if is_offloaded(model):
         raise SaapError("own text needs a model whose weights are all on its device")
     model.eval()
+    begin = torch.tensor([] if bos is None else [bos], dtype=torch.int64)
+    length -= len(begin)
     device = input_device(model)
     behind = torch.tensor(leading_bos(tokenizer), dtype=torch.int64)
     plain = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
@@ -51,7 +55,7 @@ def own_text(model: nn.Module, tokenizer: Any, *, count: int, length: int, seed:
                 cache = out.past_key_values
                 step = _drawn(out.logits[:, -1], draw[:, place, None].to(device))
                 tokens.append(step.cpu())
-            written.append(torch.cat(tokens, 1))
+            written.append(torch.cat([begin.expand(len(token), -1), *tokens], 1))
             bar.update(len(draw))
     return torch.cat(written)
 

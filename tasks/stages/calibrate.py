@@ -11,7 +11,7 @@ from storage.tables import read_table, write_table
 from tasks.artifact import Artifact, Source
 from tasks.config import RunConfig
 from tasks.data import calibration_texts
-from tasks.inputs import Data, Tokenizer, load_tokenizer
+from tasks.inputs import Data, Tokenizer, calibration_bos, load_tokenizer
 from tasks.outside import Outside
 from tasks.stage import Summary, stage
 from tasks.step import Step
@@ -48,7 +48,9 @@ def write_calibration(folder: Path, tokens: np.ndarray, rows: np.ndarray) -> Non
 
 
 def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
-    return digest([outside.model.tokenizer, outside.data("calibration")])
+    """LLaMA's text begins without BOS, that of other models as their tokenizer has it."""
+    begins = [] if outside.model.model_type == "llama" else ["its tokenizer's BOS"]
+    return digest([outside.model.tokenizer, outside.data("calibration"), *begins])
 
 
 def _params(config: RunConfig) -> dict[str, int]:
@@ -60,6 +62,6 @@ def calibrate(step: Step, folder: Path, *, tokenizer: Tokenizer, data: Data) -> 
     from saap import sample_tokens
 
     texts = calibration_texts(data.name)
-    tokens, rows = sample_tokens(texts, load_tokenizer(step), **step.config())
+    tokens, rows = sample_tokens(texts, load_tokenizer(step), **step.config(), bos=calibration_bos(step))
     write_calibration(folder, tokens.numpy(), rows)
     return {"samples": len(tokens), "tokens": tokens.numel()}

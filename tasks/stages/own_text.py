@@ -9,7 +9,7 @@ from storage.keys import digest
 from storage.tables import read_table
 from tasks.artifact import Source
 from tasks.config import RunConfig
-from tasks.inputs import Checkpoint, load_model, load_tokenizer
+from tasks.inputs import Checkpoint, calibration_bos, load_model, load_tokenizer
 from tasks.outside import Outside
 from tasks.stage import Summary, dtype_of, stage
 from tasks.stages.calibrate import Calibration, write_calibration
@@ -29,10 +29,11 @@ def own_text(step: Step, folder: Path, *, model: Checkpoint, calibration: Calibr
     import saap
 
     config, tokenizer = step.config(), load_tokenizer(step)
+    config.pop("dtype")
     table = read_table(calibration.place, "calibration")
     drawn, begun = (table[name].reshape(int(table["sample"][-1]) + 1, -1) for name in ("token", "source_row"))
     dense = load_model(step, model, use="slices")
-    own = saap.own_text(dense, tokenizer, count=config["count"], length=drawn.shape[1], seed=config["seed"])
+    own = saap.own_text(dense, tokenizer, length=drawn.shape[1], bos=calibration_bos(step), **config)
     rows = np.concatenate([begun[:, 0], np.full(len(own), -1)])
     write_calibration(folder, np.concatenate([drawn, own.numpy()]), rows)
     return {"drawn": len(drawn), "written": len(own)}

@@ -5,10 +5,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from saap import SaapError, read_rows, sample_tokens
+from saap import SaapError, calibration_bos, read_rows, sample_tokens
 from saap.texts import alpaca_example, token_example
 
 LENGTH = 20
@@ -109,6 +109,21 @@ def test_an_alpaca_row_is_learned_on_its_answer_only(tiny_tokenizer, given):
     assert short["labels"] == [-100] * len(prompt) + answer[:2]
 
 
+@pytest.mark.parametrize("ends", [False, True], ids=["", "EOS behind every text"])
+def test_an_answer_is_tokenised_with_its_prompt_and_ends_once(ends):
+    """A tokenizer like LLaMA's, which begins every text with a space; some put EOS behind it too."""
+    letters = {"<unk>": 0, "<s>": 1, "</s>": 2} | {chr(c): 3 + c for c in range(10, 127)} | {"▁": 200}
+    like_llama = Tokenizer(models.BPE(letters, [], unk_token="<unk>"))
+    like_llama.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    form = {"special_tokens": [("<s>", 1), ("</s>", 2)], "single": "<s> $A </s>" if ends else "<s> $A"}
+    like_llama.post_processor = processors.TemplateProcessing(**form)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=like_llama, bos_token="<s>", eos_token="</s>")
+    found = alpaca_example({"instruction": "Name one.", "input": "", "output": "Blue so."}, tokenizer, 1000)
+    answer = [label for label in found["labels"] if label != -100]
+    assert tokenizer.convert_ids_to_tokens(answer) == [*"Blue▁so.", "</s>"]
+    assert found["input_ids"].count(2) == 1
+
+
 @pytest.mark.parametrize("column", ["instruction", "output"])
 def test_an_alpaca_row_without_a_text_is_refused(tiny_tokenizer, column):
     row = {"instruction": "Name a colour.", "input": None, "output": "Blue."}
@@ -178,3 +193,15 @@ def test_prose_is_learned_whole_behind_bos_where_the_tokenizer_puts_one(tiny_tok
     assert found == {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3}
     found = token_example([5, 6], numbers, 9)
     assert found == {"input_ids": [1, 5, 6], "labels": [-100, 5, 6], "length": 3}
+
+
+def test_text_to_rank_by_begins_with_bos_where_the_tokenizer_puts_one_but_for_llama(numbers, tiny_tokenizer):
+    assert calibration_bos("gemma3_text", numbers) == calibration_bos("saap_mistral", numbers) == 1
+    assert calibration_bos("llama", numbers) is calibration_bos("saap_llama", numbers) is None
+    assert calibration_bos("gemma3_text", tiny_tokenizer) is None
+    about = {"count": 5, "length": LENGTH, "seed": 0}
+    tokens, rows = sample_tokens(rows_of_numbers(MIXED), numbers, **about, bos=1)
+    assert tokens.shape == (5, LENGTH)
+    assert (tokens[:, 0] == 1).all()
+    assert (tokens[:, 1:] > 1).all()
+    assert (tokens[:, 1] == torch.from_numpy(rows) + 2).all()

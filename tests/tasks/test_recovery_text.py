@@ -1,8 +1,12 @@
 """Rows of a recovery that are not Alpaca's."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 import saap
 from storage.tables import read_table
@@ -11,7 +15,7 @@ from tasks.data import calibration_texts, read_data
 from tasks.how import Compute
 from tasks.inputs import Checkpoint, Data, Tokenizer, forget_model
 from tasks.recovery import counts
-from tasks.stages.calibrate import Calibration
+from tasks.stages.calibrate import Calibration, calibrate
 from tasks.stages.own_text import own_text
 from tasks.stages.recover import _rows, recover
 from tasks.stages.recovery_text import OTHER_SEED, recovery_text
@@ -67,6 +71,26 @@ def test_own_text_stands_behind_the_drawn_sequences(text, step, tiny_folder, tin
     assert after["source_row"].tolist() == [*before["source_row"].tolist(), *[-1] * 40]
     assert after["sample"].tolist() == [number for number in range(13) for _ in range(10)]
     assert after["position"].tolist() == [*range(10)] * 13
+
+
+def test_text_to_rank_by_begins_as_the_tokenizer_has_it_but_for_llama(step, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "mistral")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "mistral"}
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["MistralForCausalLM"]}))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(folder)
+    sets = "calibrate.count=4", "calibrate.length=16", "calibrate.own=3"
+    drawn, both = (tmp_path / name for name in ("drawn", "both"))
+    for made in (drawn, both):
+        made.mkdir()
+    given = [replace(step(of, *sets), outside=(("tokenizer", str(folder)),)) for of in (calibrate, own_text)]
+    calibrate.make(given[0], drawn, tokenizer=Tokenizer(folder), data=Data("mini"))
+    own_text.make(given[1], both, model=Checkpoint(folder), calibration=Calibration(drawn))
+    tokens = Calibration(both).read()
+    assert tokens.shape == (7, 16)
+    assert (tokens[:, 0] == 1).all()
+    assert (tokens[:4, 1:] != 1).all()  # what the model writes may hold any
 
 
 def test_the_rows_are_as_many_as_asked_for_and_mixed(text, step):

@@ -39,6 +39,14 @@ def test_a_sequence_depends_on_seed_and_place_only_and_begins_with_a_plain_token
     assert not set(many[:, 0].tolist()) & set(tiny_tokenizer.all_special_ids)
 
 
+def test_bos_is_the_first_token_of_a_sequence_where_it_is_asked_for(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    plain, begun = (
+        own_text(model, tiny_tokenizer, count=3, length=n, seed=1, bos=bos) for n, bos in ((5, None), (6, 1))
+    )
+    assert begun.tolist() == [[1, *ids] for ids in plain.tolist()]
+
+
 def test_a_model_with_a_weight_that_is_not_a_number_writes_nothing(tiny_llama, tiny_tokenizer):
     model = tiny_llama()
     with torch.no_grad():
