@@ -39,7 +39,7 @@ from criteria import Cost, cut, parse, texts_of
 from pruning_peers import losses
 
 import saap
-from saap.texts import training_example
+from saap.texts import longest_answers, training_example
 from tasks.data import read_data
 
 OTHER_SEED = 1_000_003  # added: text that is neither what ranks nor what is measured
@@ -104,8 +104,7 @@ class Source:
             if choose == "gap" and name != "own":
                 found += self._widest_gaps(self._some(name, 3 * wanted), wanted, small)
             elif choose == "long" and name == "alpaca":
-                answers = {row["output"]: row for row in self._some(name, 3 * wanted)}
-                found += [answers[answer] for answer in sorted(answers, key=len, reverse=True)[:wanted]]
+                found += longest_answers(self._some(name, 3 * wanted), wanted)
             else:
                 found += self._some(name, wanted)
         random.Random(self.seed).shuffle(found)

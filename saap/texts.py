@@ -127,6 +127,14 @@ def sample_tokens(
     )
 
 
+def longest_answers(rows: Sequence[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """`count` instruction rows: those of the longest outputs, no output twice while there are others."""
+    ordered = sorted(rows, key=lambda row: len(row["output"]), reverse=True)
+    first = {row["output"]: number for number, row in reversed([*enumerate(ordered)])}
+    repeated = [row for number, row in enumerate(ordered) if first[row["output"]] != number]
+    return [*(ordered[number] for number in sorted(first.values())), *repeated][:count]
+
+
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"

@@ -29,6 +29,7 @@ def _params(config: RunConfig) -> dict[str, object]:
     unused = {name for name in ("prose", "own", "minutes") if not getattr(config.recover, name)}
     unused |= set() if config.recover.recipe == "groupwise" else {"bits", "group_size", "groups", "rounding"}
     unused |= {"epochs"} if config.recover.minutes else set()
+    unused |= {"choose"} if config.recover.choose == "first" or config.recover.examples is None else set()
     return config.recover.model_dump(exclude={*MEMORY, *unused, "prose_from"}) | dtype_of(config)
 
 
@@ -39,13 +40,16 @@ def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
 
 def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[str, Any]]:
     """Alpaca's rows, with those of tokens among them."""
+    from saap.texts import longest_answers
+
     config = step.config()
     tokens = [] if text is None else text.read().tolist()
     rows = [] if data is None else read_data(data.name, "recovery")
     count = len(rows) if config["examples"] is None else config["examples"]
     if data is not None:
         check_rows(count, len(tokens), len(rows))
-    rows = rows[: count - len(tokens)]
+    asked = count - len(tokens)
+    rows = longest_answers(rows[: 3 * asked], asked) if config.get("choose") == "long" else rows[:asked]
     if tokens:
         rows += [{"tokens": ids} for ids in tokens]
         random.Random(config["seed"]).shuffle(rows)  # the last ones are held out

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from saap import SaapError, calibration_bos, read_rows, sample_tokens
-from saap.texts import alpaca_example, token_example
+from saap.texts import alpaca_example, longest_answers, token_example
 
 LENGTH = 20
 
@@ -205,3 +205,9 @@ def test_text_to_rank_by_begins_with_bos_where_the_tokenizer_puts_one_but_for_ll
     assert (tokens[:, 0] == 1).all()
     assert (tokens[:, 1:] > 1).all()
     assert (tokens[:, 1] == torch.from_numpy(rows) + 2).all()
+
+
+def test_the_longest_answers_come_first_and_twice_only_where_there_are_no_others():
+    rows = [{"instruction": str(number), "output": "x" * length} for number, length in enumerate((3, 9, 9, 1, 5))]
+    assert [row["instruction"] for row in longest_answers(rows, 3)] == ["1", "4", "0"]
+    assert [row["instruction"] for row in longest_answers(rows, 5)] == ["1", "4", "0", "3", "2"]

@@ -104,6 +104,15 @@ def test_the_rows_are_as_many_as_asked_for_and_mixed(text, step):
     assert len(_rows(step(recover), None, text)) == 9
 
 
+def test_instruction_rows_may_be_chosen_by_the_length_of_their_answers(text, step):
+    """Three rows are wanted here: of the first nine, those of the longest answers."""
+    first = read_data("mini", "recovery")[:9]
+    wanted = sorted(first, key=lambda row: len(row["output"]))[-3:]
+    rows = _rows(step(recover, "recover.choose=long"), Data("mini"), text)
+    assert sorted(row["output"] for row in rows if "output" in row) == sorted(row["output"] for row in wanted)
+    assert wanted != first[:3]
+
+
 def test_counts_never_exceed_the_examples():
     for examples in range(8, 60):
         for prose in (0.0, 0.125, 0.25, 0.5):
