@@ -177,7 +177,7 @@ def untrained(small: Any, options: dict[str, Any], tokens: torch.Tensor) -> Any:
         for name, layer in codes.named_modules():
             if isinstance(layer, saap.GroupwiseLinear):
                 error = small.get_submodule(name).weight.float() - layer.weight()
-                counts = layer.pool(torch.ones(1, layer.in_features))
+                counts = layer.pool(torch.ones(1, layer.in_features, device=error.device))
                 layer.zero += (layer.pool(error) / counts).half()
     return saap.dequantize(codes)
 

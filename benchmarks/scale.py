@@ -121,23 +121,23 @@ def read_rows(folder: Path, count: int) -> None:
 def prepare(folder: Path, count: int) -> None:
     """Read, tokenised, split, and the order of one epoch."""
     from saap.models.tokenizer import load_tokenizer
+    from saap.recovery.order import Order
     from saap.recovery.recover import _examples
-    from saap.recovery.trainer import _Order
     from saap.recovery.training import Training
     from tasks.data import read_data
 
     training = Training()
     rows = read_data(str(folder), "recovery")
     learnt, held_out = _examples(rows, load_tokenizer(folder / "model"), training)
-    order = list(_Order([example["length"] for example in learnt], training.batch_size, 0))
+    order = list(Order([example["length"] for example in learnt], training.batch_size, 0))
     assert sorted(order) == list(range(count - len(held_out)))
 
 
 def order(folder: Path, count: int) -> None:
-    from saap.recovery.trainer import _Order
+    from saap.recovery.order import Order
 
     lengths = np.random.default_rng(0).integers(20, 256, count).tolist()
-    assert len(list(_Order(lengths, 64, 0))) == count
+    assert len(list(Order(lengths, 64, 0))) == count
 
 
 def write_tokenizer(folder: Path, tokens: int) -> None:

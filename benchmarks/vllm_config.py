@@ -4,14 +4,31 @@
     pip install --no-deps --target vllm cbor2 pyzmq openai-harmony openai
     python benchmarks/vllm_config.py vllm FOLDER ...
 
-Prints a line a checkpoint and, last, one JSON object. Ends with 1 when vLLM reads other heads than there are.
+Prints a line a checkpoint and, last, one JSON object. Ends with 1 when vLLM reads other heads than there are, as it
+does of a pruned BLOOM or Baichuan.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import saap  # registers our config types
+from saap.models.families import family_of
+
+
+def heads(layer: Any) -> list[int] | None:
+    """Query heads, KV heads and head size as the weights have them; None for linear attention, which is left whole."""
+    attention = getattr(layer, "self_attn", None) or getattr(layer, "self_attention", None)
+    if attention is None:
+        return None
+    size = attention.head_dim
+    if hasattr(attention, "query_key_value"):  # BLOOM
+        return [attention.dense.in_features // size, attention.query_key_value.out_features // (3 * size), size]
+    queries = attention.o_proj.in_features // size
+    if hasattr(attention, "qkv_proj"):
+        return [queries, (attention.qkv_proj.out_features // size - queries) // 2, size]
+    return [queries, attention.k_proj.out_features // size, size]
 
 
 def read(folder: str) -> tuple[list[list[int]], list[list[int]]]:
@@ -23,11 +40,12 @@ def read(folder: str) -> tuple[list[list[int]], list[list[int]]]:
     config = get_config(folder, trust_remote_code=False)
     found = ModelArchConfigConvertorBase(config, config.get_text_config()).convert()
     theirs, ours = [], []
-    for number, layer in enumerate(saap.load(folder).base_model.layers):
-        own, attention = found[number], layer.self_attn
-        theirs.append([own.total_num_attention_heads, own.total_num_kv_heads, own.head_size])
-        queries = attention.q_proj.out_features // attention.head_dim
-        ours.append([queries, attention.k_proj.out_features // attention.head_dim, attention.head_dim])
+    model = saap.load(folder)
+    for number, layer in enumerate(family_of(model.config).layers(model)):
+        if (there := heads(layer)) is not None:
+            own = found[number]
+            theirs.append([own.total_num_attention_heads, own.total_num_kv_heads, own.head_size])
+            ours.append(there)
     return theirs, ours
 
 

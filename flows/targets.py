@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.combinations import combinations
+from flows.combinations import base_of, combinations
 from storage.errors import StorageError
 from storage.runs import all_runs
 from storage.warehouse import Warehouse
@@ -57,16 +57,17 @@ def complete_run(incomplete: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Sweep:
-    """missing: how many of its runs have not been made."""
+    """missing: how many of its runs have not been made; named: the words that name it on the command line."""
 
     title: str
     run_ids: list[str]
     missing: int
+    named: tuple[str, ...]
 
 
 def store_of(config: Path, overrides: tuple[str, ...]) -> Path:
     """The store that a sweep's file names."""
-    return Path(load_config(config, overrides).store)
+    return Path(base_of(config, overrides).store)
 
 
 def sweep_page(store: str | Path, config: str | Path) -> Path:
@@ -82,7 +83,8 @@ def sweep_of_file(connection: Any, config: Path, overrides: tuple[str, ...]) -> 
         made[_settings(json.loads(text))] = run_id
     wanted = [_settings(_config(config, (*chosen, *overrides))) for chosen in combinations(str(config), overrides)]
     found = [made[settings] for settings in wanted if settings in made]
-    return Sweep(config.stem, found, len(wanted) - len(found))
+    named = (str(config), *(f"--set={override}" for override in overrides))
+    return Sweep(config.stem, found, len(wanted) - len(found), named)
 
 
 def write_sweep_of_file(config: Path, overrides: tuple[str, ...], html: Path) -> Path:
@@ -93,14 +95,14 @@ def write_sweep_of_file(config: Path, overrides: tuple[str, ...], html: Path) ->
     store = store_of(config, overrides)
     with Warehouse(store).reading() as connection:
         sweep = sweep_of_file(connection, config, overrides)
-        text = page_of_sweep(store, connection, sweep.title, sweep.run_ids, sweep.missing)
+        text = page_of_sweep(store, connection, sweep)
     return write(html, text)
 
 
 def sweep_of_name(connection: Any, name: str) -> Sweep | None:
     """All runs of a name; None when there are none."""
     found = connection.execute("select run_id from runs where name = ? order by run_id", [name]).fetchall()
-    return Sweep(name, [row[0] for row in found], 0) if found else None
+    return Sweep(name, [row[0] for row in found], 0, (name,)) if found else None
 
 
 def _config(file: Path, overrides: tuple[str, ...]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from flows.checks import facts_of
 from flows.dag import timing_steps
 from storage.artifacts import ArtifactStore
+from storage.runs import arriving
 from tasks.config import ConfigError, RunConfig, wrong_combination
 from tasks.model_source import ModelSource
 from tasks.outside import Outside
@@ -79,7 +80,8 @@ def _layer_times(settings: RunConfig, outside: Outside, run_id: str, look_only: 
         from tasks.stage import stage_named
 
         store.prepare()
-        for step in steps:
-            find_or_publish(stage_named(step.stage), step)
+        with arriving(store.root, run_id):  # gc must not take what this run has made before its record
+            for step in steps:
+                find_or_publish(stage_named(step.stage), step)
         forget_model()
     return tuple(LayerTimes(store.path(last.stage, last.key)).read())

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from storage.warehouse import Warehouse
 EXPERIMENT, TAG = "saap", "saap.run_id"
 LONGEST, BATCH = 6000, 1000  # characters of a parameter, metrics in one call: MLflow's own limits
 _STATUS = {"completed": "FINISHED", "failed": "FAILED", "killed": "KILLED", "running": "RUNNING"}
-_MEASURED = "select variant, benchmark, metric, value, stderr, papers from metrics where run_id = ?"
+_MEASURED = r"""
+select variant, benchmark, metric, value, stderr, papers, regexp_extract(protocol, 'windows of (\d+)', 1) as length
+from metrics where run_id = ? order by all"""
 _SPEEDS = """
 select variant, parameters, active_parameters, weight_bytes, tokens_per_s, decode_ratio, prefill_tokens_per_s,
     peak_bytes
@@ -52,20 +55,25 @@ def log_run(store: Path, run_id: str, uri: str | None = None) -> str:
 
 
 def _metrics(connection: Any, run_id: str) -> dict[str, float]:
-    """'pruned/wikitext2' and the like; what is not the metric that the papers show says which it is.
+    """'pruned/wikitext2' and the like; what the papers do not show says what it is: 'pruned/wikitext2_perplexity_2048'.
 
     No name goes on where another ends: MLflow's file store has a file for the one and a folder for the other.
     """
     found: dict[str, float] = {}
     for row in ask(connection, _MEASURED, run_id):
-        name = f"{row['variant']}/{row['benchmark']}" + ("" if row["papers"] else f"_{row['metric']}")
-        if row["papers"] or name not in found:
-            found[name] = row["value"]
-            found |= {} if row["stderr"] is None else {f"{name}_stderr": row["stderr"]}
+        more = [] if row["papers"] else [row["metric"], *([row["length"]] if row["length"] else [])]
+        name = "_".join([f"{row['variant']}/{row['benchmark']}", *more])
+        found[name] = row["value"]
+        found |= {} if row["stderr"] is None else {f"{name}_stderr": row["stderr"]}
     for row in ask(connection, _SPEEDS, run_id):
         variant = row.pop("variant")
         found |= {f"{variant}/{name}": float(value) for name, value in row.items() if value is not None}
     return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _milliseconds(time: datetime) -> int:
+    """Since 1970, of a time in UTC that does not say so, as the warehouse has them."""
+    return int(time.replace(tzinfo=UTC).timestamp() * 1000)
 
 
 def _log(uri: str, run: dict[str, Any], metrics: dict[str, float], history: list[dict[str, Any]], page: Path) -> str:
@@ -80,8 +88,7 @@ def _log(uri: str, run: dict[str, Any], metrics: dict[str, float], history: list
         if there.info.status != "RUNNING":
             return str(there.info.run_id)
         client.delete_run(there.info.run_id)  # the server failed while it was written
-    started = int(run["started_at"].timestamp() * 1000)
-    finished = int((run["finished_at"] or run["started_at"]).timestamp() * 1000)
+    started, finished = (_milliseconds(time) for time in (run["started_at"], run["finished_at"] or run["started_at"]))
     made = client.create_run(experiment_id, start_time=started, tags={TAG: run["run_id"]}, run_name=run["name"])
     mlflow_id = str(made.info.run_id)
     fields = flat_fields(json.loads(run["config"]))

@@ -13,7 +13,7 @@ from typing import Any
 from storage.damage import move_aside
 from storage.errors import DamagedError, StorageError
 from storage.files import PASSING, fsync, read_small
-from storage.keys import file_digest
+from storage.keys import file_digest, is_key
 from storage.locks import held
 
 MANIFEST = "manifest.json"
@@ -164,9 +164,9 @@ class ArtifactStore:
             raise
 
     def all(self) -> Iterator[tuple[str, str]]:
-        """(stage, key) of every artifact folder, whole or not."""
-        for folder in sorted(self.root.glob("*/[!.]*/")):
-            if folder.parent.name not in BESIDE:
+        """(stage, key) of every artifact folder, whole or not. What else lies in the root folder is left out."""
+        for folder in sorted(self.root.glob("*/*/")):
+            if is_key(folder.name) and folder.parent.name not in BESIDE:
                 yield folder.parent.name, folder.name
 
     def work(self, stage: str, key: str) -> Path:

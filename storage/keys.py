@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,18 @@ from typing import Any
 from storage.errors import StorageError
 from storage.files import write_whole
 
+KEY = "[0-9a-f]{20}"  # the form of all keys, a pattern
+
 
 def digest(value: Any) -> str:
     """20 hex digits of the canonical JSON of plain data (str, int, float, bool, None, list, tuple, dict)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def is_key(name: str) -> bool:
+    """Whether a name has the form of a key. A folder of another name is no artifact of ours."""
+    return re.fullmatch(KEY, name) is not None
 
 
 def file_digest(path: Path) -> str:

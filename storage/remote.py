@@ -16,7 +16,7 @@ from typing import Any
 
 from storage import runs
 from storage.artifacts import MANIFEST, SMALL, ArtifactStore, parse_manifest
-from storage.errors import DamagedError
+from storage.errors import DamagedError, StorageError
 from storage.gc import size
 from storage.keys import digest
 from storage.remote_files import RemoteFiles, side_by_side
@@ -128,11 +128,26 @@ class Remote:
 
     def all_runs(self) -> list[str]:
         """Ids of the runs whose records are there, oldest first."""
-        return sorted(PurePosixPath(name).stem for name in self.files.sizes("runs") if name.endswith(".json"))
+        names = [PurePosixPath(name) for name in self.files.sizes("runs")]
+        return sorted(name.stem for name in names if name.match("*.json") and str(name.parent) == "runs")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of these runs, like `record`. A damaged one is left out with a warning."""
+        found = []
+        for run_id in self.all_runs():
+            try:
+                found.append(self.record(run_id))
+            except DamagedError as fault:
+                log.warning("%s: left out", fault)
+        return found
 
     def record(self, run_id: str) -> dict[str, Any]:
-        """The record of a run: {"run": …, "stages": […]}. Raises StorageError for a damaged one."""
-        return runs.parse_whole(self.files.read(f"runs/{run_id}.json"), run_id)
+        """The record of a run: {"run": …, "stages": […]}. Raises DamagedError for a damaged one."""
+        content = self.files.read(f"runs/{run_id}.json")
+        try:
+            return runs.parse_whole(content, run_id)
+        except StorageError as fault:
+            raise DamagedError(f"{self.url}/runs/{run_id}.json is no record of that run ({fault})") from fault
 
     def _copies(self, stage: str, key: str) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
         """(folder, content of the manifest, manifest) of each copy of an artifact that is whole by its sizes."""

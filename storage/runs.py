@@ -121,8 +121,13 @@ class RunRecord:
 
 
 def all_runs(root: Path) -> list[str]:
-    """Run ids, oldest first (they begin with the time)."""
-    return sorted(name for name in listed(root / "runs") if (root / "runs" / name / "run.json").exists())
+    """Run ids, oldest first (they begin with the time). A run.json without what we put beside it is not ours."""
+    folders = [root / "runs" / name for name in listed(root / "runs") if not name.startswith(".")]
+    return sorted(
+        folder.name
+        for folder in folders
+        if (folder / "run.json").exists() and ((folder / "alive.lock").exists() or (folder / "stages").exists())
+    )
 
 
 def read_run(root: Path, run_id: str) -> dict[str, Any]:
@@ -193,16 +198,17 @@ def arriving(root: Path, run_id: str) -> Iterator[None]:
     Raises StorageError when the store cannot be written.
     """
     folder = root / "runs" / run_id
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with held(folder / "alive.lock", f"run {run_id}", timeout=-1):
-            try:
-                yield
-            finally:
-                if not (folder / "run.json").exists():
-                    shutil.rmtree(folder, ignore_errors=True)
-    except PermissionError as error:
-        raise StorageError(f"cannot write the run record {folder} ({error.strerror})") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(folder / "alive.lock", f"run {run_id}", timeout=-1))
+        except PermissionError as error:
+            raise StorageError(f"cannot write the run record {folder} ({error.strerror})") from error
+        try:
+            yield
+        finally:
+            if not (folder / "run.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def made_by(stages: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ from storage.damage import move_aside
 from storage.database import VERSION, attached, fault_of, is_current, quoted, seal
 from storage.errors import BusyError, StorageError
 from storage.files import fsync, listed, remove
+from storage.keys import is_key
 from storage.loading import create_tables, follow_disk, follows_disk, sql_type
 from storage.locks import held
 from storage.tables import SCHEMAS, check_table
@@ -218,7 +219,7 @@ class Warehouse:
     def _scored(self) -> list[Path]:
         """The importance files of all artifacts, whole or not."""
         folder = self.root / "score"
-        return [folder / key / "importance.parquet" for key in sorted(listed(folder)) if not key.startswith(".")]
+        return [folder / key / "importance.parquet" for key in sorted(listed(folder)) if is_key(key)]
 
     def _whole(self, files: Iterable[Path], *, verify: bool = False) -> list[Path]:
         """Those importance files whose artifact is whole; a damaged one is set aside, as one that a run meets."""

@@ -41,12 +41,14 @@ def take_place(step: Step) -> None:
 
 
 def compute_settings(step: Step) -> dict[str, Any]:
-    """`compute_of` the run, with device resolved; sets the number of CPU threads."""
+    """`compute_of` the run, with device resolved; sets the number of CPU threads, and the GPU that CUDA works on."""
     import torch
 
     values: dict[str, Any] = json.loads(step.compute)
     if values["device"] == "auto":
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if values["device"].startswith("cuda"):  # streams, events and other people's kernels take the current one
+        torch.cuda.set_device(int(values["device"].partition(":")[2] or 0))
     every = _all_threads()
     torch.set_num_threads(values["threads"] or every)
     return values

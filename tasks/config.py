@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from tasks.criteria import needs_of
+from tasks.criteria import needs_of, wrong_search
 from tasks.how import Compute, Execute, Section, wrong_execution
 from tasks.recovery import Recover, wrong_recovery
 from tasks.toml import ConfigError, fields_of, one_line, parse_value, read_toml, sections_of, short
@@ -242,17 +242,16 @@ def check_config(values: dict[str, Any]) -> RunConfig:
 
 def wrong_combination(config: RunConfig) -> str | None:
     """What does not go together, in a line, or None."""
-    if wrong := wrong_recovery(config.recover):
+    cut = config.prune
+    if wrong := wrong_recovery(config.recover) or wrong_search(config.criterion.name, cut.search, cut.direction):
         return wrong
     if config.store.startswith("~"):
         return f"store = '{config.store}': '~' is a shell's word and would be a folder of that name; write the path out"
-    cut = config.prune
     again = config.criterion.name == "saap_plus" and config.criterion.cuts_for(config.prune.ratio)
     if again and (cut.search not in ("auto", "global") or cut.direction != "lowest" or cut.kinds != "pooled"):
         return (
-            "saap_plus ranks again after cuts of the lowest of all kinds in one order, whatever prune.search, "
-            "prune.direction and prune.kinds say: leave them as they are, or set criterion.cuts = [] "
-            "and criterion.take_heads = 'pooled'"
+            "saap_plus ranks again after cuts of the lowest of all kinds in one order: leave prune.search, "
+            "prune.direction and prune.kinds as they are, or set criterion.cuts = [] and criterion.take_heads = 'pooled'"
         )
     settled = config.settled()
     measured = again and config.criterion.take_heads == "measured"

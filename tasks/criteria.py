@@ -45,3 +45,14 @@ NEEDS: dict[str, Needs] = {
 def needs_of(criterion: str) -> Needs:
     """What a criterion needs, by its name in the configuration."""
     return SAAP if criterion == "saap" else NEEDS[criterion]
+
+
+def wrong_search(criterion: str, search: str, direction: str) -> str | None:
+    """Why the plan would not be what a criterion pruned as it ranked, in a line, or None."""
+    needs = needs_of(criterion)
+    if "ratio" not in needs.options or (search in ("auto", needs.search) and direction == "lowest"):
+        return None
+    return (
+        f"{criterion} prunes as it ranks, the lowest first and by prune.search = '{needs.search}': "
+        "leave prune.search and prune.direction as they are"
+    )

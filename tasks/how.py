@@ -48,6 +48,8 @@ def wrong_execution(compute: Compute, execute: Execute) -> str | None:
         return f"execute.slots is for execute.runner = 'processes', not for '{execute.runner}'"
     if execute.runner != "ray" and execute.address is not None:
         return f"execute.address is for execute.runner = 'ray', not for '{execute.runner}'"
+    if compute.launch is not None and ":" in compute.device:
+        return "compute.launch gives each process a GPU of its own: with it set compute.device = 'cuda'"
     if execute.runner == "serial":
         return None
     if compute.launch is not None:

@@ -35,7 +35,7 @@ def origin_of(store: ArtifactStore, manifest: Mapping[str, Any]) -> "Origin":
     outside = {name: path for about in manifests for name, path in about["outside"].items()}
     path = next((outside[name] for name in MODELS if name in outside), None)
     name, licence = base_model(Path(path)) if path else ("unknown", None)
-    roles = {"calibrate": "calibration", "recover": "recovery"}
+    roles = {"calibrate": "calibration", "recovery_text": "recovery, prose", "recover": "recovery"}
     data = {
         roles[about["stage"]]: data_name(about["outside"]["data"])
         for about in manifests

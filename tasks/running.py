@@ -26,6 +26,16 @@ from tasks.toml import ConfigError
 
 PACKAGES = ("saap", "torch", "transformers", "lm-eval", "prefect")
 
+# what helps a stage that runs out of memory; those not named here take both compute.batch_size and compute.offload
+REMEDIES = {
+    "recover": "lower recover.micro_batch_size, or set recover.gradient_checkpointing",
+    "speed": "it holds all variants at once; set speed.runs = 0 to leave it out",
+    "layer_times": "it holds the dense and a narrower model at once; give prune.ratio in place of prune.target",
+    "rank": "set compute.offload, or take a criterion.name that trains or cuts no whole model",
+    **dict.fromkeys(("evaluate", "gradients"), "lower compute.batch_size"),
+    **dict.fromkeys(("score", "fluctuation", "own_text", "recovery_text"), "set compute.offload"),
+}
+
 RETRY_SECONDS = [2.0, 10.0, 60.0]  # before each further try
 
 _REPEATS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
@@ -108,11 +118,9 @@ def _run(stage: Stage, step: Step, folder: Path) -> dict[str, Any]:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, by its name: torch may not be there yet
             raise
+        remedy = REMEDIES.get(step.stage, "lower compute.batch_size, or set compute.offload")
         raise ConfigError(
-            f"{step.label} needs more memory than the device has: lower "
-            f"{'recover.micro_batch_size' if step.stage == 'recover' else 'compute.batch_size'}, or set "
-            f"{'recover.gradient_checkpointing' if step.stage == 'recover' else 'compute.offload'}, and give the "
-            "command again"
+            f"{step.label} needs more memory than the device has: {remedy}, and give the command again"
         ) from error
 
 

@@ -62,14 +62,13 @@ def pull(
 
     source = remote_of(remote)
     source.files.check(store, write=False)
-    ids = source.all_runs()
     if run is None:
-        records = [source.record(run_id)["run"] for run_id in ids]
+        records = [record["run"] for record in source.records()]
         columns = ["run_id", "name", "model", "criterion", "ratio", "status"]
         print_table(columns, [[str(record[column]) for column in columns] for record in records])
         return
     artifacts = ArtifactStore(store)
-    picked = pick(ids, run, remote, f"saap pull --remote {remote} lists them")
+    picked = pick(source.all_runs(), run, remote, f"saap pull --remote {remote} lists them")
     artifacts.prepare()
     _say(source.pull(artifacts, picked), f"run {picked} is in {artifacts.root}")
 

@@ -78,7 +78,7 @@ def report(
             ((data,),) = connection.execute("select data from runs where run_id = ?", [run_id]).fetchall()
             text = page_of_run(warehouse, connection, run_id)
         else:
-            text = page_of_sweep(store, connection, sweep.title, sweep.run_ids, sweep.missing)
+            text = page_of_sweep(store, connection, sweep)
     if sweep is not None:
         file = write(html or Path(f"{sweep.title}.html"), text)
         console.print(f"{len(sweep.run_ids)} runs, {sweep.missing} not made yet", highlight=False)

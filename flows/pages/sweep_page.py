@@ -9,7 +9,8 @@ from flows.pages.section import Chart, Column, Rows, Section, ask, digits, words
 from flows.printing import rounded
 
 # A setting is the configuration without the calibration seed and without what the variant does not depend on: a pruned
-# model not on its recovery, a dense one on nothing but model, dtype and data. A run made twice counts once.
+# model not on its recovery, a dense one on nothing but model, dtype, data and how it is measured. A run made twice
+# counts once.
 SETTINGS = """
 with kept as (select run_id, sum(kept_parameters) as kept, sum(parameters) as prunable from widths group by run_id),
 mine as (
@@ -18,7 +19,11 @@ mine as (
         r.parameters, r.weight_bytes, r.tokens_per_s, r.decode_ratio,
         if(a.variant = 'dense', k.prunable, k.kept) as kept,
         case a.variant
-            when 'dense' then json_object('model', json_extract(settings, '$.model'), 'data', a.data)
+            when 'dense' then json_object('model', json_extract(settings, '$.model'), 'data', a.data,
+                'evaluate', json_merge_patch(json_extract(settings, '$.evaluate'),
+                    '{"variants": null, "samples": null}'),
+                'speed', json_merge_patch(json_extract(settings, '$.speed'),
+                    '{"runs": null, "warmup": null, "llama_cpp": null}'))
             when 'pruned' then json_merge_patch(settings, '{"recover": null, "evaluate": {"variants": null}}')
             else settings end as settings
     from ablations a join results r using (run_id, variant) left join kept k using (run_id)
@@ -52,11 +57,11 @@ where run_id in (select unnest(?)) order by run_id"""
 
 
 def rows_of(connection: Any, run_ids: list[str]) -> Rows:
-    """One row a setting and variant, with its label: the criterion and what else the sweep varies."""
+    """One row a setting and variant, with its label: the criterion, or 'dense', and what else the sweep varies."""
     rows = ask(connection, SETTINGS, run_ids)
     flat: list[dict[str, str]] = []
     for row in rows:
-        fields = flat_fields(json.loads(row["settings"])) if row["variant"] != "dense" else {}
+        fields = flat_fields(json.loads(row["settings"]))
         flat.append({path: json.dumps(value) for path, value in fields.items()})
     known = {"model.path", "prune.ratio", "prune.target", "criterion.name", "data"}
     seen: dict[str, set[str]] = {}
@@ -66,7 +71,7 @@ def rows_of(connection: Any, run_ids: list[str]) -> Rows:
     varied = sorted(path for path, values in seen.items() if len(values) > 1 and path not in known)
     for row, values in zip(rows, flat, strict=True):
         more = [f"{path} = {values[path]}" for path in varied if path in values]
-        row["setting"] = ", ".join([row["criterion"], *more]) if row["variant"] != "dense" else "dense"
+        row["setting"] = ", ".join(["dense" if row["variant"] == "dense" else row["criterion"], *more])
         row["megabytes"], row["parameters_m"], row["kept_m"] = (
             None if row[name] is None else row[name] / 1e6 for name in ("weight_bytes", "parameters", "kept")
         )

@@ -2,6 +2,8 @@
 
 import datetime
 import json
+import shlex
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from flows.pages import run_head, run_page, sweep_page
 from flows.pages.render import page, write
 from flows.pages.section import Section, ask
+from flows.targets import Sweep
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.warehouse import Warehouse
@@ -81,17 +84,18 @@ def _facts(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def write_sweep(store: Path, title: str, run_ids: list[str], file: Path, missing: int = 0) -> Path:
-    """Write the page of several runs. missing: how many more belong to them but have not been made.
+    """Write the page of the runs of a name. missing: how many more belong to them but have not been made.
 
     Raises StorageError when the file cannot be written.
     """
     with Warehouse(store).reading() as connection:
-        text = page_of_sweep(store, connection, title, run_ids, missing)
+        text = page_of_sweep(store, connection, Sweep(title, run_ids, missing, (title,)))
     return write(file, text)
 
 
-def page_of_sweep(store: Path, connection: Any, title: str, run_ids: list[str], missing: int) -> str:
+def page_of_sweep(store: Path, connection: Any, sweep: Sweep) -> str:
     """The page of several runs of a store, for those who have a connection."""
+    run_ids, missing = sweep.run_ids, sweep.missing
     rows = sweep_page.rows_of(connection, run_ids)
     published = sweep_page.ghosts(connection, run_ids, rows)
     labels = list(dict.fromkeys(row["setting"] for row in sorted(rows, key=lambda row: row["variant"] != "dense")))
@@ -104,12 +108,11 @@ def page_of_sweep(store: Path, connection: Any, title: str, run_ids: list[str], 
     models = list(dict.fromkeys(row["model"] for row in rows))
     ratios = sorted({row["ratio"] for row in rows} - {0})
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    said = (
-        f"{len(run_ids)} runs: {_count(models, 'model')}, {_count(ratios, 'ratio')}, {_count(labels[1:], 'setting')}."
-    )
+    settings = {row["setting"] for row in rows if row["variant"] != "dense"}
+    said = f"{len(run_ids)} runs: {_count(models, 'model')}, {_count(ratios, 'ratio')}, {_count(settings, 'setting')}."
     return page(
         store,
-        title,
+        sweep.title,
         sections,
         kind="sweep",
         facts=[("runs", str(len(run_ids))), ("not made yet", str(missing))],
@@ -117,9 +120,9 @@ def page_of_sweep(store: Path, connection: Any, title: str, run_ids: list[str], 
         tiles=[],
         checkpoints=[],
         filters=[("model", "models", models), ("ratio", "ratios", ratios), ("variant", "variants", variants)],
-        reference=title,
+        reference=shlex.join([*sweep.named, "--store", str(store)]),
     )
 
 
-def _count(values: list[Any], what: str) -> str:
+def _count(values: Collection[Any], what: str) -> str:
     return f"{len(values)} {what}{'' if len(values) == 1 else 's'}"

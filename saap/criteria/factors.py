@@ -1,6 +1,6 @@
 """LoRA factors trained briefly on the calibration text: what `loraprune` and `lorashear` look at."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from saap.models.families import Part
 from saap.models.groups import group_matrices
 from saap.models.offload import input_device, is_offloaded
 from saap.progress import tqdm
+from saap.scoring.backward import LOSS_SCALES
 
 RANK, ALPHA = 8, 16.0
 LEARNING_RATE = 1e-3
@@ -66,9 +67,17 @@ def _adder(a: nn.Parameter, b: nn.Parameter):  # type: ignore[no-untyped-def]
 
 
 def training_steps(
-    model: nn.Module, factors: list[Factor], tokens: torch.Tensor, seed: int, name: str
+    model: nn.Module,
+    factors: list[Factor],
+    tokens: torch.Tensor,
+    seed: int,
+    name: str,
+    others: Iterable[nn.Parameter] = (),
 ) -> Iterator[int]:
-    """Train the factors on tokens int64 (D, T); yields each step's number between its backward pass and its update."""
+    """Train the factors on tokens int64 (D, T); yields each step's number between its backward pass and its update.
+
+    others: float32, get gradients at each step too.
+    """
     parameters = [p for factor in factors for p in (factor.a, factor.b)]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -76,13 +85,22 @@ def training_steps(
     device = input_device(model)
     model.eval()
     for step, chosen in enumerate(tqdm(order.split(BATCH), desc=name, unit="step")):
-        ids = tokens[chosen].to(device)
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            logits = model(ids, use_cache=False).logits[:, :-1].float()
-            F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+        _backward(model, tokens[chosen].to(device), [*parameters, *others])
         yield step
         optimizer.step()
+
+
+def _backward(model: nn.Module, ids: torch.Tensor, parameters: list[nn.Parameter]) -> None:
+    """Their gradients of the mean loss; through a float16 model by way of a scaled one (`saap.scoring.backward`)."""
+    for scale in LOSS_SCALES if next(model.parameters()).dtype == torch.float16 else (1.0,):
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.enable_grad():
+            logits = model(ids, use_cache=False).logits[:, :-1].float()
+            (scale * F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())).backward()
+        gradients = [parameter.grad.div_(scale) for parameter in parameters if parameter.grad is not None]
+        if all(gradient.isfinite().all() for gradient in gradients):
+            break
 
 
 def steps_of(samples: int) -> int:

@@ -40,7 +40,7 @@ def lorashear(model: nn.Module, tokens: torch.Tensor, seed: int) -> np.ndarray:
         for layer, kind, part, linear in output_matrices(model):
             gates[layer, kind].data = gates[layer, kind].data.to(linear.weight.device)
             stack.callback(linear.register_forward_pre_hook(_gate(gates[layer, kind], part.width)).remove)
-        for step in training_steps(model, factors, tokens, seed, "lorashear"):
+        for step in training_steps(model, factors, tokens, seed, "lorashear", gates.values()):
             slope = np.concatenate([_taken_gradient(gate) for gate in gates.values()])
             if not np.isfinite(slope).all():
                 raise SaapError("the gradients of LoRAShear's gates are not finite: use float32")
@@ -72,9 +72,7 @@ def _structures(groups: Groups) -> list[Structure]:
 
 def _taken_gradient(gate: nn.Parameter) -> np.ndarray:
     assert gate.grad is not None
-    gradient = gate.grad.cpu().numpy()
-    gate.grad = None
-    return gradient
+    return gate.grad.cpu().numpy()
 
 
 def _gate(gate: nn.Parameter, width: int) -> Callable[[nn.Module, tuple], tuple]:

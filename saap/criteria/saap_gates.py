@@ -12,7 +12,7 @@ from saap.models.logits import logits_of
 from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
 from saap.progress import tqdm
-from saap.pruning.plan import PROTECTED, protected_groups, select
+from saap.pruning.plan import PROTECTED, bundled, protected_groups, select
 from saap.scoring.backward import LOSS_SCALES, frozen
 from saap.scoring.statistics import output_matrices
 
@@ -65,15 +65,16 @@ def saap_gates(
     place = np.empty(len(groups))
     place[np.argsort(start, kind="stable")] = np.linspace(0, 1, len(groups))
     shut = ~select(start, groups, ratio, kinds=kinds, protect=tuple(protect), align=1)
-    logits = STEEPNESS * (place - place[shut].max())
+    logits = STEEPNESS * (place - place[shut].max(initial=0.0))
     moments, mean, counted = np.zeros((2, len(groups))), np.zeros(len(groups)), 0
     budgets = _budgets(groups, free, ratio, kinds)
     order = _batches(len(tokens), seed)
     with frozen(model), _Gates(model) as gates:
         dense = gates.final_states(tokens)
         for step in tqdm(range(STEPS), desc="saap_gates", unit="step"):
+            worth = bundled(logits, groups)
             gates.open = np.logical_and.reduce(
-                [_projected(np.where(part, logits, np.inf), groups.parameters, budget) for part, budget in budgets]
+                [_projected(np.where(part, worth, np.inf), groups.parameters, budget) for part, budget in budgets]
             )
             chosen = next(order)
             p = 1 / (1 + np.exp(-logits))

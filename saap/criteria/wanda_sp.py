@@ -49,7 +49,7 @@ def wanda_sp(
     limits = {"search": "uniform_down", "kinds": kinds, "protect": tuple(protect), "align": align}
     counted = select(np.zeros(len(groups)), groups, ratio, **limits)  # type: ignore[arg-type]
     left = {(layer, kind): int(counted[index].sum()) for layer, kind, index in groups.structures()}
-    stream = Stream(model.eval(), tokens, BATCH)
+    stream = Stream(model, tokens, BATCH)
     scores = []
     for layer in tqdm(range(len(stream.layers)), desc="wanda_sp", unit="layer"):
         squares: dict[str, torch.Tensor] = {}
@@ -65,8 +65,9 @@ def wanda_sp(
             if not np.isfinite(score).all():
                 raise not_finite(f"an activation in layer {layer} ({kind})", model)
             scores.append(score)
-            lowest = np.argsort(-score, kind="stable")[left[layer, kind] :]
-            if len(lowest):
-                masks[kind] = torch.from_numpy(lowest)
+            own = score.reshape(stretches := groups.stretches(layer, kind), -1)
+            lowest = np.argsort(-own, 1, kind="stable")[:, left[layer, kind] // stretches :]
+            if lowest.size:
+                masks[kind] = torch.from_numpy((lowest + np.arange(0, score.size, own.shape[1])[:, None]).ravel())
         stream.states = [seen.out for seen in stream.through(layer, without=masks)] if masks else outs
     return np.concatenate(scores)

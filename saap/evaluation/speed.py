@@ -15,6 +15,7 @@ from saap.progress import tqdm
 
 T = TypeVar("T")
 
+WARM_STEPS = 3  # before a graph is captured
 EAGER_STEPS = 16  # decoding steps timed without a graph: each takes the same, over a cache of one size
 
 
@@ -61,13 +62,15 @@ def compare_speed(
     warmup: int = 3,
     batch_size: int = 1,
 ) -> list[Speed]:
-    """Time every model in turn, `warmup` + `runs` times, greedy decoding of a forced length.
+    """Time every model in turn, all on one device, `warmup` + `runs` times, greedy decoding of a forced length.
 
     The first model is the one the ratios compare with; each run of a variant is paired with the same run of it.
     """
     lengths: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch_size": batch_size}
-    decoders = {name: decoder_of(model, **lengths) for name, model in models.items()}
-    timings = time_decoding({name: d.run for name, d in decoders.items()}, runs=runs, warmup=warmup, **lengths)
+    first = next(iter(models.values()))
+    with torch.cuda.device_of(next(first.parameters())):  # streams, graphs and counters are the current device's
+        decoders = {name: decoder_of(model, **lengths) for name, model in models.items()}
+        timings = time_decoding({name: d.run for name, d in decoders.items()}, runs=runs, warmup=warmup, **lengths)
     return [
         Speed(
             variant=name,
@@ -180,13 +183,14 @@ class GraphDecoder(Decoder):
         super().__init__(model, batch_size, prompt_tokens, new_tokens)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        self.cache = StaticCache(config=model.config, max_cache_len=prompt_tokens + new_tokens)  # type: ignore[arg-type]
+        room = prompt_tokens + max(new_tokens, WARM_STEPS)
+        self.cache = StaticCache(config=model.config, max_cache_len=room)  # type: ignore[arg-type]
         self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=self.prompt.device)
         self._prefill()
         side = torch.cuda.Stream()  # capturing needs a few steps on a stream that is not the default one
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), joined_kernels(model):
-            for _ in range(3):
+            for _ in range(WARM_STEPS):
                 self._step()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()

@@ -37,7 +37,7 @@ def export_gguf(folder: str | Path, file: str | Path, *, floats: str = "f16") ->
     Float tensors become `floats` ('f16' or 'f32'), norms and biases float32. int4 layers become Q4_1 blocks of the same
     codes, scales and zeros: nothing is quantised again. MLP channels are padded with zeros to a multiple of 32, which
     changes no output and lets llama-quantize make every type. What Q4_1 cannot hold (other bits than 4, groups that are
-    no multiple of 32, other inputs that 32 does not divide) is written as `floats` of the same values.
+    no multiple of 32, other inputs that 32 does not divide) is written as floats, rounded to `floats`.
 
     The file appears whole or not at all; tensors are read one at a time. Raises SaapError for a model, tokenizer or
     value that llama.cpp or the format cannot hold.

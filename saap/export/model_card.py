@@ -2,10 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from saap.errors import SaapError
+from saap.export.gguf import check_config
+from saap.export.uniform import STOCK
 from saap.models.checkpoint import load_config
 from saap.models.families import Experts, family_of
 
@@ -20,8 +25,7 @@ model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
 
-With the package (`import saap` first) the same without `trust_remote_code`. For llama.cpp: `saap export gguf`; for a
-stock class of equal layers (vLLM and others): `saap export uniform`.
+With the package (`import saap` first) the same without `trust_remote_code`.
 """
 CITE = """\
 ```bibtex
@@ -76,15 +80,17 @@ def model_card(
     name = origin.base_model.rpartition("/")[2]
     title = f"{name}, {ratio:.0%} of its prunable parameters removed" if ratio else f"{name}, pruned"
     ranked = f"the criterion '{criterion}'" if criterion else "structural importance (SAAP, arXiv 2412.15127)"
+    removed = _removed(config)
+    cut = f": whole {removed}, ranked by {ranked}, were removed, so that it is a smaller model of the same kind"
     licence = origin.licence or "not stated by the model this was made from"
     parts = [
         _front_matter(origin, name, metrics, groupwise),
         f"# {', '.join(filter(None, (title, recovered)))}\n",
-        f"Made from {_linked(origin.base_model)} by the saap pipeline: {_removed(config)}, ranked by {ranked}, "
-        "were removed, so that it is a smaller model of the same kind"
+        f"Made from {_linked(origin.base_model)} by the saap pipeline"
+        + (cut if removed else "")
         + (f", and it was {recovered} by fine-tuning.\n" if recovered else ".\n"),
         "## How to load\n",
-        HOW_TO_LOAD.format(place=place or "."),
+        HOW_TO_LOAD.format(place=place or ".") + _exports(config),
     ]
     if metrics:
         parts += ["## Results\n", _table(metrics, ("benchmark", "metric", "value", "stderr", "n", "protocol", "data"))]
@@ -104,8 +110,25 @@ def model_card(
 
 
 def _removed(config: Any) -> str:
-    experts = ", experts" if isinstance(family_of(config), Experts) else ""
-    return f"whole attention heads{experts} and MLP channels"
+    """The kinds that some layer has fewer of than the dense model: 'attention heads and MLP channels'."""
+    dense, fewer = _dense_layer(config), set()
+    for row in _widths(config):
+        full = _widths_of(config, dense, row["layer"])
+        fewer |= {column for column in full if row[column] != full[column]}
+    kinds = {"heads": "attention heads", "query heads": "attention heads", "experts": "experts"}
+    found = [kind for column, kind in (kinds | {"MLP channels": "MLP channels"}).items() if column in fewer]
+    return " and ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))
+
+
+def _exports(config: Any) -> str:
+    """What else the checkpoint can become. Nothing for a family that both exports refuse."""
+    ways = []
+    with suppress(SaapError):
+        check_config(config)
+        ways.append("llama.cpp: `saap export gguf`")
+    if config.model_type.removeprefix("saap_") in STOCK:
+        ways.append("a stock class of equal layers (vLLM and others): `saap export uniform`")
+    return f"\nFor {'; for '.join(ways)}.\n" if ways else ""
 
 
 def _front_matter(origin: Origin, name: str, metrics: Sequence[Mapping[str, Any]], groupwise: Any) -> str:
@@ -139,15 +162,15 @@ def _linked(model: str) -> str:
 
 
 def _widths(config: Any) -> list[dict[str, Any]]:
-    rows = []
-    for layer, own in enumerate(config.per_layer_config):
-        kept = getattr(own, "kept_heads", None)
-        if config.model_type.endswith("bloom"):
-            row = {"heads": own.num_attention_heads if kept is None else len(kept)}
-        else:
-            row = {"query heads": own.num_attention_heads, "KV heads": own.num_key_value_heads}
-        rows.append({"layer": layer, **row, **_inner(config, own, layer)})
-    return rows
+    return [{"layer": layer, **_widths_of(config, own, layer)} for layer, own in enumerate(config.per_layer_config)]
+
+
+def _widths_of(config: Any, own: Any, layer: int) -> dict[str, Any]:
+    """Column → width of a layer, whose config is `own`."""
+    heads = {"query heads": own.num_attention_heads, "KV heads": getattr(own, "num_key_value_heads", None)}
+    if hasattr(own, "kept_heads"):
+        heads = {"heads": own.num_attention_heads if own.kept_heads is None else len(own.kept_heads)}
+    return heads | _inner(config, own, layer)
 
 
 def _inner(config: Any, own: Any, layer: int) -> dict[str, Any]:
@@ -160,16 +183,21 @@ def _inner(config: Any, own: Any, layer: int) -> dict[str, Any]:
     return {"experts": getattr(own, family.layout.count), "MLP channels": getattr(own, family.layout.width)}
 
 
-def _dense(config: Any) -> str:
+def _dense_layer(config: Any) -> Any:
+    """The dense model's widths, under the names that a layer's config has for them."""
     fields = config.to_dict()  # the config itself refuses to tell what differs from layer to layer
-    heads = fields.get("num_attention_heads") or fields.get("n_head")
-    channels = fields.get("intermediate_size") or 4 * fields["hidden_size"]
-    shared = fields.get("num_key_value_heads")
-    family, inner = family_of(config), f"{channels} channels a layer"
+    mapped = {name: fields[stored] for name, stored in config.attribute_map.items() if stored in fields}
+    return SimpleNamespace(**fields | mapped)
+
+
+def _dense(config: Any) -> str:
+    dense, family = _dense_layer(config), family_of(config)
+    shared = getattr(dense, "num_key_value_heads", None)
+    inner = f"{dense.intermediate_size or 4 * dense.hidden_size} channels a layer"
     if isinstance(family, Experts):
-        count = fields[config.attribute_map.get(family.layout.count, family.layout.count)]
-        inner = f"{count} experts of {fields[family.layout.width]} channels a layer with experts"
-    return f"{heads} heads" + (f" over {shared} KV heads" if shared else "") + f", {inner}"
+        count, width = getattr(dense, family.layout.count), getattr(dense, family.layout.width)
+        inner = f"{count} experts of {width} channels a layer with experts"
+    return f"{dense.num_attention_heads} heads" + (f" over {shared} KV heads" if shared else "") + f", {inner}"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ def export_uniform(folder: str | Path, target: str | Path, *, round_to: int = 1)
     Narrower layers are filled up with zero heads and channels to the widest, which changes no output. A plan made with
     prune.search 'uniform' and nothing protected has equal layers: there nothing is filled.
     round_to: a tensor-parallel size. Query heads and MLP channels become multiples of it, KV heads multiples or
-    divisors. int4 layers become floats of the same values: stock classes have no place for our codes.
+    divisors. int4 layers become floats, rounded to the checkpoint's dtype: stock classes have no place for our codes.
     Experts get zero channels too. Where layers keep different numbers of them, a layer gets experts that its router
     never picks, which takes a router with biases (gpt_oss); others are refused.
 

@@ -47,6 +47,8 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu", off
     config = load_config(folder)
     if dtype not in DTYPES:
         raise SaapError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}")
+    if str(device).partition(":")[0] not in ("cpu", "cuda"):
+        raise SaapError(f"models run on 'cpu' or 'cuda', not on '{device}'")
     check_sizes(config, folder)
     converted = _baichuan(read_fields(folder))
     if offload and converted:

@@ -65,12 +65,13 @@ class SaapBaichuanAttention(LlamaAttention):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         keys = torch.arange(k.shape[2], device=k.device)
-        # where a row starts counting does not matter to the softmax: padding and static caches need no care
         distance = keys - keys[-q.shape[2] :, None]
         bias = torch.tensor(self.slopes, device=k.device)[:, None, None] * distance
         lowest = torch.finfo(q.dtype).min
         if attention_mask is not None:
             bias = bias + attention_mask[..., : k.shape[2]]
+        # the softmax does not mind where a row starts counting, but half precision does: the nearest key has 0
+        bias = bias - bias.amax(-1, keepdim=True)  # behind padding and in static caches too
         mask = bias.clamp(min=lowest).to(q.dtype)
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scaling)
         return self.o_proj(output.transpose(1, 2).flatten(2)), None

@@ -27,6 +27,7 @@ class UnevenMixture(UnevenModel):
 
     def __init__(self: Any, config: Any) -> None:
         super().__init__(config)
+        config.output_router_logits = False  # the loss that balances experts takes one number of them for all layers
         self.set_experts_implementation(self.get_correct_experts_implementation(config._experts_implementation))
 
     def set_experts_implementation(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -34,13 +34,9 @@ class GroupwiseLinear(nn.Module):
         codes: torch.Tensor = self.codes  # type: ignore[assignment]
         step = self.bits if 8 % self.bits == 0 else 1  # bits that never straddle two bytes
         places, parts = torch.arange(0, 8, step, dtype=torch.uint8, device=codes.device), self.bits // step
-        if torch.compiler.is_exporting():  # in int32: ONNX neither shifts nor divides bytes
-            powers = 2 ** places.int()
-            digits, weights = codes.int().unsqueeze(-1) // powers % 2**step, powers[:parts]
-        else:
-            digits, weights = codes.unsqueeze(-1) >> places & (2**step - 1), 1 << places[:parts]
+        digits = codes.unsqueeze(-1) >> places & (2**step - 1)
         stream = digits.flatten(1)[:, : self.in_features * parts].unflatten(1, (self.in_features, parts))
-        return (stream * weights).sum(-1, dtype=digits.dtype)
+        return (stream * (1 << places[:parts])).sum(-1, dtype=torch.uint8)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights the codes stand for, (out, in), computed in float32."""
@@ -126,7 +122,7 @@ def _decode(linear: GroupwiseLinear, dtype: torch.dtype, minus: int) -> torch.Te
     codes: torch.Tensor = linear.codes  # type: ignore[assignment]
     if torch.compiler.is_exporting():
         return _by_arithmetic(linear).to(dtype) - minus
-    if torch.compiler.is_exporting() or 8 % linear.bits or dtype.itemsize * 8 // linear.bits > 8:
+    if 8 % linear.bits or dtype.itemsize * 8 // linear.bits > 8:
         return linear.unpacked().to(dtype).sub_(minus)
     table = _table(linear.bits, minus, dtype, codes.device)
     return table.index_select(0, codes.int().flatten()).view(dtype).view(len(codes), -1)[:, : linear.in_features]

@@ -42,6 +42,7 @@ class Stream:
     states: list[torch.Tensor]
 
     def __init__(self, model: nn.Module, tokens: torch.Tensor, batch_size: int) -> None:
+        model.eval()
         family = family_of(model.config)
         self.layers = family.layers(model)
         self.mixtures = family.mixtures(model) if isinstance(family, Experts) else {}

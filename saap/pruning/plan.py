@@ -42,7 +42,7 @@ def select(
         align: a layer's MLP keeps a multiple of this many channels (or all of them), the best-scored ones; the
             budget is met within half a step a layer.
 
-    Every layer keeps at least one attention group and one step of channels.
+    Every layer keeps at least one attention group (of query heads one under each KV head) and one step of channels.
     Raises SaapError for a bad argument or a score that is not finite, OutOfReach for a ratio out of reach.
     """
     if search not in SEARCHES or direction not in DIRECTIONS or kinds not in KINDS_SHARE:
@@ -60,7 +60,7 @@ def select(
         if kinds == "equal":
             raise SaapError("with experts prune.kinds is 'pooled', or 'mlp' (whole experts and channels, no heads)")
         return select_experts(score if direction == "lowest" else -score, groups, ratio, protected, align, search)
-    worth = _bundled(score if direction == "lowest" else -score, groups)
+    worth = bundled(score if direction == "lowest" else -score, groups)
     free = int(groups.parameters[~protected].sum())
     budget = ratio * int(groups.parameters.sum())
     if budget >= free:
@@ -95,7 +95,7 @@ def _keep_best(worth: np.ndarray, groups: Groups, counts: Counts) -> np.ndarray:
     return keep
 
 
-def _bundled(worth: np.ndarray, groups: Groups) -> np.ndarray:
+def bundled(worth: np.ndarray, groups: Groups) -> np.ndarray:
     """Scores for groups that go evenly from several stretches: the worst of each go together, at their mean worth.
 
     So the order within a stretch stays, and groups that must go together are next to each other in every order.
@@ -120,21 +120,22 @@ def _whole_bundles(counts: Counts, groups: Groups) -> Counts:
     return whole
 
 
-def _least(kind: str, size: int, align: int) -> int:
-    return 1 if kind == "attention" else min(align, size)
+def _may_go(worth: np.ndarray, groups: Groups, protected: np.ndarray, align: int) -> np.ndarray:
+    """bool (N,): all but the protected, and the best of each layer: one group of each stretch, one step of channels."""
+    candidate = ~protected
+    for layer, kind, index in groups.structures():
+        best = index[np.argsort(-worth[index], kind="stable")]
+        candidate[best[: groups.stretches(layer, kind) if kind == "attention" else align]] = False
+    return candidate
 
 
 def _global(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int) -> Counts:
-    candidate = ~protected
-    for _, kind, index in groups.structures():
-        best = index[np.argsort(-worth[index], kind="stable")]
-        candidate[best[: _least(kind, len(index), align)]] = False
-    order = np.flatnonzero(candidate)
+    order = np.flatnonzero(_may_go(worth, groups, protected, align))
     order = order[np.argsort(worth[order], kind="stable")]
     removed = np.concatenate([[0], np.cumsum(groups.parameters[order])])
     if removed[-1] < budget:
         raise OutOfReach(
-            f"ratio {budget / groups.parameters.sum():.3f} cannot be reached: with one attention group and {align} "
+            f"ratio {budget / groups.parameters.sum():.3f} cannot be reached: with the fewest heads and {align} "
             f"channels left in every unprotected layer at most {removed[-1] / groups.parameters.sum():.3f} can go"
         )
     keep = np.ones(len(groups), bool)
@@ -160,8 +161,8 @@ def _global(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndar
 def _each_kind(worth: np.ndarray, groups: Groups, budget: float, protected: np.ndarray, align: int) -> Counts:
     """Heads first, then channels, which can be cut finer, to what is left of the budget."""
     heads, cost = groups.kind == "attention", groups.parameters
-    share = budget / cost[~protected].sum()
-    attention = _global(worth, groups, share * cost[~protected & heads].sum(), protected | ~heads, align)
+    share, most = budget / cost[~protected].sum(), cost[_may_go(worth, groups, protected | ~heads, align)].sum()
+    attention = _global(worth, groups, min(share * cost[~protected & heads].sum(), most), protected | ~heads, align)
     attention = _whole_bundles(attention, groups)
     spent = cost[heads & ~_keep_best(worth, groups, attention)].sum()
     mlp = _global(worth, groups, budget - spent, protected | heads, align)

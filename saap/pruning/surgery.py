@@ -12,6 +12,7 @@ from saap.errors import SaapError
 from saap.models.checkpoint import complete
 from saap.models.families import Experts, Part, family_of
 from saap.models.groups import Groups, discover, layer_parts
+from saap.models.offload import is_offloaded
 
 
 def widths(model: nn.Module, groups: Groups, keep: np.ndarray) -> dict[int, dict[str, Any]]:
@@ -28,8 +29,10 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
     """A smaller model that holds only the groups with keep = True. The given model stays as it is.
 
     keep is bool (N,), columns in the order of `discover(model)`. Weights keep their dtype and device.
-    Raises SaapError when keep does not fit the model or empties a layer.
+    Raises SaapError when keep does not fit the model or empties a layer, and for weights away from their device.
     """
+    if is_offloaded(model):
+        raise SaapError("prune slices weights, and needs a model whose weights are all on its device")
     groups = _checked(model, keep)
     rows = {(layer, kind): np.flatnonzero(keep[index]) for layer, kind, index in groups.structures()}
     whole = model.state_dict()

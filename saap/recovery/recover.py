@@ -38,7 +38,7 @@ def recover(
         rows: instruction, input, output; or tokens, those of a sequence of prose.
         work: folder for the trainer's checkpoints. When it holds one of an interrupted call with the same arguments,
             training goes on from there, with the same data order, optimiser and random state.
-        teacher: the dense model; needed exactly when training.distill is not 0.
+        teacher: the dense model; needed exactly when training.distill is not 0. It is used up too.
         fsdp: share out the frozen weights of both models among the processes (see `shard`); they may come from the
             CPU, and a model with values comes back in the first process only.
 
@@ -56,16 +56,16 @@ def recover(
     _check(training, teacher, device)
     learnt_from, held_out = _examples(rows, tokenizer, training)
     set_seed(training.seed)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     prepared = recipe.prepare(model, _windows(learnt_from, training.max_length))
+    models = [prepared] if teacher is None else [prepared, teacher.requires_grad_(False).eval()]
+    if training.precision == "float32":
+        _widen(models)
     empty = skeleton(prepared) if fsdp else None
-    if fsdp:
-        shard(prepared, device)
+    for one in models if fsdp else ():
+        shard(one, device)
     if training.gradient_checkpointing:
         prepared.gradient_checkpointing_enable({"use_reentrant": False})
-    if teacher is not None:
-        teacher.requires_grad_(False).eval()
-        if fsdp:
-            shard(teacher, device)
     attention = prepared.config._attn_implementation
     prepared.set_attn_implementation(fastest_attention(prepared, device.type, training.precision, training.max_length))
     student = Student(prepared, teacher, training.distill)
@@ -74,11 +74,25 @@ def recover(
     steps = _steps(train(student, learnt_from, held_out, tokenizer, Path(work), training, device))
     if empty is not None:
         gather(prepared, empty)
-        return (recipe.finish(empty) if PartialState().is_main_process else empty), steps
+        return (_narrow(recipe.finish(empty), dtypes) if PartialState().is_main_process else empty), steps
     if training.gradient_checkpointing:
         prepared.gradient_checkpointing_disable()
     prepared.set_attn_implementation(attention)
-    return recipe.finish(prepared), steps
+    return _narrow(recipe.finish(prepared), dtypes), steps
+
+
+def _widen(models: list[nn.Module]) -> None:
+    """Make the float weights float32, in place, because a layer computes in their dtype; codes compute in any."""
+    for parameter in (p for model in models for p in model.parameters()):
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+
+
+def _narrow(model: nn.Module, dtypes: dict[str, torch.dtype]) -> nn.Module:
+    """Give the weights the dtypes they had, in place."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    return model
 
 
 def _examples(

@@ -1,5 +1,6 @@
 """transformers' Trainer, set to save adapters only, to keep one data order, and to show and log what we want."""
 
+import logging
 import math
 import pickle
 import time
@@ -29,6 +30,7 @@ from saap.recovery.order import Examples, Order, inputs, padded
 from saap.recovery.training import STATE, Training, ended, last_checkpoint
 
 ADAPTERS = "adapters.safetensors"
+_log = logging.getLogger("saap")
 
 
 def train(
@@ -74,6 +76,8 @@ def train(
         trainer.add_callback(budget)
     trainer.add_callback(_Progress(trainer))
     trainer.remove_callback(PrinterCallback)
+    if checkpoint is not None and trainer.is_world_process_zero():
+        _log.info("recovery goes on behind step %s", checkpoint.rpartition("-")[2])
     if checkpoint is not None and ended(checkpoint):
         trainer.finish_from(checkpoint)
         return list(trainer.state.log_history)
@@ -119,6 +123,8 @@ def _arguments(
         ddp_broadcast_buffers=False,  # the codes never change
         disable_tqdm=True,
     )
+    if training.precision == "float32":
+        arguments.mixed_precision = "no"  # by itself it is what accelerate's launcher was told
     at_once = training.micro_batch_size * arguments.world_size
     if training.batch_size % at_once:
         raise SaapError(
@@ -138,6 +144,10 @@ class OneDevice(TrainingArguments):
     """
 
     own_device: str = "cpu"
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Half of the steps at most, as in `Budget.rate`: a short training has its peak and its schedule too."""
+        return min(super().get_warmup_steps(num_training_steps), num_training_steps // 2)
 
     @cached_property
     def _setup_devices(self) -> torch.device:
@@ -176,9 +186,13 @@ class _AdapterTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def finish_from(self, checkpoint: str) -> None:
-        """What is left to do behind the last step of a training that was killed there."""
+        """What is left to do behind the last step of a training that was killed there.
+
+        The best checkpoint lies beside this one, wherever the store has been moved to since.
+        """
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
-        self._load_from_checkpoint(self.state.best_model_checkpoint or checkpoint)
+        best = Path(self.state.best_model_checkpoint or checkpoint).name
+        self._load_from_checkpoint(str(Path(checkpoint).parent / best))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.budget is None:

@@ -13,9 +13,11 @@ class Training:
     """How a recipe is trained.
 
     batch_size: examples an optimiser step; micro_batch_size: examples at once on a device.
-    learning_rate: of AdamW, after a linear warm-up over warmup_steps optimiser steps; then by schedule: "linear" or
-    "cosine" to zero, or "constant". max_length: tokens an example is cut at. loss_on: "response" or "text" (all of it).
-    precision: of the arithmetic ("float32", "bfloat16", "float16"); weights keep their dtype, adapters are float32.
+    learning_rate: of AdamW, after a linear warm-up over warmup_steps optimiser steps, half of all at most; then by
+    schedule: "linear" or "cosine" to zero, or "constant".
+    max_length: tokens an example is cut at. loss_on: "response" or "text" (all of it).
+    precision: of the arithmetic ("float32", "bfloat16", "float16"); adapters are float32. In float32 the float weights
+    are so in training; what comes back has the dtypes that came.
     distill: share of KL(teacher ‖ model) in the loss. held_out: share of the rows, the last ones and 128 at most, that
     the held-out loss is measured on every save_steps steps and at the end; the best of these checkpoints is what comes
     back.

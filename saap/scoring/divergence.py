@@ -19,6 +19,8 @@ def divergence(model: Any, small: Any, tokens: torch.Tensor, *, batch_size: int 
     batch_size: sequences at once. Changes speed and memory, not the result.
     """
     found = []
+    model.eval()
+    small.eval()
     with FastLinears():
         for batch in tokens.split(batch_size):
             ids = batch.to(input_device(model))

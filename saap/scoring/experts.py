@@ -28,6 +28,7 @@ def reap(
     The router-weighted expert activation norm of Lasby et al. (REAP, arXiv 2510.13999, eq. 9): what a token loses, to
     first order, when the expert is gone. 0 for an expert that gets no token of the calibration text.
     """
+    model.eval()
     family, mixtures = mixtures_of(model)
     sums = {layer: np.zeros(module.num_experts) for layer, module in mixtures.items()}
     inside = {layer: np.zeros((len(total), family.width(mixtures[layer]))) for layer, total in sums.items()}

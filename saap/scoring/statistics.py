@@ -144,6 +144,7 @@ def _forward(
     model: nn.Module, tokens: torch.Tensor, batch_size: int, see: Callable[[Structure, torch.Tensor], None], name: str
 ) -> None:
     """Run the layers on the tokens; see gets the input of every output matrix as (tokens of the batch, in)."""
+    model.eval()
     device = input_device(model)
     with ExitStack() as stack:
         for layer, kind, _, linear in output_matrices(model):

@@ -25,7 +25,7 @@ class Fisher(Artifact):
 def fisher(step: Step, folder: Path, *, model: Checkpoint, calibration: Calibration) -> Summary:
     import saap
 
-    dense, tokens = load_model(step, model), calibration.read()
+    dense, tokens = load_model(step, model, use="layers"), calibration.read()
     found = saap.mask_fisher(dense, tokens, batch_size=compute_settings(step)["batch_size"])
     write_table(folder, "fisher", {**vars(saap.discover(dense)), "fisher": found})
     return {"samples": len(tokens)}

@@ -57,7 +57,7 @@ def check_removed(keep: Any, params: dict[str, Any]) -> None:
         )
 
 
-@stage(version=4, publishes=Checkpoint, params=prune_params, fingerprint=_fingerprint)
+@stage(version=5, publishes=Checkpoint, params=prune_params, fingerprint=_fingerprint)
 def prune(
     step: Step,
     folder: Path,

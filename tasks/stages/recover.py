@@ -57,7 +57,7 @@ def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[
 
 
 @stage(
-    version=7,
+    version=8,
     publishes=Checkpoint,
     params=_params,
     fingerprint=_fingerprint,

@@ -163,7 +163,11 @@ TOGETHER = [
     (["prune.compensation=least_squares", "calibrate.count=1"], ["prune.ridge = 'held_out' needs 2", "not 1"]),
     (["calibrate.count=1"], ["'saap' needs 2 calibration sequences", "calibrate.count"]),
     (["criterion.name=saap_plus", "prune.direction=highest"], ["saap_plus", "prune.direction"]),
+    (["criterion.name=gisp", "prune.search=uniform"], ["gisp", "prune.search = 'global'"]),
+    (["criterion.name=saap_gates", "prune.direction=highest"], ["saap_gates", "prune.direction"]),
+    (["criterion.name=wanda_sp", "prune.search=global"], ["wanda_sp", "prune.search = 'uniform_down'"]),
     (["recover.recipe=qlora", "compute.launch=--use_fsdp"], ["NF4", "--multi_gpu"]),
+    (["compute.launch=--multi_gpu", "compute.device=cuda:1"], ["compute.launch", "compute.device = 'cuda'"]),
 ]
 
 FILES = [

@@ -16,6 +16,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
+from storage.keys import digest
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
 from tests.flows.conftest import ask, at_work_in, saap, without_server
@@ -205,15 +206,16 @@ def test_sql_imports_neither_torch_nor_prefect_and_plan_not_prefect(config, tmp_
 
 def test_verify_reads_everything_and_sets_aside_what_is_damaged(tmp_path):
     fill(tmp_path, "r1")
+    key = digest(["r1", "piqa"])
     done = saap("verify", "--store", tmp_path)
     assert (done.returncode, "3 of 3 artifacts are whole" in done.stdout) == (0, True)
-    file = tmp_path / "evaluate" / "r1-piqa" / "metrics.parquet"
+    file = tmp_path / "evaluate" / key / "metrics.parquet"
     content = bytearray(file.read_bytes())
     content[40] ^= 1
     file.write_bytes(content)
     done = saap("verify", "--store", tmp_path)
     assert done.returncode == 1
-    assert "evaluate/r1-piqa" in done.stdout
+    assert f"evaluate/{key}" in done.stdout
     assert "2 of 3 artifacts are whole" in done.stdout
     assert not file.exists()
 

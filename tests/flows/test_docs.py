@@ -102,6 +102,11 @@ def test_a_command_named_in_a_text_is_one(words):
     assert set(re.findall(r"--[a-z][a-z-]*", words)) <= known, words
 
 
+def test_each_configuration_has_a_name_of_its_own():
+    names = [load_config(file).name for file in CONFIGS]
+    assert len(set(names)) == len(names)
+
+
 class Taken(Exception):
     """The arguments of a benchmark, which goes no further."""
 

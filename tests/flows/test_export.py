@@ -79,7 +79,8 @@ def test_a_published_checkpoint_has_a_card_its_plan_and_its_code(store, stage):
     assert "`r1`" in card.text
     assert re.search(r"\| calibrate \| .*count 4, .*length 16", card.text)
     assert re.search(r"\| prune \| .*ratio 0.2", card.text)
-    assert ("| recovery | mini |" in card.text) == (stage == "recover")
+    for role in ("recovery", "recovery, prose"):
+        assert (f"| {role} | mini |" in card.text) == (stage == "recover")
     for layer, own in enumerate(saap.load(folder).config.per_layer_config):
         row = (layer, own.num_attention_heads, own.num_key_value_heads, own.intermediate_size)
         assert "| " + " | ".join(map(str, row)) + " |" in card.text

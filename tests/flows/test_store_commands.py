@@ -8,9 +8,10 @@ import time
 
 import pytest
 
+from storage.keys import digest
 from tests.flows.conftest import ask, saap
 from tests.flows.test_cli import refused
-from tests.storage.kill_points import run
+from tests.storage.kill_points import PLAIN, run
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def files(root):
 
 
 def closed_queries(root, elsewhere):
-    importance = root / "score" / "kNone" / "importance.parquet"
+    importance = root / "score" / PLAIN / "importance.parquet"
     record = root / "runs" / "r1" / "run.json"
     return {
         f"copy (select 1) to '{record}'": "read-only",
@@ -46,7 +47,7 @@ def closed_queries(root, elsewhere):
         "select 1; delete from metrics": "read-only",
         f"select * from read_text('{record}')": "Cannot access file",
         "select * from glob('/*')": "Cannot access file",
-        f"from '{root}/prune/kNone/widths.parquet'": "Cannot access file",
+        f"from '{root}/prune/{PLAIN}/widths.parquet'": "Cannot access file",
         f"from read_csv('{elsewhere}/secret.csv')": "Cannot access file",
         "select 1; select 2": "one query at a time",
         "": "empty",
@@ -100,18 +101,19 @@ def test_a_report_for_a_folder_that_is_not_there_is_refused(filled, tmp_path):
 
 
 def test_gc_shows_first_and_removes_when_told(filled):
-    shutil.copytree(filled / "prune" / "kNone", filled / "prune" / "unused")
-    (filled / "prune" / ".draft-x-1").mkdir()
+    unused, draft = f"prune/{digest('unused')}", f"prune/.draft-{digest('x')}-12345678"
+    shutil.copytree(filled / "prune" / PLAIN, filled / unused)
+    (filled / draft).mkdir()
     before = files(filled)
     done = saap("gc", "--store", filled)
     assert done.returncode == 0, done.stderr
     assert files(filled) == before
-    for word in ("prune/.draft-x-1", "prune/unused", "--delete"):
+    for word in (draft, unused, "--delete"):
         assert word in done.stdout
     done = saap("gc", "--store", filled, "--delete")
     assert "removed" in done.stdout
-    assert not (filled / "prune" / ".draft-x-1").exists()
-    assert not (filled / "prune" / "unused").exists()
+    assert not (filled / draft).exists()
+    assert not (filled / unused).exists()
     assert "r1" in saap("du", "--store", filled).stdout
     refused(saap("gc", "--store", filled, "--run", "r7"), "no such run")
     assert ask(filled, "select count(*) as n from stage_runs") == [{"n": "3"}]
@@ -167,3 +169,29 @@ def test_a_store_removed_while_a_run_works_ends_it_in_one_line(config, store, pr
     assert "Traceback" not in errors, errors
     assert len([line for line in errors.splitlines() if line.startswith("saap: ")]) == 1, errors
     assert not (store / "runs").exists()
+
+
+def test_folders_of_others_beside_a_store_survive_its_commands(filled):
+    names = ("models/Llama/model.safetensors", "runs/exp/run.json", "runs/tensorboard/events", "locks/poetry.lock")
+    for name in names:
+        (filled / name).parent.mkdir(parents=True, exist_ok=True)
+        (filled / name).write_text("mine")
+    (filled / "prune" / PLAIN / "manifest.json").unlink()
+    verified = saap("verify", "--store", filled)
+    assert verified.returncode == 1
+    assert "2 of 3 artifacts are whole" in verified.stdout
+    assert not (filled / "prune" / PLAIN).exists()
+    for command in (("rebuild",), ("du",), ("gc", "--older", "0", "--delete")):
+        done = saap(*command, "--store", filled)
+        assert done.returncode == 0, done.stderr
+    assert {name: (filled / name).read_text() for name in names} == dict.fromkeys(names, "mine")
+    assert sorted(path.name for path in (filled / "runs").iterdir()) == ["exp", "tensorboard"]
+
+
+def test_pull_lists_the_runs_beside_a_record_that_is_none(filled, tmp_path):
+    (tmp_path / "shared" / "runs").mkdir(parents=True)
+    assert saap("push", "--remote", tmp_path / "shared", "--store", filled).returncode == 0
+    (tmp_path / "shared" / "runs" / "mine.json").write_text("[]")
+    done = saap("pull", "--remote", tmp_path / "shared", "--store", tmp_path / "two")
+    assert (done.returncode, "r1" in done.stdout, "mine" in done.stdout) == (0, True, False), done.stderr
+    assert "runs/mine.json is no record of that run (it is no JSON object): left out" in done.stderr

@@ -185,6 +185,26 @@ def test_a_speed_is_planned_from_measured_times_and_checked_by_the_speed_stage(c
     assert_refused(["99x", "out of reach", "up to"], "plan", config, *settings(["prune.target=99x", *overrides]))
 
 
+@pytest.mark.slow
+def test_gc_leaves_what_is_made_to_time_the_layers(config, store, monkeypatch):
+    from flows.to_ratio import _layer_times
+    from storage.gc import find_waste
+    from tasks import running
+
+    publish, seen = running.find_or_publish, []
+
+    def and_look(stage, step):
+        made = publish(stage, step)
+        seen.append([one for one in find_waste(ArtifactStore(store)) if one.kind in ("artifact", "run record")])
+        return made
+
+    monkeypatch.setattr(running, "find_or_publish", and_look)
+    settings = load_config(config, ("prune.target=1.1x",))
+    assert _layer_times(settings, Outside(settings), "r9", look_only=False)
+    assert seen == [[]]
+    assert not list((store / "runs").iterdir())
+
+
 @pytest.mark.parametrize(("found", "warned"), [(1.43, False), (1.57, False), (1.42, True), (1.58, True)])
 def test_a_speed_that_is_missed_by_more_than_a_twentieth_warns(found, warned, caplog):
     from tasks.stages.speed import checked

@@ -1,5 +1,7 @@
 """A run logged to a real MLflow, its tracking database a file."""
 
+import time
+
 import pytest
 
 from flows.tracking import log_run
@@ -16,18 +18,23 @@ RUN = "20261127T120000-0aa001"
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """(warehouse, MLflow's client, the ids that logging twice gave)."""
+    """(warehouse, MLflow's client, the ids that logging twice gave), far from UTC; four windows of perplexity."""
     from mlflow import MlflowClient
 
     folder = tmp_path_factory.mktemp("mlflow")
     maker = Maker(folder / "store")
-    maker.run(RUN, {"prune": {"ratio": 0.3}})
+    maker.run(RUN, {"prune": {"ratio": 0.3}, "evaluate": {"windows": [128, 512, 1024, 2048]}})
     maker.warehouse.rebuild()
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     client = MlflowClient(uri)
     experiment = client.create_experiment("saap", artifact_location=(folder / "artifacts").as_uri())
     client.create_run(experiment, tags={"saap.run_id": RUN})  # as a server leaves it that fails in between
-    return maker.warehouse, client, [log_run(maker.store.root, RUN, uri) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        ids = [log_run(maker.store.root, RUN, uri) for _ in range(2)]
+    time.tzset()
+    return maker.warehouse, client, ids
 
 
 def test_it_is_there_once_with_every_parameter_metric_and_the_page(logged, tmp_path):
@@ -49,6 +56,23 @@ def test_it_is_there_once_with_every_parameter_metric_and_the_page(logged, tmp_p
     page = client.download_artifacts(run.info.run_id, "report.html", str(tmp_path))
     with open(page, encoding="utf-8") as file:
         assert RUN in file.read()
+
+
+def test_its_times_are_those_of_the_record_wherever_the_machine_is(logged):
+    warehouse, client, ids = logged
+    info = client.get_run(ids[0]).info
+    (times,) = ask(warehouse, "select epoch_ms(started_at), epoch_ms(finished_at) from runs")
+    assert (info.start_time, info.end_time) == pytest.approx(times, abs=1, rel=0)
+
+
+def test_each_window_of_a_perplexity_is_a_metric(logged):
+    warehouse, client, ids = logged
+    metrics = client.get_run(ids[0]).data.metrics
+    answer = ask(warehouse, "select variant, benchmark, protocol, value, stderr from metrics where not papers")
+    assert len(answer) == 3 * 2 * 3
+    for variant, benchmark, protocol, *numbers in answer:
+        name = f"{variant}/{benchmark}_perplexity_{protocol.rpartition(' ')[2]}"
+        assert [metrics[name], metrics[f"{name}_stderr"]] == pytest.approx(numbers)
 
 
 def test_without_a_place_or_a_run_or_an_answer_it_is_one_line(logged, monkeypatch):
@@ -89,5 +113,5 @@ def test_a_run_is_logged_at_its_end_and_not_lost_with_the_server(config, store, 
     assert (run.info.status, run.data.tags["saap.run_id"]) == ("FINISHED", run_id)
     assert run.data.params["recover.rank"] == "4"
     for variant, value in ask(Warehouse(store), "select variant, value from metrics where benchmark = 'wikitext2'"):
-        assert run.data.metrics[f"{variant}/wikitext2_perplexity"] == pytest.approx(value)  # not papers' window
+        assert run.data.metrics[f"{variant}/wikitext2_perplexity_32"] == pytest.approx(value)  # not papers' window
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.html"]

@@ -20,6 +20,7 @@ import numpy as np
 
 from storage import database, loading, warehouse
 from storage.artifacts import ArtifactStore
+from storage.keys import digest
 from storage.runs import RunRecord
 from storage.tables import sample_writer, write_table
 from storage.warehouse import Warehouse
@@ -29,6 +30,7 @@ FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os
 ABOUT = {"name": "n", "model": "m", "data": "mini", "ratio": 0.2, "config": "{}"}
 METRIC = {"metric": "acc", "value": 0.5, "stderr": 0.1, "n": 4, "protocol": "p", "papers": True, "data": "mini"}
 STEPS = (("score", None), ("prune", None), ("evaluate", "boolq"))
+PLAIN, BOOLQ = digest(None), digest("boolq")  # the keys of these
 
 
 class Killer:
@@ -126,7 +128,7 @@ def run(root, run_id, steps=STEPS):
     record = RunRecord(store.root, run_id, **ABOUT)
     house.load(run_id)
     for position, (stage, benchmark) in enumerate(steps):
-        key = f"k{benchmark}"
+        key = digest(benchmark)
         with store.lock(stage, key):
             if store.find(stage, key) is None:
                 with store.publish(stage, key, run_id=run_id) as folder:
@@ -169,7 +171,7 @@ def without_rights_over_files(action):
 
 def die_while_running(root, run_id):
     record = RunRecord(root, run_id, **ABOUT)
-    about = {"stage": "score", "key": "kNone", "variant": None, "benchmark": None}
+    about = {"stage": "score", "key": PLAIN, "variant": None, "benchmark": None}
     record.stage(0, **about, cached=True, seconds=1.0)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -178,7 +180,7 @@ def history(root):
     """A run, one that dies, a damaged artifact, and a run that meets all of this."""
     run(root, "r1", STEPS[1:])
     in_fork(lambda: die_while_running(root, "r2"))
-    metrics = root / "evaluate" / "kboolq" / "metrics.parquet"
+    metrics = root / "evaluate" / BOOLQ / "metrics.parquet"
     metrics.write_bytes(bytes(metrics.stat().st_size))
     run(root, "r3", STEPS[1:])
 

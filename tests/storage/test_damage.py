@@ -10,11 +10,12 @@ import pytest
 
 from storage.artifacts import SMALL, ArtifactStore
 from storage.errors import StorageError
+from storage.keys import digest
 from storage.query import ask
 from storage.runs import RunRecord, all_runs
 from storage.tables import sample_writer
 from storage.warehouse import Warehouse
-from tests.storage.kill_points import ABOUT, run, tables, without_rights_over_files
+from tests.storage.kill_points import ABOUT, BOOLQ, PLAIN, run, tables, without_rights_over_files
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +182,15 @@ def test_all_tables_damaged_leave_the_runs_and_are_made_again(finished, root, ha
     ids=str,
 )
 def test_a_manifest_of_another_shape_is_a_damaged_one(root, manifest):
-    file = root / "score" / "kNone" / "manifest.json"
+    file = root / "score" / PLAIN / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | manifest))
     assert ask(root, "select count(*) from importance")[1] == [(0,)]
-    assert [one.name[:11] for one in (root / "damaged").iterdir()] == ["score-kNone"]
+    assert [one.name[:-9] for one in (root / "damaged").iterdir()] == [f"score-{PLAIN}"]
 
 
 HIDDEN = [
     *("runs", "runs/r2", "runs/r2/run.json", "runs/r2/stages", "runs/r2/stages/0001.json", "evaluate"),
-    *("evaluate/kboolq/metrics.parquet", "evaluate/kboolq/manifest.json", "score/kNone/importance.parquet"),
+    *(f"evaluate/{BOOLQ}/metrics.parquet", f"evaluate/{BOOLQ}/manifest.json", f"score/{PLAIN}/importance.parquet"),
 ]
 
 
@@ -222,11 +223,11 @@ def publish_large(root):
     groups = {"layer": np.zeros(300_000, np.int32), "kind": np.array(["mlp"] * 300_000)}
     groups["unit"] = np.arange(300_000, dtype=np.int32)
     random = np.random.default_rng(0)
-    store = ArtifactStore(root)
-    with store.publish("score", "large", run_id="r1") as folder, sample_writer(folder, "importance", groups) as writer:
+    store, key = ArtifactStore(root), digest("large")
+    with store.publish("score", key, run_id="r1") as folder, sample_writer(folder, "importance", groups) as writer:
         for _ in range(3):
             writer.write(**{n: random.random((1, 300_000), np.float32) for n in ("vector", "element")})
-    file = store.path("score", "large") / "importance.parquet"
+    file = store.path("score", key) / "importance.parquet"
     assert file.stat().st_size > SMALL
     return file
 
@@ -239,7 +240,7 @@ def test_a_large_importance_file_of_zeros_is_set_aside(root, caplog):
     assert ask(root, SUM)[1][0][0] == 900_010
     zeroed(0)(file)
     assert ask(root, SUM)[1][0][0] == 10
-    assert "score/large is damaged" in caplog.text
+    assert f"score/{digest('large')} is damaged" in caplog.text
     assert not file.exists()
 
 
@@ -254,11 +255,11 @@ def test_a_large_importance_file_with_a_hole_is_told_and_set_aside(root):
 
 
 def test_importance_is_compared_with_its_manifest_by_those_who_ask_for_it(root):
-    zeroed(0)(root / "score" / "kNone" / "importance.parquet")
+    zeroed(0)(root / "score" / PLAIN / "importance.parquet")
     assert ask(root, "select count(*) from runs")[1] == [(2,)]
     assert not (root / "damaged").exists()
     assert ask(root, "select count(*) from Importance")[1] == [(0,)]
-    assert [one.name[:11] for one in (root / "damaged").iterdir()] == ["score-kNone"]
+    assert [one.name[:-9] for one in (root / "damaged").iterdir()] == [f"score-{PLAIN}"]
     for query in ("show tables", "from duckdb_views()", "select table_name from information_schema.tables"):
         assert "importance" in str(ask(root, query)[1])
 
@@ -266,7 +267,7 @@ def test_importance_is_compared_with_its_manifest_by_those_who_ask_for_it(root):
 def test_views_take_every_seed_that_a_configuration_may_have(root):
     config = {"calibrate": {"seed": 2**32 - 1, "count": 4}, "recover": {"seed": 2**32 - 1, "distill": 0.5}}
     record = RunRecord(root, "r3", **ABOUT | {"config": json.dumps(config)})
-    about = {"stage": "evaluate", "key": "kboolq", "variant": "dense", "benchmark": "boolq"}
+    about = {"stage": "evaluate", "key": BOOLQ, "variant": "dense", "benchmark": "boolq"}
     record.stage(0, **about, cached=True, seconds=1.0)
     record.finish("completed")
     assert ask(root, "select seed, samples from ablations where run_id = 'r3'")[1] == [(2**32 - 1, 4)]

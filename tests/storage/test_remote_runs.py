@@ -1,14 +1,17 @@
 """Runs pushed and pulled, and a store that is a cache of a remote one."""
 
+import shutil
+
 import pytest
 
 from storage.artifacts import MANIFEST, SMALL
 from storage.errors import DamagedError, StorageError
 from storage.gc import find_waste, remove
+from storage.keys import digest
 from storage.remote import Remote
 from storage.runs import RunRecord, all_runs, read_run, read_stages
 from tests.storage.hosts import publish, rows
-from tests.storage.kill_points import ABOUT, run
+from tests.storage.kill_points import ABOUT, PLAIN, run
 
 
 def test_a_run_is_pushed_and_pulled_whole(place, stores):
@@ -61,7 +64,7 @@ def test_nothing_stays_of_a_pull_that_fails(place, stores, monkeypatch):
 def test_artifacts_that_nobody_has_any_more_are_named(url, stores):
     one, two = stores
     run(one.root, "r1")
-    remove(one, [waste for waste in find_waste(one, ["r1"]) if waste.reference and waste.reference[0] == "prune"])
+    shutil.rmtree(one.path("prune", PLAIN))
     assert [name.partition("/")[0] for name in Remote(url).push(one, "r1")] == ["prune"]
     assert [name.partition("/")[0] for name in Remote(url).pull(two, "r1")] == ["prune"]
     assert all_runs(two.root) == ["r1"]
@@ -85,29 +88,49 @@ def test_gc_removes_here_only_what_is_whole_there(s3, url, bucket, stores):
     one, _ = stores
     run(one.root, "r1")
     assert not [waste for waste in find_waste(one) if waste.reference]
-    for key in ("big", "harmed", "own"):
+    big, harmed, own, little = map(digest, ("big", "harmed", "own", "little"))
+    for key in (big, harmed, own):
         publish(one, {"x": bytes(SMALL + 1)}, key, "recover")
-    publish(one, key="little", stage="recover")
-    for key in ("big", "harmed", "little"):
+    publish(one, key=little, stage="recover")
+    for key in (big, harmed, little):
         Remote(url).upload(one, "recover", key)
-    harmed = next(name for name in s3.objects(bucket) if "/harmed/" in name and not name.endswith(MANIFEST))
-    s3.client().put_object(Bucket=bucket, Key=harmed, Body=b"")
+    name = next(name for name in s3.objects(bucket) if f"/{harmed}/" in name and not name.endswith(MANIFEST))
+    s3.client().put_object(Bucket=bucket, Key=name, Body=b"")
     before, found = s3.objects(bucket), rows(one)
     waste = find_waste(one, elsewhere=Remote(url).spares(one))
-    assert [(w.reference, w.why) for w in waste if w.reference] == [(("recover", "big"), "whole in the remote store")]
+    assert [(w.reference, w.why) for w in waste if w.reference] == [(("recover", big), "whole in the remote store")]
     remove(one, waste)
-    assert one.find("recover", "big") is None
-    assert {key for _, key in one.all()} >= {"harmed", "own", "little"}
+    assert one.find("recover", big) is None
+    assert {key for _, key in one.all()} >= {harmed, own, little}
     assert s3.objects(bucket) == before
     assert rows(one) == found
-    assert Remote(url).bring(one, "recover", "big") is not None
+    assert Remote(url).bring(one, "recover", big) is not None
 
 
 def test_gc_leaves_all_artifacts_alone_while_a_run_is_at_work(url, stores):
     one, _ = stores
-    publish(one, {"x": bytes(SMALL + 1)})
-    Remote(url).upload(one, "score", "k")
+    publish(one, {"x": bytes(SMALL + 1)}, key := digest("big"))
+    Remote(url).upload(one, "score", key)
     record = RunRecord(one.root, "r1", **ABOUT)
     assert [waste for waste in find_waste(one, elsewhere=Remote(url).spares(one)) if waste.reference] == []
     record.finish("completed")
     assert len([waste for waste in find_waste(one, elsewhere=Remote(url).spares(one)) if waste.reference]) == 1
+
+
+def test_a_record_that_is_none_is_named_and_left_out_of_the_list(place, stores, caplog):
+    one, two = stores
+    run(one.root, "r1")
+    remote = Remote(place)
+    remote.push(one, "r1")
+    remote.files.write("runs/r2.json", b"half")
+    remote.files.write("runs/mine.json", b'{"run": {"run_id": "other"}, "stages": []}')
+    remote.files.write("runs/deeper/r3.json", b"{}")
+    remote.files.write("runs/notes.txt", b"mine")
+    assert [record["run"]["run_id"] for record in remote.records()] == ["r1"]
+    assert [f"{place}/runs/{name}.json is no record of that run" in caplog.text for name in ("r2", "mine")] == [
+        True
+    ] * 2
+    assert remote.all_runs() == ["mine", "r1", "r2"]
+    with pytest.raises(DamagedError, match=r"runs/r2\.json is no record of that run \(it is no JSON\)$"):
+        remote.pull(two, "r2")
+    assert remote.pull(two, "r1") == []

@@ -14,7 +14,7 @@ from storage.errors import StorageError
 from storage.query import ask
 from storage.runs import RunRecord, all_runs, read_run, stage_files
 from storage.warehouse import Warehouse
-from tests.storage.kill_points import ABOUT, in_fork, run, tables
+from tests.storage.kill_points import ABOUT, BOOLQ, PLAIN, in_fork, run, tables
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,11 @@ def zeros(file):
         ("runs/r2/stages/0002.json", lambda f: f.write_text(""), {"stage_runs": 5, "metrics": 1}),
         ("runs/r2/stages/0002.json", lambda f: f.write_text("[]"), {"stage_runs": 5, "metrics": 1}),
         ("runs/r2/stages/0001.json", lambda f: f.write_text('{"position": 0}'), {"stage_runs": 5, "widths": 1}),
-        ("prune/kNone/widths.parquet", zeros, {"widths": 0}),
-        ("evaluate/kboolq/metrics.parquet", zeros, {"metrics": 0, "items": 0}),
-        ("evaluate/kboolq/items.parquet", lambda f: f.write_bytes(b""), {"metrics": 0, "items": 0}),
-        ("evaluate/kboolq/manifest.json", lambda f: f.write_text('{"files": []}'), {"metrics": 0, "items": 0}),
-        ("score/kNone/importance.parquet", zeros, {"importance": 0}),
+        (f"prune/{PLAIN}/widths.parquet", zeros, {"widths": 0}),
+        (f"evaluate/{BOOLQ}/metrics.parquet", zeros, {"metrics": 0, "items": 0}),
+        (f"evaluate/{BOOLQ}/items.parquet", lambda f: f.write_bytes(b""), {"metrics": 0, "items": 0}),
+        (f"evaluate/{BOOLQ}/manifest.json", lambda f: f.write_text('{"files": []}'), {"metrics": 0, "items": 0}),
+        (f"score/{PLAIN}/importance.parquet", zeros, {"importance": 0}),
     ],
 )  # fmt: skip
 def test_one_damaged_small_file_is_set_aside_and_what_it_held_made_again(root, name, harm, left, caplog):
@@ -197,9 +197,9 @@ def test_a_writer_that_hangs_is_named_and_readers_see_what_was_there(root, monke
 
 def test_an_artifact_that_went_and_came_back_takes_its_rows_along(root, tmp_path):
     before = tables(Warehouse(root))
-    aside = (root / "evaluate" / "kboolq").rename(tmp_path / "aside")
+    aside = (root / "evaluate" / BOOLQ).rename(tmp_path / "aside")
     assert counts(root) == WHOLE | {"metrics": 0, "items": 0}
-    aside.rename(root / "evaluate" / "kboolq")
+    aside.rename(root / "evaluate" / BOOLQ)
     assert tables(Warehouse(root)) == before
     shutil.rmtree(root / "runs" / "r1")
     assert counts(root) == WHOLE | {"runs": 1, "stage_runs": 3, "metrics": 1, "widths": 1}

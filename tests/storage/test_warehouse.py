@@ -9,6 +9,7 @@ import pytest
 
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
+from storage.keys import digest
 from storage.runs import RunRecord, mark_killed, read_run
 from storage.tables import sample_writer, write_table
 from storage.warehouse import Warehouse
@@ -16,6 +17,7 @@ from tests.storage.test_tables import GROUPS
 
 ABOUT = {"name": "n", "model": "m", "data": "mini", "ratio": 0.2, "config": "{}"}
 METRIC = {"metric": "acc", "value": 0.5, "stderr": 0.1, "n": 4, "protocol": "p", "papers": True, "data": "mini"}
+SCORE = digest("score")  # a key
 
 
 def fill(root, run_id, benchmarks=("boolq", "piqa")):
@@ -25,15 +27,15 @@ def fill(root, run_id, benchmarks=("boolq", "piqa")):
     store = ArtifactStore(root)
     store.prepare()
     record = RunRecord(store.root, run_id, **ABOUT)
-    if store.find("score", "s") is None:
+    if store.find("score", SCORE) is None:
         with (
-            store.publish("score", "s", run_id=run_id) as folder,
+            store.publish("score", SCORE, run_id=run_id) as folder,
             sample_writer(folder, "importance", GROUPS) as writer,
         ):
             writer.write(vector=np.ones((2, 5), np.float32), element=np.ones((2, 5), np.float32))
-    record.stage(0, stage="score", key="s", variant=None, benchmark=None, cached=False, seconds=1.0)
+    record.stage(0, stage="score", key=SCORE, variant=None, benchmark=None, cached=False, seconds=1.0)
     for position, benchmark in enumerate(benchmarks, 1):
-        key = f"{run_id}-{benchmark}"
+        key = digest([run_id, benchmark])
         with store.publish("evaluate", key, run_id=run_id) as folder:
             write_table(folder, "metrics", [{"benchmark": benchmark, **METRIC}])
         about = {"stage": "evaluate", "key": key, "variant": "dense", "benchmark": benchmark}
@@ -122,7 +124,7 @@ def test_four_processes_at_once_lose_and_double_nothing(tmp_path):
 def test_reuse_counts_what_was_computed_and_what_was_found(tmp_path):
     warehouse = fill(tmp_path, "r1")
     record = RunRecord(warehouse.root, "r2", **ABOUT)
-    record.stage(0, stage="score", key="s", variant=None, benchmark=None, cached=True, seconds=1.0)
+    record.stage(0, stage="score", key=SCORE, variant=None, benchmark=None, cached=True, seconds=1.0)
     record.finish("completed")
     for run_id in ("r1", "r2"):
         warehouse.load(run_id)

@@ -3,18 +3,23 @@ import shutil
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from saap.models.offload import is_offloaded
+from tasks import inputs
+from tasks.compute import compute_settings
 from tasks.config import Compute
 from tasks.inputs import Checkpoint, forget_model, load_model
+from tasks.stages.calibrate import Calibration, write_calibration
+from tasks.stages.fisher import Fisher, fisher
 from tasks.step import Step
 
 
-def loaded(folder, compute=None, dtype="float32", **how):
-    """The model as a step gets it."""
-    step = Step(
+def step_of(folder, compute=None, dtype="float32"):
+    return Step(
         stage="score",
         key="key",
         params=json.dumps({"dtype": dtype}),
@@ -23,7 +28,11 @@ def loaded(folder, compute=None, dtype="float32", **how):
         compute=(compute or Compute()).model_dump_json(),
         store=str(folder),
     )
-    return load_model(step, Checkpoint(folder), **how)
+
+
+def loaded(folder, compute=None, dtype="float32", **how):
+    """The model as a step gets it."""
+    return load_model(step_of(folder, compute, dtype), Checkpoint(folder), **how)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +45,15 @@ def forgotten():
 def test_offload_leaves_on_disk_what_a_step_uses_layer_by_layer(tiny_folder, use, on_disk):
     assert not is_offloaded(loaded(tiny_folder, use=use))
     assert is_offloaded(loaded(tiny_folder, Compute(offload=True), use=use)) == on_disk
+
+
+def test_a_step_works_on_its_gpu(monkeypatch):
+    """Streams, graphs and memory counters are those of the current one."""
+    current = []
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    for device in ("cuda:1", "cuda", "cpu"):
+        compute_settings(step_of(Path(), Compute(device=device)))
+    assert current == [1, 0]
 
 
 def test_the_last_model_stays_loaded_and_no_other_one(tiny_folder, tmp_path):
@@ -60,3 +78,15 @@ def test_a_forgotten_model_is_memory_of_the_system_again(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 200 * 2**20, "of 250 MiB"
+
+
+def test_the_fisher_stage_takes_layers_from_disk_and_finds_the_same(tiny_folder, tmp_path):
+    write_calibration(tmp_path, np.arange(3, 67).reshape(4, 16), np.full(4, -1))
+    found = []
+    for offload in (False, True):
+        (folder := tmp_path / str(offload)).mkdir()
+        step = step_of(tiny_folder, Compute(offload=offload))
+        fisher.make(step, folder, model=Checkpoint(tiny_folder), calibration=Calibration(tmp_path))
+        assert is_offloaded(next(iter(inputs._kept.values()))) == offload
+        found.append(Fisher(folder).read())
+    np.testing.assert_allclose(*found, rtol=1e-4)

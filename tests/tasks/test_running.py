@@ -2,18 +2,20 @@
 
 import errno
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
 from prefect import flow
 
+import tasks.stages
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
 from storage.remote_files import RemoteError
 from tasks.artifact import Artifact
 from tasks.data import MissingData
 from tasks.hub import HubError
-from tasks.running import is_transient, task_of
+from tasks.running import REMEDIES, is_transient, task_of
 from tasks.stage import stage
 from tasks.step import Step
 from tasks.toml import ConfigError
@@ -80,6 +82,13 @@ def test_too_little_memory_on_a_gpu_is_a_line_with_the_remedy(tmp_path, prefect_
         call(task, step(tmp_path))
     assert len(tries) == 1
     assert "\n" not in str(failed.value)
+
+
+def test_the_remedy_is_one_that_helps_the_stage():
+    names = {file.stem for file in Path(tasks.stages.__file__).parent.glob("[!_]*.py")}
+    assert set(REMEDIES) < names
+    assert "speed.runs = 0" in REMEDIES["speed"]
+    assert "compute.offload" not in REMEDIES["evaluate"]
 
 
 @pytest.mark.parametrize("may_pass", [True, False])

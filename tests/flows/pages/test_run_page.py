@@ -9,6 +9,7 @@ import pytest
 from flows.pages.render import _library
 from flows.pages.write import report_file, write_report
 from storage.errors import StorageError
+from storage.keys import digest
 from tests.flows.pages.conftest import HALF, HOSTILE, MODEL, RUN, rows_in
 from tests.flows.pages.made import CHANNELS, HEADS, LAYERS, Maker
 from tests.storage.test_warehouse import ask
@@ -54,12 +55,12 @@ def test_names_with_tags_and_quotes_and_long_paths_are_text(run_store, look):
 QUERIES = {
     "scores": (
         ("variant", "benchmark", "value", "stderr", "n"),
-        "select variant, benchmark, value, stderr, n from metrics where run_id = ?",
+        "select variant, benchmark, value, stderr, n from metrics where run_id = ? and papers",
     ),
     "sizes": (
         ("variant", "parameters", "weight_bytes", "tokens_per_s", "decode_ratio", "wikitext2"),
         "select variant, parameters, weight_bytes, tokens_per_s, decode_ratio, value from speed "
-        "join metrics using (run_id, variant) where run_id = ? and benchmark = 'wikitext2'",
+        "join metrics using (run_id, variant) where run_id = ? and benchmark = 'wikitext2' and papers",
     ),
     "kept": (("layer", "kind", "units", "kept"), "select layer, kind, units, kept from widths where run_id = ?"),
     "losses": (
@@ -103,7 +104,7 @@ def test_cells_of_importance_hold_every_group_once_and_the_spread_of_theirs(run_
     for cell in cells[:: len(cells) // 7]:
         where = [cell["layer"], cell["kind"], cell["unit"]]
         query = "select element, vector from importance where layer = ? and kind = ? and unit = ? and key = ?"
-        samples = ask(run_store[0], query, *where, f"{RUN}-score")
+        samples = ask(run_store[0], query, *where, digest([RUN, "score"]))
         element, vector = np.array(samples, np.float64).T
         assert cell["element_mean"] == pytest.approx(element.mean(), rel=1e-6)
         assert cell["element_sd"] == pytest.approx(element.std(ddof=1), rel=1e-5)

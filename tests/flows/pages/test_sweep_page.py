@@ -1,9 +1,16 @@
 """The page of a sweep in a real browser: means and spreads are those of SQL, filters filter, the front is the front."""
 
+import html
+import re
+import shlex
+
 import pytest
 
 from flows.pages.write import write_sweep
+from flows.targets import write_sweep_of_file
+from tests.flows.conftest import saap
 from tests.flows.pages.conftest import rows_in
+from tests.flows.pages.made import Maker
 from tests.storage.test_warehouse import ask
 
 
@@ -140,3 +147,44 @@ def test_what_was_reused_is_counted(sweep_store):
     answer = ask(sweep_store[0], "select stage, computed, reused from stage_reuse")
     assert shown == {stage: (computed, reused) for stage, computed, reused in answer}
     assert shown["evaluate"] == (9 * 18, 9 * 9)
+
+
+def test_dense_models_that_were_measured_differently_are_rows_of_their_own(tmp_path):
+    maker, run_ids = Maker(tmp_path), []
+    ways = [{"max_tokens": 1024}, {"max_tokens": 8192}, {"max_tokens": 8192, "variants": ["dense", "pruned"]}]
+    for number, evaluate in enumerate(ways):
+        run_ids.append(f"20261127T12000{number}-0cc00{number}")
+        config = {"evaluate": evaluate, "speed": {"runs": number}, "recover": {"epochs": 1 + number}}
+        maker.run(run_ids[-1], config, stages=("prune", "speed"))
+    maker.warehouse.rebuild()
+    page = write_sweep(tmp_path, "ways", run_ids, tmp_path / "ways.html")
+    dense = {row["setting"]: row["wikitext2"] for row in rows_in(page, "settings") if row["variant"] == "dense"}
+    measured = ask(
+        maker.warehouse, "select run_id, wikitext2 from results where variant = 'dense' order by run_id limit 2"
+    )
+    assert dense == {
+        f"dense, evaluate.max_tokens = {way['max_tokens']}": value
+        for way, (_, value) in zip(ways[:2], measured, strict=True)
+    }
+    assert "3 runs: 1 model, 1 ratio, 3 settings." in page.read_text()
+    one = write_sweep(tmp_path, "one", run_ids[1:], tmp_path / "one.html")
+    assert [row["setting"] for row in rows_in(one, "settings") if row["variant"] == "dense"] == ["dense"]
+
+
+@pytest.mark.parametrize("by", ["file", "name"])
+def test_the_command_in_the_footer_makes_the_page_again(tmp_path, by):
+    maker = Maker(tmp_path / "store")
+    file = tmp_path / "stem.toml"
+    file.write_text(f'name = "another name"\nstore = "{tmp_path / "store"}"\n[sweep]\n"prune.ratio" = [0.2, 0.5]\n')
+    for number, ratio in enumerate((0.2, 0.5)):
+        config = {"name": "another name", "prune": {"ratio": ratio}, "model": {"path": "/a model"}}
+        maker.run(f"20261127T12000{number}-0dd00{number}", config, stages=("prune",))
+    page, again = tmp_path / "page.html", tmp_path / "again.html"
+    if by == "file":
+        write_sweep_of_file(file, ('model.path="/a model"',), page)
+    else:
+        saap("report", "another name", "--store", tmp_path / "store", "--html", page)
+    said = html.unescape(re.search(r"<code>saap (report .*?) --html FILE</code>", page.read_text())[1])
+    done = saap(*shlex.split(said), "--html", again)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "2 runs, 0 not made yet"), done.stderr
+    assert again.read_text() == page.read_text()

@@ -8,7 +8,8 @@ import torch
 from accelerate import cpu_offload
 
 import saap
-from saap import CRITERIA, discover, input_moments, select, taylor_sums
+from saap import CRITERIA, choose_heads, discover, input_moments, select, taylor_sums
+from saap.models.stream import Stream
 from tasks.config import Criterion
 from tasks.criteria import NEEDS
 
@@ -237,3 +238,22 @@ def test_weights_that_accelerate_keeps_elsewhere_are_fetched_or_the_criterion_sa
             ranking(name, away, tokens)
     else:
         np.testing.assert_allclose(ranking(name, away, tokens), ranking(name, tiny_llama(), tokens), rtol=1e-5)
+
+
+def test_wanda_sp_goes_on_behind_the_query_heads_that_the_plan_removes(tiny_llama, tokens, monkeypatch):
+    model, through = tiny_llama(hidden_size=128, num_attention_heads=8), Stream.through
+    choose_heads(model, "query")
+    groups = discover(model)
+    silent = np.zeros(len(groups), bool)
+
+    def watched(self, layer, without=None):
+        for kind, units in (without or {}).items():
+            silent[np.flatnonzero((groups.layer == layer) & (groups.kind == kind))[units]] = True
+        return through(self, layer, without)
+
+    monkeypatch.setattr(Stream, "through", watched)
+    limits = {"protect": (0, -1), "align": 8}
+    score = CRITERIA["wanda_sp"](model, tokens, 0.4, **limits)
+    keep = select(score, groups, 0.4, search="uniform_down", **limits)
+    assert not keep[groups.kind == "attention"].all()
+    assert np.array_equal(silent, ~keep)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import saap
-from saap import CRITERIA, discover, select
+from saap import CRITERIA, choose_heads, discover, select
 from saap.criteria.saap_gates import _Gates, _projected
 
 
@@ -83,3 +83,34 @@ def test_training_brings_the_pruned_model_nearer_to_the_dense_one_than_the_order
 
     learned = CRITERIA["saap_gates"](model, fisher, tokens, ratio, 0, **limits)
     assert distance(learned) < 0.7 * distance(fisher / groups.parameters)
+
+
+def trained(monkeypatch, model, fisher, ratio):
+    """Its scores after eight steps, and the gates that were open at each."""
+    monkeypatch.setattr(sys.modules[_Gates.__module__], "STEPS", 8)
+    seen, gradient = [], _Gates.gradient
+
+    def watched(self, *given):
+        seen.append(self.open)
+        return gradient(self, *given)
+
+    monkeypatch.setattr(_Gates, "gradient", watched)
+    return CRITERIA["saap_gates"](model, fisher, tokens_of(8), ratio, 0, protect=(0, -1)), seen
+
+
+def test_query_heads_are_shut_evenly_under_each_kv_head(tiny_llama, monkeypatch):
+    model = tiny_llama(hidden_size=128, num_attention_heads=8)
+    choose_heads(model, "query")
+    groups = discover(model)
+    fisher = np.random.default_rng(0).random(len(groups)) * groups.parameters
+    for is_open in trained(monkeypatch, model, fisher, 0.3)[1]:
+        under = is_open[groups.kind == "attention"].reshape(6, 2, 4).sum(2)
+        assert (under < 4).any()
+        assert (under[:, 0] != under[:, 1]).sum() <= 1  # where the budget ends
+
+
+def test_a_budget_below_every_group_shuts_no_gate(tiny_llama, monkeypatch):
+    model = tiny_llama()
+    score, seen = trained(monkeypatch, model, np.random.default_rng(0).random(len(discover(model))), 1e-4)
+    assert np.isfinite(score).all()
+    assert np.all(seen)

@@ -1,8 +1,11 @@
+import re
+
 import pytest
 import yaml
 
-from saap import prune, save, to_groupwise
+from saap import discover, prune, save, to_groupwise
 from saap.export.model_card import Origin, model_card
+from tests.saap.models import families, mixtures
 from tests.saap.models.families import build, random_keep
 
 METRIC = {
@@ -41,6 +44,7 @@ def test_a_card_says_where_the_model_comes_from_and_what_is_left_of_it(bloom, tm
     assert result["metrics"][0]["value"] == 0.625
     for text in (
         "# base-1b, 25% of its prunable parameters removed\n",
+        "pipeline: whole attention heads and MLP channels, ranked",
         "| calibrate | count 50 |",
         "| prune | ratio 0.25, protect [0, -1] |",
         "| calibration | hub |",
@@ -54,6 +58,7 @@ def test_a_card_says_where_the_model_comes_from_and_what_is_left_of_it(bloom, tm
         assert text in card
     for layer, own in enumerate(bloom.config.per_layer_config):
         assert f"| {layer} | {len(own.kept_heads)} | {own.intermediate_size} |" in card
+    assert "saap export" not in card  # both refuse a BLOOM
 
 
 def test_a_card_without_a_hub_id_licence_or_metrics_claims_none(tmp_path):
@@ -72,3 +77,24 @@ def test_a_card_names_another_criterion_and_recipe(bloom, tmp_path):
     card = model_card(tmp_path, origin(stages=stages))
     assert "# base-1b, 50% of its prunable parameters removed, recovered by lora\n" in card
     assert "ranked by the criterion 'flap'" in card
+
+
+@pytest.mark.parametrize(
+    ("case", "left", "removed", "exports"),
+    [
+        ("llama", "attention", "MLP channels", ["gguf", "uniform"]),
+        ("phi3", "mlp", "attention heads", ["uniform"]),
+        ("baichuan-13b, 12 heads", "", "attention heads and MLP channels", []),
+        ("qwen3_moe", "", "attention heads, experts and MLP channels", ["uniform"]),
+    ],
+)
+def test_a_card_names_what_was_removed_and_the_exports_of_the_family(tmp_path, case, left, removed, exports):
+    made = mixtures if case in mixtures.CASES else families
+    model = made.build(case)
+    small = prune(model, made.random_keep(model) | (discover(model).kind == left))
+    save(small, tmp_path)
+    card = model_card(tmp_path, origin())
+    assert f"pipeline: whole {removed}, ranked" in card
+    assert re.findall(r"saap export (\w+)", card) == exports
+    for layer, own in enumerate(small.config.per_layer_config):
+        assert f"| {layer} | {len(getattr(own, 'kept_heads', range(own.num_attention_heads)))} |" in card

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from saap import SaapError, discover, load, prune, save, to_groupwise
 from saap.models.modeling_baichuan import SaapBaichuanConfig, SaapBaichuanForCausalLM
@@ -152,3 +152,14 @@ def test_baichuan_13b_refuses_attention_that_would_lose_its_positions(tmp_path):
     assert model.config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="scaled_dot_product_attention"):
         model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_static_cache_much_longer_than_the_text_changes_nothing_in_half_precision(dtype):
+    """Counted from its end, distances would be thousands, which half precision holds to whole numbers at best."""
+    model = build("baichuan-13b, 12 heads")
+    small = prune(model, random_keep(model)).to(dtype)
+    cache = StaticCache(config=small.config, max_cache_len=4096)
+    with torch.no_grad():
+        again = torch.cat([small(part, past_key_values=cache).logits for part in IDS.split([9, 1, 3], 1)], 1)
+        torch.testing.assert_close(again, small(IDS).logits, rtol=0, atol=0.02 if dtype == torch.float16 else 0.15)

@@ -129,3 +129,8 @@ def test_a_tokenizer_travels_with_the_model_and_can_pad(tiny_folder, tmp_path):
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(SaapError, match="no tokenizer in"):
         load_tokenizer(tmp_path)
+
+
+def test_a_device_that_nothing_here_computes_on_is_refused(folder):
+    with pytest.raises(SaapError, match="'cpu' or 'cuda', not on 'mps'"):
+        load(folder, device="mps")

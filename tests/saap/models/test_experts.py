@@ -1,5 +1,7 @@
 """Mixtures of experts: whole experts, channels inside them and heads, counted, pruned, saved and loaded."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -123,3 +125,19 @@ def test_what_cannot_be_is_refused_by_name(model):
         taylor_sums(model, IDS)
     with pytest.raises(SaapError, match="group-wise int4 is not available"):
         to_groupwise(model, 32)
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_a_mixture_that_asks_for_router_logits_is_pruned_to_one_that_does_not(case, tmp_path):
+    """Their loss, which balances experts, takes one number of experts for all layers."""
+    model = build(case)
+    keep = random_keep(model)
+    wanted = logits(prune(model, keep))
+    model.config.output_router_logits = True
+    save(prune(model, keep), tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert not fields["output_router_logits"]
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"output_router_logits": True}))
+    for small in (prune(model, keep), load(tmp_path)):
+        torch.testing.assert_close(logits(small), wanted)
+    assert model.config.output_router_logits

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from transformers import AutoModelForCausalLM
 
-from saap import SaapError, load, prune, save, score, to_groupwise, weight_norms
+from saap import SaapError, load, mask_fisher, prune, save, score, to_groupwise, weight_norms
 from saap.models.offload import is_offloaded
 from tests.saap.models.families import CASES, IDS, build, publish_baichuan, random_keep
 
@@ -23,6 +23,7 @@ def assert_scores_as(model, whole):
     np.testing.assert_allclose(element, element_in_memory, rtol=1e-5)
     assert (np.abs(vector - vector_in_memory) <= 1e-5 * element_in_memory).all()
     assert np.array_equal(weight_norms(model), weight_norms(whole))
+    np.testing.assert_allclose(mask_fisher(model, IDS), mask_fisher(whole, IDS), rtol=1e-4, atol=1e-12)
     assert is_offloaded(model)
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saap import Groups, SaapError, choose_heads, discover, prune, removed_share, select
@@ -275,3 +276,22 @@ def test_query_heads_go_evenly_under_each_kv_head_the_best_of_each_stay(seed, se
     assert sum(p.numel() for p in prune(model, keep).parameters()) == sum(p.numel() for p in model.parameters()) - int(
         groups.parameters[~keep].sum()
     )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "settings"),
+    [(0.1, {}), (0.1, {"protect": ()}), (0.95, {"protect": ()}), (0.9, {"protect": (), "kinds": "equal"})],
+)
+def test_channels_make_up_for_query_heads_that_a_layer_must_keep(ratio, settings):
+    """Llama 3.2 1B, where a query head stays under each of eight KV heads; its heads are worth nothing."""
+    shape = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, **shape))
+    choose_heads(model, "query")
+    groups = discover(model)
+    score = np.random.default_rng(0).random(len(groups)) - (groups.kind == "attention")
+    keep = select(score, groups, ratio, **settings)
+    assert removed_share(groups, keep) == pytest.approx(ratio, abs=0.002)  # a bundle of a layer is 0.0022
+    assert keep[groups.kind == "attention"].reshape(16, 8, 4).any(2).all()
+    with pytest.raises(SaapError, match=r"0\.985 cannot be reached.* at most 0\.961"):
+        select(score, groups, 0.985, protect=())

@@ -3,6 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from saap import SaapError, discover, mask, prune, widths
 from tests.saap.models.families import random_keep
@@ -84,3 +85,10 @@ def test_a_plan_that_empties_a_block_is_refused_by_name(tiny_llama, kind):
     groups = discover(model)
     with pytest.raises(SaapError, match=f"layer 4 .*{kind}"):
         prune(model, ~((groups.layer == 4) & (groups.kind == kind)))
+
+
+def test_a_model_whose_weights_are_elsewhere_is_refused(tiny_llama):
+    model = tiny_llama()
+    keep = random_keep(model)
+    with pytest.raises(SaapError, match="all on its device"):
+        prune(cpu_offload(model, execution_device="cpu"), keep)

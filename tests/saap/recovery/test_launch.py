@@ -10,7 +10,8 @@ import torch
 from saap import SaapError, load
 from saap.recovery.launch import Job, run, run_launched
 
-TWO = "--num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+# the launcher's precision has no say
+TWO = "--num_processes 2 --num_machines 1 --mixed_precision bf16 --dynamo_backend no --main_process_port 0"
 
 
 @pytest.fixture

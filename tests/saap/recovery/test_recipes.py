@@ -1,6 +1,7 @@
 """Each recipe: what comes out is plain, computes what was trained, and only what should learn learns."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,20 @@ def test_lora_and_qlora_learn_through_the_same_training(name, tiny_folder, tiny_
     assert len(steps) == 4
     assert steps[-1].loss < steps[0].loss
     assert {type(m) for m in model.modules() if hasattr(m, "in_features")} == {nn.Linear}
+
+
+def test_a_model_in_half_precision_is_trained_in_float32_and_comes_back_as_it_came(
+    recipe, tiny_folder, tiny_tokenizer, mini, tmp_path
+):
+    rows = [row for row in mini("alpaca/train") if len(row["output"]) < 120][:8]
+    training = replace(SHORT, distill=0.5)
+    half, teacher, wide, wide_teacher = (load(tiny_folder, dtype="bfloat16") for _ in range(4))
+    model, steps = recover(half, rows, tiny_tokenizer, tmp_path / "half", recipe, training, teacher)
+    wide_teacher.float()
+    _, expected = recover(wide.float(), rows, tiny_tokenizer, tmp_path / "wide", recipe, training, wide_teacher)
+    assert steps[0].loss == pytest.approx(expected[0].loss, rel=1e-6)  # later ones: LoRA's first values are rounded
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for name, b in model.named_buffers() if name.endswith("zero")} <= {torch.float16}
 
 
 @pytest.mark.parametrize(

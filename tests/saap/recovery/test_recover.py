@@ -262,19 +262,22 @@ def test_rows_that_are_left_out_are_counted_and_so_is_what_cannot_be_held_out(
 
 
 @pytest.mark.parametrize("how", [{"epochs": 1.5}, {"patience": 1, "learning_rate": 1e-30, "save_steps": 1}])
-def test_a_run_killed_behind_its_last_step_takes_no_further_one(tiny_folder, tiny_tokenizer, rows, tmp_path, how):
+def test_a_run_killed_behind_its_last_step_takes_no_further_one_wherever_its_store_is_moved_to(
+    tiny_folder, tiny_tokenizer, rows, tmp_path, how
+):
     training = Training(**(SETTINGS | how))
-    (first, done), (again, steps) = (
-        recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, training) for _ in range(2)
-    )
+    first, done = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path / "work", RECIPE, training)
+    moved = (tmp_path / "work").rename(tmp_path / "moved")
+    again, steps = recover(load(tiny_folder), rows, tiny_tokenizer, moved, RECIPE, training)
     assert steps == done
     for name, tensor in first.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def test_a_killed_run_goes_on_to_the_same_weights_and_losses(
-    tiny_folder, tiny_tokenizer, rows, undisturbed, interrupted, tmp_path
+def test_a_killed_run_says_that_it_goes_on_and_does_to_the_same_weights_and_losses(
+    tiny_folder, tiny_tokenizer, rows, undisturbed, interrupted, tmp_path, caplog
 ):
+    caplog.set_level("INFO", "saap")
     expected, expected_steps = undisturbed
     work = shutil.copytree(interrupted, tmp_path / "work")
     # as if it had been killed again while it wrote the next checkpoint
@@ -283,6 +286,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_losses(
     (torn / "adapters.safetensors").write_bytes(b"torn")
 
     model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, RECIPE, Training(**SETTINGS))
+    assert "recovery goes on behind step 4" in caplog.text
     assert [untimed(s) for s in steps] == [untimed(s) for s in expected_steps]
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())

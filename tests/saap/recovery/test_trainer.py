@@ -39,6 +39,19 @@ def test_a_training_that_makes_the_held_out_loss_worse_ends_with_the_remedy(
         recover(model, rows, tiny_tokenizer, tmp_path, Groupwise(rank=8), training)
 
 
+def test_a_warm_up_takes_half_of_a_short_training_at_most_of_steps_or_of_minutes(
+    tiny_folder, tiny_tokenizer, mini, tmp_path
+):
+    rows = sorted(mini("alpaca/train"), key=lambda row: len("".join(row.values())))[:32]
+    training = Training(warmup_steps=10, schedule="linear", precision="float32", held_out=0.0)
+    _, steps = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, Groupwise(rank=8), training)
+    budget = Budget(training, tmp_path, lambda: iter(()), 0)
+    budget.steps = len(steps)
+    expected = [0.0, 0.5, 1.0, 0.5]
+    assert [step.learning_rate / training.learning_rate for step in steps] == pytest.approx(expected)
+    assert [budget.rate(step) for step in range(4)] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("held_out", "processes", "expected"), [(0, 1, 62), (384, 1, 50), (384, 2, 46)])
 def test_a_plan_counts_tokens_and_held_out_losses(tmp_path, held_out, processes, expected):
     """A second for 128 tokens: of the minute ten are gone. A held-out loss every ten steps and one at the end."""

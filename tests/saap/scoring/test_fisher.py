@@ -15,7 +15,9 @@ from saap.scoring.fisher import mask_gradient
 from saap.scoring.statistics import output_matrices, taylor_sums
 from tests.saap.models.families import build
 
-backward, saap_gates = (importlib.import_module(f"saap.{name}") for name in ("scoring.backward", "criteria.saap_gates"))
+backward, saap_gates, factors = (
+    importlib.import_module(f"saap.{name}") for name in ("scoring.backward", "criteria.saap_gates", "criteria.factors")
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,20 @@ def gate_slopes(model, tokens):
         return gates.gradient(tokens, dense)
 
 
+def factor_slopes(model, tokens):
+    """Of LoRA's B and of LoRAShear's gates, one a matrix here, at the first step."""
+    with factors.lora_factors(model, 0) as lora:
+        gates = [torch.nn.Parameter(torch.ones(())) for _ in lora]
+        for factor, gate in zip(lora, gates, strict=True):
+            factor.linear.register_forward_hook(lambda _, x, y, gate=gate: y * gate.to(y.dtype))
+        next(factors.training_steps(model, lora, tokens, 0, "lora", gates))
+        for factor in lora:
+            factor.linear._forward_hooks.popitem()
+        return torch.cat([p.grad.flatten() for p in (*(factor.b for factor in lora), *gates)]).numpy()
+
+
 SEEN = {
+    "factors": factor_slopes,
     "fisher": mask_fisher,
     "gradient": mask_gradient,
     "taylor": lambda model, tokens: taylor_sums(model, tokens).param_first,
@@ -49,7 +64,7 @@ def test_float16_gradients_that_would_be_zero_are_kept_by_scaling_the_loss(tiny_
     exact = SEEN[seen](copy.deepcopy(half).float(), tokens)
     error = np.linalg.norm(SEEN[seen](half, tokens) - exact) / np.linalg.norm(exact)
     assert error < (0.06 if seen == "gates" else 0.01)  # of gates also that of two softmaxes' difference
-    for module in (backward, saap_gates):
+    for module in (backward, saap_gates, factors):
         monkeypatch.setattr(module, "LOSS_SCALES", (1.0,))
     assert np.linalg.norm(SEEN[seen](half, tokens) - exact) / np.linalg.norm(exact) > 3 * error
 

@@ -6,6 +6,10 @@ import torch
 
 from saap import SaapError, discover, input_moments, taylor_sums
 from saap.models.groups import KINDS, layer_parts
+from saap.models.stream import Stream
+from saap.scoring.divergence import divergence
+from saap.scoring.experts import reap
+from tests.saap.models import mixtures
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +135,18 @@ def test_groups_come_in_the_order_of_discover(tiny_llama):
     layers = [(layer, kind) for layer, kind, _ in discover(model).structures()]
     assert [(layer, kind) for layer, kind, *_ in output_matrices(model)] == layers
     assert len(layers) == len(layer_parts(model)) * len(KINDS)
+
+
+def test_nothing_is_dropped_out_while_a_model_is_measured(tiny_llama, tokens):
+    model, plain = tiny_llama(attention_dropout=0.5), tiny_llama()
+    found, wanted = (input_moments(each.train(), tokens) for each in (model, plain))
+    assert all(np.array_equal(found[key].mean, wanted[key].mean) for key in wanted)
+    assert np.abs(divergence(model.train(), plain.train(), tokens)).max() < 1e-6
+    passes = [list(Stream(each.train(), tokens, 5).through(0)) for each in (model, plain)]
+    assert torch.equal(passes[0][0].out, passes[1][0].out)
+    mixture = mixtures.build("qwen3_moe")
+    wanted = reap(mixture, tokens)[0]
+    for layer in mixture.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    found = reap(mixture.train(), tokens)[0]
+    assert all(np.array_equal(found[layer], wanted[layer]) for layer in wanted)
