@@ -250,8 +250,8 @@ def wrong_combination(config: RunConfig) -> str | None:
     again = config.criterion.name == "saap_plus" and config.criterion.cuts_for(config.prune.ratio)
     if again and (cut.search not in ("auto", "global") or cut.direction != "lowest" or cut.kinds != "pooled"):
         return (
-            "saap_plus ranks again after cuts of the lowest of all kinds in one order: leave prune.search, "
-            "prune.direction and prune.kinds as they are, or set criterion.cuts = [] and criterion.take_heads = 'pooled'"
+            "saap_plus cuts while it ranks, the lowest of all kinds in one order: leave prune.search, prune.direction and "
+            "prune.kinds as they are, or set criterion.cuts = [] and criterion.take_heads = 'pooled'"
         )
     settled = config.settled()
     measured = again and config.criterion.take_heads == "measured"
