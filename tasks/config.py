@@ -250,7 +250,7 @@ def wrong_combination(config: RunConfig) -> str | None:
     again = config.criterion.name == "saap_plus" and config.criterion.cuts_for(config.prune.ratio)
     if again and (cut.search not in ("auto", "global") or cut.direction != "lowest" or cut.kinds != "pooled"):
         return (
-            "saap_plus cuts while it ranks, the lowest of all kinds in one order: leave prune.search, prune.direction and "
+            "saap_plus cuts the lowest of all kinds while it ranks: leave prune.search, prune.direction and "
             "prune.kinds as they are, or set criterion.cuts = [] and criterion.take_heads = 'pooled'"
         )
     settled = config.settled()
