@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--own", type=int, default=0, help="sequences that the model writes itself, added to them")
     parser.add_argument("--windows", type=int, default=64, help="of each text")
     parser.add_argument("--length", type=int, default=128, help="tokens of a window")
+    parser.add_argument("--bare", action="store_true", help="calibrate without BOS where it would begin a sequence")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if "torch_pruning" in {parse(row)[0] for row in arguments.criteria}:
@@ -201,7 +202,7 @@ def main() -> None:
     bos = saap.calibration_bos(model.config.model_type, tokenizer)
     sizes = arguments.windows, arguments.length
     calibration, texts = texts_of(arguments.texts, arguments.data, tokenizer, *sizes, bos)
-    about = {"length": 128, "seed": arguments.seed, "bos": bos}
+    about = {"length": 128, "seed": arguments.seed, "bos": None if arguments.bare else bos}
     tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, **about)
     if arguments.own:
         tokens = torch.cat([tokens, saap.own_text(model, tokenizer, count=arguments.own, **about)])
