@@ -29,9 +29,10 @@ def prune(model: nn.Module, keep: np.ndarray) -> nn.Module:
     """A smaller model that holds only the groups with keep = True. The given model stays as it is.
 
     keep is bool (N,), columns in the order of `discover(model)`. Weights keep their dtype and device.
-    Raises SaapError when keep does not fit the model or empties a layer, and for weights away from their device.
+    Raises SaapError when keep does not fit the model or empties a layer, and for weights away from their device. A
+    model without weights (on the meta device) gives one without.
     """
-    if is_offloaded(model):
+    if is_offloaded(model) and any(hasattr(module, "_hf_hook") for module in model.modules()):  # accelerate's
         raise SaapError("prune slices weights, and needs a model whose weights are all on its device")
     groups = _checked(model, keep)
     rows = {(layer, kind): np.flatnonzero(keep[index]) for layer, kind, index in groups.structures()}

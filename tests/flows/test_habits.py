@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from flows import printing
+from storage.keys import digest
 from tests.flows.conftest import saap
 from tests.flows.pages.made import Maker
 from tests.flows.test_cli import refused
@@ -51,7 +52,7 @@ def test_the_schema_takes_every_configuration_of_ours_and_no_wrong_field():
 
 def test_show_says_what_where_and_how_to_load(made):
     done = saap("show", "0aa001", "--store", made)
-    folder = made / "prune" / f"{FIRST}-prune"
+    folder = made / "prune" / digest([FIRST, "prune"])
     assert done.returncode == 0, done.stderr
     for word in (
         FIRST,
