@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tasks.config import ConfigError, RunConfig, load_config
 from tasks.toml import fields_of, read_toml, toml_value
@@ -20,9 +21,7 @@ def combinations(config: str, overrides: Sequence[str] = ()) -> list[list[str]]:
     overrides: what is set for all runs; each must be a configuration with them. Raises ConfigError, also when one of
     them sets an axis: the runs would be named by values that they do not have.
     """
-    axes = read_toml(config).get("sweep")
-    if not isinstance(axes, dict) or not axes or not all(isinstance(v, list) and v for v in axes.values()):
-        raise ConfigError(f'{config} needs a [sweep] table of lists, e.g. "prune.ratio" = [0.2, 0.5]')
+    axes = _axes(config)
     if fixed := sorted(
         axis for axis in axes if axis in ("store", "store_remote") or axis.partition(".")[0] == "execute"
     ):
@@ -53,5 +52,14 @@ def base_of(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Without the values of its axes a file may be none that can be run.
     """
-    chosen = combinations(str(config), overrides)[0] if "sweep" in read_toml(config) else []
+    axes = _axes(config) if "sweep" in read_toml(config) else {}
+    chosen = (f"{path}={toml_value(values[0])}" for path, values in axes.items())
     return load_config(config, (*chosen, *overrides))
+
+
+def _axes(config: str | Path) -> dict[str, list[Any]]:
+    """The file's [sweep] table. Raises ConfigError where it is none of lists."""
+    axes = read_toml(config).get("sweep")
+    if not isinstance(axes, dict) or not axes or not all(isinstance(v, list) and v for v in axes.values()):
+        raise ConfigError(f'{config} needs a [sweep] table of lists, e.g. "prune.ratio" = [0.2, 0.5]')
+    return axes

@@ -1,12 +1,12 @@
 """Inputs that several stages share: models, tokenizers, data sets."""
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tasks.artifact import Artifact
 from tasks.compute import compute_settings
+from tasks.families import check_family
 from tasks.memory import give_back
 from tasks.step import Step
 
@@ -71,8 +71,7 @@ def calibration_bos(step: Step) -> int | None:
     """What the text to rank by begins with, for the model and tokenizer of the step's checkpoint."""
     import saap
 
-    model_type = json.loads((step.place("tokenizer") / "config.json").read_text())["model_type"]
-    return saap.calibration_bos(model_type, load_tokenizer(step))
+    return saap.calibration_bos(check_family(step.place("tokenizer"))["model_type"], load_tokenizer(step))
 
 
 @lru_cache(maxsize=1)
