@@ -177,6 +177,13 @@ def texts_of(
     }
 
 
+def calibrated_on(model: Any, tokenizer: Any, texts: list[str], own: int, seed: int, bos: int | None) -> torch.Tensor:
+    """50 sequences of 128 tokens of the texts, and so many that the model writes itself."""
+    about = {"length": 128, "seed": seed, "bos": bos}
+    tokens, _ = saap.sample_tokens(texts, tokenizer, count=50, **about)
+    return torch.cat([tokens, saap.own_text(model, tokenizer, count=own, **about)]) if own else tokens
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a checkpoint folder; the embedded SmolLM2-135M when absent")
@@ -202,10 +209,8 @@ def main() -> None:
     bos = saap.calibration_bos(model.config.model_type, tokenizer)
     sizes = arguments.windows, arguments.length
     calibration, texts = texts_of(arguments.texts, arguments.data, tokenizer, *sizes, bos)
-    about = {"length": 128, "seed": arguments.seed, "bos": None if arguments.bare else bos}
-    tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, **about)
-    if arguments.own:
-        tokens = torch.cat([tokens, saap.own_text(model, tokenizer, count=arguments.own, **about)])
+    begins = None if arguments.bare else bos
+    tokens = calibrated_on(model, tokenizer, calibration, arguments.own, arguments.seed, begins)
     cost = Cost(arguments.device)
     figures: dict[str, Any] = {}
     firsts: dict[float, list[np.ndarray]] = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import where
-from criteria import texts_of
+from criteria import calibrated_on, texts_of
 from pruning_peers import losses
 
 import saap
@@ -62,7 +62,7 @@ def main() -> None:
     tokenizer = saap.load_tokenizer(arguments.checkpoint)
     bos = saap.calibration_bos(model.config.model_type, tokenizer)
     calibration, texts = texts_of("held-out", arguments.data, tokenizer, arguments.windows, arguments.length, bos)
-    tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, length=128, seed=0, bos=bos)
+    tokens = calibrated_on(model, tokenizer, calibration, 0, 0, bos)
     groups = saap.discover(model)
     last = [(layer, index) for layer, kind, index in groups.structures() if kind == "attention" and len(index) == 1]
     if not last:

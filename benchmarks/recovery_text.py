@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from common import embedded, most_held, where
-from criteria import Cost, cut, parse, texts_of
+from criteria import Cost, calibrated_on, cut, parse, texts_of
 from pruning_peers import losses
 
 import saap
@@ -256,10 +256,8 @@ def main() -> None:
     table = Table(texts)
     table.add("dense", model, 0, 0, 0)
     for seed in arguments.seeds:
-        about = {"length": 128, "seed": seed, "bos": saap.calibration_bos(model.config.model_type, tokenizer)}
-        tokens, _ = saap.sample_tokens(calibration, tokenizer, count=50, **about)
-        if arguments.own:
-            tokens = torch.cat([tokens, saap.own_text(model, tokenizer, count=arguments.own, **about)])
+        bos = saap.calibration_bos(model.config.model_type, tokenizer)
+        tokens = calibrated_on(model, tokenizer, calibration, arguments.own, seed, bos)
         text = Source(
             *(arguments.data, model, tokenizer, arguments.length, seed), measured=arguments.windows * arguments.length
         )
