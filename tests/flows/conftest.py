@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from storage.locks import holder
 
 RECOVER = "examples = 8, prose = 0, own = 0, batch_size = 4, micro_batch_size = 4, rank = 4, group_size = 16"
 KILLER, HURRIED, FORKED = (str(Path(__file__).parent / name) for name in ("kill.py", "hurried.py", "forked.py"))
-ONE = threading.Lock()  # command at a time
+ONE = threading.Lock()  # order at a time
 
 
 @pytest.fixture
@@ -56,12 +57,50 @@ def saap(*arguments, program=("flows.cli",), environment=None):
             env={**os.environ, **environment},
             timeout=600,
         )
-    with tempfile.NamedTemporaryFile("r+") as out, tempfile.NamedTemporaryFile("r+") as error, ONE:
-        order = {"program": [*program, *arguments], "environment": dict(os.environ), "folder": os.getcwd()}
-        fork = _forks()
-        print(json.dumps({**order, "stdout": out.name, "stderr": error.name}), file=fork.stdin, flush=True)
-        code = int(fork.stdout.readline())
-        return subprocess.CompletedProcess(arguments, code, out.read(), error.read())
+    command = Command(arguments, program)
+    output, errors = command.communicate(timeout=600)
+    return subprocess.CompletedProcess(arguments, command.returncode, output, errors)
+
+
+class Command:
+    """`saap` at work beside us, used like a subprocess.Popen, in a process that has the libraries already."""
+
+    def __init__(self, arguments, program=("flows.cli",), environment=None, merged=False):
+        self.returncode = None
+        self._folder = tempfile.TemporaryDirectory()
+        self._output, self._errors, self._status = (
+            Path(self._folder.name, name) for name in ("out", "error", "status")
+        )
+        order = {
+            "program": [*program, *map(str, arguments)],
+            "environment": dict(os.environ if environment is None else environment),
+            "folder": os.getcwd(),
+            "output": str(self._output),
+            "errors": str(self._output if merged else self._errors),
+            "status": str(self._status),
+        }
+        with ONE:
+            fork = _forks()
+            print(json.dumps(order), file=fork.stdin, flush=True)
+            self.pid = int(fork.stdout.readline())
+
+    def poll(self):
+        if self.returncode is None and self._status.exists():
+            self.returncode = int(self._status.read_text())
+        return self.returncode
+
+    def communicate(self, timeout):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise subprocess.TimeoutExpired("saap", timeout)
+            time.sleep(0.02)
+        return [file.read_text() if file.exists() else "" for file in (self._output, self._errors)]
+
+    def kill(self):
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
 @lru_cache(maxsize=1)

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -25,7 +23,7 @@ from storage.runs import all_runs, read_run
 from storage.warehouse import Warehouse
 from tasks.compute import compute_settings, placed
 from tasks.config import ConfigError, load_config
-from tests.flows.conftest import at_work_in, saap
+from tests.flows.conftest import Command, at_work_in, saap
 from tests.flows.test_cli import refused
 
 PROCESSES = ("execute.runner='processes'", "execute.slots=2")
@@ -210,14 +208,18 @@ def test_a_step_that_fails_fails_the_runs_that_need_it_and_no_others(
 
 
 def start(*arguments):
-    command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Command(arguments, merged=True)
 
 
 @pytest.mark.slow
 def test_a_worker_that_dies_fails_its_step_and_the_same_command_goes_on(config, store, prefect_server):
     from prefect.client.orchestration import get_client
 
+    def recoveries():
+        with get_client(sync_client=True) as client:
+            return {run.id: run.state_name for run in client.read_task_runs(limit=200) if run.name == "recover"}
+
+    others = recoveries()
     long = [w for o in (*PROCESSES, *QUICK[1:], "recover.epochs=60") for w in ("--set", o)]
     swept(config, '{ "recover.recipe" = ["none", "lora"] }')
     sweep = start("sweep", config, *long)
@@ -230,9 +232,7 @@ def test_a_worker_that_dies_fails_its_step_and_the_same_command_goes_on(config, 
     assert "died in recover" in output
     assert "Traceback" not in output
     assert sorted(read_run(store, run_id)["status"] for run_id in all_runs(store)) == ["completed", "failed"]
-    with get_client(sync_client=True) as client:
-        states = [run.state_name for run in client.read_task_runs(limit=200) if run.name == "recover"]
-    assert "Running" not in states
+    assert "Running" not in [state for run, state in recoveries().items() if run not in others]
     made = manifests(store)
     again = saap("sweep", config, *long)
     assert again.returncode == 0, again.stderr

@@ -20,7 +20,7 @@ def tables(store):
 
 def read_until(stop, store, failed):
     while not stop.is_set():
-        done = saap("sql", "select count(*) from stage_runs", "--csv", "--store", store, environment={})
+        done = saap("sql", "select count(*) from stage_runs", "--csv", "--store", store)
         if done.returncode and "no warehouse" not in done.stderr:
             failed.append(done.stderr)
         stop.wait(1)

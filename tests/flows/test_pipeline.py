@@ -15,7 +15,7 @@ from storage.artifacts import MANIFEST
 from storage.runs import all_runs, read_run, read_stages
 from storage.warehouse import Warehouse
 from tasks.data import read_data
-from tests.flows.conftest import KILLER, ask, saap, without_server
+from tests.flows.conftest import KILLER, Command, ask, saap, without_server
 
 pytestmark = pytest.mark.slow
 STAGES = ["calibrate", "score", "fuse", "fluctuation", "prune", "recover", "evaluate", "speed"]
@@ -120,9 +120,7 @@ def test_a_damaged_and_a_deleted_artifact_are_noticed_set_aside_and_rebuilt(conf
 
 
 def test_two_runs_at_once_share_the_work_and_lose_nothing(config, store, undisturbed):
-    command = [sys.executable, "-m", "flows.cli", "run", str(config)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": without_server()}
-    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    both = [Command(("run", config), environment=without_server(), merged=True) for _ in range(2)]
     for process in both:
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output

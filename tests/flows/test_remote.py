@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -11,18 +9,46 @@ from storage.artifacts import MANIFEST, ArtifactStore
 from storage.errors import StorageError
 from storage.remote import remote_of
 from storage.runs import all_runs, read_run, read_stages
-from tests.flows.conftest import HURRIED, ask, saap
+from tests.flows.conftest import HURRIED, Command, ask, saap
 from tests.flows.test_pipeline import executed, results
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
+def config(config):
+    """One benchmark is enough here."""
+    config.write_text(config.read_text().replace('"arc_easy", ', ""))
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Where the store of a run will lie, made by the first test that needs it."""
+    return tmp_path_factory.mktemp("finished") / "store"
+
+
+@pytest.fixture
+def local(config, store, finished, prefect_server):
+    """A store with a finished run that knew of no bucket."""
+    if not finished.exists():
+        done = saap("run", config, "--store", finished)
+        assert done.returncode == 0, done.stderr
+    shutil.copytree(finished, store)
+
+
+@pytest.fixture
 def url(bucket, config):
-    """The place, which the configuration names. One benchmark is enough here."""
-    one = config.read_text().replace('"arc_easy", ', "")
-    config.write_text(f'store_remote = "s3://{bucket}/team"\n{one}')
+    """The place, which the configuration names."""
+    config.write_text(f'store_remote = "s3://{bucket}/team"\n{config.read_text()}')
     return f"s3://{bucket}/team"
+
+
+@pytest.fixture
+def shared(local, store, url):
+    """`local`, in the bucket too."""
+    done = saap("push", "--remote", url, "--store", store)
+    assert done.returncode == 0, done.stderr
 
 
 def stages(store):
@@ -59,8 +85,7 @@ def test_a_second_host_computes_nothing_and_has_the_same_results(url, config, st
     assert executed(stages(two)) == set()
 
 
-def test_a_store_emptied_by_gc_and_a_pulled_run_are_as_before(url, config, store, prefect_server):
-    assert saap("run", config).returncode == 0
+def test_a_store_emptied_by_gc_and_a_pulled_run_are_as_before(shared, url, config, store):
     rows, run_id = results(store), all_runs(store)[0]
     pulled = store.with_name("pulled")
     listed = saap("pull", "--remote", url, "--store", pulled)
@@ -82,8 +107,7 @@ def test_a_store_emptied_by_gc_and_a_pulled_run_are_as_before(url, config, store
     assert saap("export", "hf", run_id, store.with_name("exported"), "--store", store).returncode == 0
 
 
-def test_a_run_without_a_remote_is_pushed_later(config, store, bucket, s3, prefect_server):
-    assert saap("run", config).returncode == 0
+def test_a_run_without_a_remote_is_pushed_later(local, config, store, bucket, s3):
     assert s3.objects(bucket) == {}
     url = f"s3://{bucket}/late"
     done = saap("push", "--remote", url, "--store", store)
@@ -96,13 +120,12 @@ def test_a_run_without_a_remote_is_pushed_later(config, store, bucket, s3, prefe
     assert executed(stages(store.with_name("three"))) == set()
 
 
-def test_a_step_on_a_host_of_its_own_fetches_what_it_takes(url, config, store, prefect_server):
+def test_a_step_on_a_host_of_its_own_fetches_what_it_takes(shared, url, config, store):
     from flows.dag import build
     from tasks.config import load_config
     from tasks.running import find_or_publish
     from tasks.stage import stage_named
 
-    assert saap("run", config).returncode == 0
     two = ArtifactStore(store.with_name("two"))
     two.prepare()
 
@@ -120,8 +143,7 @@ def test_a_step_on_a_host_of_its_own_fetches_what_it_takes(url, config, store, p
 
 def test_two_hosts_at_once_are_no_conflict(url, config, store, s3, bucket, prefect_server):
     two = store.with_name("two")
-    command = [sys.executable, "-m", "flows.cli", "run", str(config), "--store"]
-    hosts = [subprocess.Popen([*command, str(root)], stderr=subprocess.PIPE, text=True) for root in (store, two)]
+    hosts = [Command(("run", config, "--store", root)) for root in (store, two)]
     errors = [host.communicate(timeout=600)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], errors
     assert made(store) == made(two)
@@ -133,12 +155,12 @@ def test_two_hosts_at_once_are_no_conflict(url, config, store, s3, bucket, prefe
 
 
 def test_a_host_killed_while_uploading_goes_on_from_there(url, config, store, s3, bucket, prefect_server):
-    host = subprocess.Popen([sys.executable, "-m", "flows.cli", "run", str(config)], stderr=subprocess.PIPE, text=True)
+    host = Command(("run", config))
 
     def kill(method, path):
         if method == "PUT" and "/prune/" in path and path.endswith(MANIFEST):
             host.kill()
-            host.wait()
+            host.communicate(timeout=60)
             raise ConnectionAbortedError("its sender is dead")
 
     s3.before = kill
@@ -155,8 +177,7 @@ def test_a_host_killed_while_uploading_goes_on_from_there(url, config, store, s3
     assert executed(stages(two)) == set()
 
 
-def test_a_damaged_artifact_in_the_bucket_is_made_again_and_put_right(url, config, store, s3, bucket, prefect_server):
-    assert saap("run", config).returncode == 0
+def test_a_damaged_artifact_in_the_bucket_is_made_again_and_put_right(shared, config, store, s3, bucket):
     name = next(name for name in s3.objects(bucket) if name.endswith("fused.parquet"))
     s3.client().put_object(Bucket=bucket, Key=name, Body=bytes(s3.objects(bucket)[name]))
     two = store.with_name("two")
@@ -169,8 +190,7 @@ def test_a_damaged_artifact_in_the_bucket_is_made_again_and_put_right(url, confi
     assert executed(stages(third)) == set()
 
 
-def test_connections_cut_in_the_middle_of_a_run_are_taken_up_again(url, config, store, s3, bucket, prefect_server):
-    assert saap("run", config).returncode == 0
+def test_connections_cut_in_the_middle_of_a_run_are_taken_up_again(shared, config, store, s3):
     s3.cut = 12
     two = store.with_name("two")
     done = saap("run", config, "--store", two)

@@ -3,13 +3,12 @@
 import json
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 
 from storage.keys import digest
-from tests.flows.conftest import ask, saap
+from tests.flows.conftest import Command, ask, saap
 from tests.flows.test_cli import refused
 from tests.storage.kill_points import PLAIN, run
 
@@ -158,13 +157,12 @@ def test_a_full_disk_is_one_line(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_store_removed_while_a_run_works_ends_it_in_one_line(config, store, prefect_server):
-    command = [sys.executable, "-m", "flows.cli", "run", str(config)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 300
-        while not list(store.glob("calibrate/*/manifest.json")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        store.rename(store.with_name("elsewhere"))
-        _, errors = process.communicate(timeout=300)
+    process = Command(("run", config))
+    deadline = time.monotonic() + 300
+    while not list(store.glob("calibrate/*/manifest.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    store.rename(store.with_name("elsewhere"))
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2, errors
     assert "Traceback" not in errors, errors
     assert len([line for line in errors.splitlines() if line.startswith("saap: ")]) == 1, errors
