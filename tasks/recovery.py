@@ -16,8 +16,8 @@ class Recover(Section):
     examples: Amount | None = Field(
         None, description="how many to train on; as many as there are instruction rows if absent"
     )
-    choose: Literal["first", "long"] = Field(
-        "first", description="which instruction rows: the first, or of three times as many those of the longest answers"
+    choose: Literal["long", "first"] = Field(
+        "long", description="which instruction rows: of three times as many those of the longest answers, or the first"
     )
     prose: Share = Field(
         0.3, description="share of the examples that is prose; what is neither this nor own is Alpaca's"

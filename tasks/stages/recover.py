@@ -49,15 +49,16 @@ def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[
     if data is not None:
         check_rows(count, len(tokens), len(rows))
     asked = count - len(tokens)
-    rows = longest_answers(rows[: 3 * asked], asked) if config.get("choose") == "long" else rows[:asked]
-    if tokens:
-        rows += [{"tokens": ids} for ids in tokens]
+    chosen = config.get("choose") == "long"
+    rows = longest_answers(rows[: 3 * asked], asked) if chosen else rows[:asked]
+    rows += [{"tokens": ids} for ids in tokens]
+    if tokens or chosen:
         random.Random(config["seed"]).shuffle(rows)  # the last ones are held out
     return rows
 
 
 @stage(
-    version=8,
+    version=9,
     publishes=Checkpoint,
     params=_params,
     fingerprint=_fingerprint,
