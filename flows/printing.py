@@ -45,16 +45,20 @@ def print_run(store: Path, run_id: str, data: str, page: Path | None) -> None:
         "accuracies in %, the papers' metric of each task; perplexities (↓) at 128 tokens", style="dim", highlight=False
     )
     if elsewhere:
-        console.print(
-            f"windows of 128 tokens were not measured; other perplexities: saap sql --store {store} "
-            f"\"select * from comparison where run_id = '{run_id}'\"",
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say_where_other_windows_are(store, f" where run_id = '{run_id}'")
     _say_what_data_is_for(data)
     for what, where in (("files", store), ("page", page)):
         if where is not None:
             console.print(f"{what}: {where.resolve()}", highlight=False, soft_wrap=True)
+
+
+def _say_where_other_windows_are(store: Path, which: str = "") -> None:
+    console.print(
+        f"windows of 128 tokens were not measured; other perplexities: saap sql --store {store} "
+        f'"select * from comparison{which}"',
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _say_what_data_is_for(data: str) -> None:
@@ -81,6 +85,8 @@ def print_comparison(
     """
     from flows.combinations import base_of
     from flows.compare import compare, headlines, table
+    from tasks.config import PERPLEXITIES
+    from tasks.stages.evaluate import PAPERS_WINDOW
 
     found = compare(str(config), overrides, jobs)
     print_table(*table(found), title=config.stem, keep=len(found.axes) + 2)
@@ -88,7 +94,10 @@ def print_comparison(
     console.print(f"perplexities (↓) at 128 tokens, accuracies in %{spread}", style="dim", highlight=False)
     for line in headlines(found):
         console.print(line, highlight=False)
-    _say_what_data_is_for(base_of(config, overrides).data)
+    base = base_of(config, overrides)
+    if set(base.evaluate.benchmarks) & set(PERPLEXITIES) and PAPERS_WINDOW not in base.evaluate.windows:
+        _say_where_other_windows_are(Path(base.store))
+    _say_what_data_is_for(base.data)
     if found.missing:
         again = shlex.join(["saap", "sweep", str(config), *(f"--set={override}" for override in overrides)])
         console.print(f"{found.missing} of {found.runs} runs are not complete: {again}", highlight=False)

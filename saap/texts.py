@@ -128,11 +128,17 @@ def sample_tokens(
 
 
 def longest_answers(rows: Sequence[dict[str, str]], count: int) -> list[dict[str, str]]:
-    """`count` instruction rows: those of the longest outputs, no output twice while there are others."""
-    ordered = sorted(rows, key=lambda row: len(row["output"]), reverse=True)
-    first = {row["output"]: number for number, row in reversed([*enumerate(ordered)])}
-    repeated = [row for number, row in enumerate(ordered) if first[row["output"]] != number]
-    return [*(ordered[number] for number in sorted(first.values())), *repeated][:count]
+    """`count` instruction rows: those of the longest outputs. Repeated ones fill up, then empty ones."""
+    new: list[dict[str, str]] = []
+    repeated: list[dict[str, str]] = []
+    empty: list[dict[str, str]] = []
+    seen = set()
+    for row in sorted(rows, key=lambda row: len(row["output"].strip()), reverse=True):
+        output = row["output"].strip()
+        (repeated if output in seen else new if output else empty).append(row)
+        if output:
+            seen.add(output)
+    return [*new, *repeated, *empty][:count]
 
 
 WITH_INPUT = (

@@ -96,11 +96,14 @@ class ArtifactStore:
     @contextlib.contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
         """One writer an artifact, over processes. The kernel frees the lock when its holder dies."""
-        folder = self.root / "locks"
+        file = self._lock(stage, key)
         if self.root.is_dir():
-            folder.mkdir(exist_ok=True)
-        with held(folder / f"{stage}-{key}.lock", f"{stage}/{key}", timeout=-1):
+            file.parent.mkdir(exist_ok=True)
+        with held(file, f"{stage}/{key}", timeout=-1):
             yield
+
+    def _lock(self, stage: str, key: str) -> Path:
+        return self.root / "locks" / f"{stage}-{key}.lock"
 
     @contextlib.contextmanager
     def publish(self, stage: str, key: str, **about: Any) -> Iterator[Path]:
@@ -164,10 +167,15 @@ class ArtifactStore:
             raise
 
     def all(self) -> Iterator[tuple[str, str]]:
-        """(stage, key) of every artifact folder, whole or not. What else lies in the root folder is left out."""
+        """(stage, key) of every artifact folder, whole or not. What else lies in the root folder is left out.
+
+        Other programs give folders names like ours: an artifact has a manifest, or a lock that it was published under.
+        """
         for folder in sorted(self.root.glob("*/*/")):
-            if is_key(folder.name) and folder.parent.name not in BESIDE:
-                yield folder.parent.name, folder.name
+            stage, key = folder.parent.name, folder.name
+            ours = (folder / MANIFEST).exists() or self._lock(stage, key).exists()
+            if ours and is_key(key) and stage not in BESIDE:
+                yield stage, key
 
     def work(self, stage: str, key: str) -> Path:
         """A scratch folder that survives a crash, for stages that can go on in the middle."""

@@ -74,6 +74,11 @@ class Recover(Section):
         """Of the examples that are no instructions."""
         return {"prose": self.prose, "own": self.own}
 
+    @property
+    def instructions(self) -> int | None:
+        """How many of the examples are instructions; None without a number of examples."""
+        return None if self.examples is None else self.examples - sum(counts(self.shares, self.examples).values())
+
 
 def counts(shares: dict[str, float], examples: int) -> dict[str, int]:
     """How many of so many examples are prose, and how many the model's own. shares: of these two."""

@@ -99,6 +99,9 @@ def _perplexities(step: Step, checkpoint: Checkpoint, data: Data) -> list[dict[s
     short: TooShort | None = None
     for window in config["windows"]:
         if longest is not None and window + (bos is not None) > longest:
+            if window <= longest:  # a place short of what the model allows
+                log = logging.getLogger("saap")
+                log.warning("windows of %d are not measured: a BOS before each is beyond %d positions", window, longest)
             continue
         try:
             found = saap.perplexity(

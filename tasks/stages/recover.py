@@ -29,7 +29,7 @@ def _params(config: RunConfig) -> dict[str, object]:
     unused = {name for name in ("prose", "own", "minutes") if not getattr(config.recover, name)}
     unused |= set() if config.recover.recipe == "groupwise" else {"bits", "group_size", "groups", "rounding"}
     unused |= {"epochs"} if config.recover.minutes else set()
-    unused |= {"choose"} if config.recover.choose == "first" or config.recover.examples is None else set()
+    unused |= {"choose"} if not config.recover.instructions else set()
     return config.recover.model_dump(exclude={*MEMORY, *unused, "prose_from"}) | dtype_of(config)
 
 

@@ -2,7 +2,7 @@
 
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.commands import app
 
 RUNNER = CliRunner()
 

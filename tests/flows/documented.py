@@ -10,7 +10,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.commands import app
 from flows.progress import StageLines
 from storage.runs import all_runs, read_run
 from tasks.config import load_config

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, PreTrainedTokenizerFast
 
-from flows.cli import app
+from flows.commands import app
 from saap import load, load_tokenizer, save, to_groupwise
 from tests.flows.bad_input import RUNNER, assert_refused, settings
 from tests.saap.models.families import build, publish_baichuan
@@ -195,6 +196,18 @@ def test_a_tokenizer_without_an_end_will_do_where_none_is_needed(config, folder)
     asked = ["plan", config, *settings([f"model.path={folder}", "recover.recipe=none"])]
     assert_refused(["end-of-text"], *asked)
     done = RUNNER.invoke(app, [*map(str, asked), "--set", "evaluate.benchmarks=['wikitext2']"])
+    assert done.exit_code == 0, done.exception
+
+
+def test_a_window_that_has_no_place_behind_the_bos_that_the_tokenizer_adds(config, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(folder)
+    asked = ["plan", config, *settings([f"model.path={folder}", "evaluate.windows=[256]"])]
+    assert RUNNER.invoke(app, list(map(str, asked))).exit_code == 0  # LLaMA's windows have none
+    fields("config.json", model_type="mistral", architectures=["MistralForCausalLM"])(folder)
+    assert_refused(["evaluate.windows", "256 positions behind a BOS"], *asked)
+    done = RUNNER.invoke(app, list(map(str, [*asked, *settings(["evaluate.bos=never"])])))
     assert done.exit_code == 0, done.exception
 
 

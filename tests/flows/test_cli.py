@@ -270,6 +270,22 @@ def test_a_ctrl_c_in_a_terminal_ends_a_run_in_a_line_and_its_server_with_it(conf
     assert ask(store, "select status, error from runs") == [{"status": "failed", "error": "interrupted"}]
 
 
+def test_a_ctrl_c_while_libraries_are_imported_is_a_line_too():
+    code = (
+        "import sys, flows.cli\n"
+        "class Pressed:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'duckdb':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Pressed())\n"
+        "sys.argv = ['saap', 'sql', 'select 1']\n"
+        "flows.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "saap: interrupted; the same command goes on from here\n"
+
+
 @pytest.mark.slow
 def test_a_plan_that_removes_nothing_ends_the_run_with_a_line(config, store, prefect_server):
     sets = ("prune.search=global", "prune.ratio=0.0001", "prune.kinds=mlp", "recover.recipe=none", "speed.runs=0")

@@ -15,8 +15,8 @@ import pytest
 import torch
 import typer.main
 
-from flows.cli import app
 from flows.combinations import combinations
+from flows.commands import app
 from storage.query import ask
 from storage.runs import RunRecord
 from tasks.config import check_config, load_config

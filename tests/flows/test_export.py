@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import saap
-from flows.cli import app
+from flows.commands import app
 from flows.dag import build
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse

@@ -236,6 +236,7 @@ def test_a_worker_that_dies_fails_its_step_and_the_same_command_goes_on(config, 
     made = manifests(store)
     again = saap("sweep", config, *long)
     assert again.returncode == 0, again.stderr
+    assert "windows of 128 tokens were not measured" in " ".join(again.stdout.split())
     assert manifests(store).items() >= made.items(), "what was made is made again"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from flows.cli import app
+from flows.commands import app
 from saap import load, load_tokenizer
 from tests.flows.bad_input import RUNNER, assert_refused, settings
 from tests.flows.conftest import ask, saap

@@ -171,6 +171,7 @@ def test_a_store_removed_while_a_run_works_ends_it_in_one_line(config, store, pr
 
 def test_folders_of_others_beside_a_store_survive_its_commands(filled):
     names = ("models/Llama/model.safetensors", "runs/exp/run.json", "runs/tensorboard/events", "locks/poetry.lock")
+    names += (f"photos/{PLAIN}/1.png", f"prune/{PLAIN[::-1]}/weights.bin")
     for name in names:
         (filled / name).parent.mkdir(parents=True, exist_ok=True)
         (filled / name).write_text("mine")

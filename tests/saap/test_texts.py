@@ -211,3 +211,5 @@ def test_the_longest_answers_come_first_and_twice_only_where_there_are_no_others
     rows = [{"instruction": str(number), "output": "x" * length} for number, length in enumerate((3, 9, 9, 1, 5))]
     assert [row["instruction"] for row in longest_answers(rows, 3)] == ["1", "4", "0"]
     assert [row["instruction"] for row in longest_answers(rows, 5)] == ["1", "4", "0", "3", "2"]
+    rows += [{"instruction": "empty", "output": "  "}, {"instruction": "blank", "output": ""}]
+    assert [row["instruction"] for row in longest_answers(rows, 6)] == ["1", "4", "0", "3", "2", "empty"]

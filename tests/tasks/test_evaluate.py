@@ -48,6 +48,13 @@ def test_windows_longer_than_the_text_are_left_out_with_a_line(evaluate, caplog)
     assert "ptb is not measured in windows of 250: the text has" in caplog.text
 
 
+def test_a_window_that_a_bos_has_no_place_before_is_left_out_with_a_line(evaluate, caplog):
+    (protocol,) = evaluate([16, 256, 2048], bos="always")
+    assert "windows of 16" in protocol
+    assert "windows of 256 are not measured: a BOS before each is beyond 256 positions" in caplog.text
+    assert "2048" not in caplog.text
+
+
 def test_text_that_is_replaced_while_it_is_read_is_not_published_under_the_old_key(evaluate, tmp_path, monkeypatch):
     perplexity, file = saap.perplexity, tmp_path / "data" / "ptb" / "validation.jsonl"
 

@@ -114,6 +114,12 @@ def test_instruction_rows_may_be_chosen_by_the_length_of_their_answers(text, ste
     assert wanted != first[:3]
 
 
+def test_which_rows_are_chosen_counts_where_there_are_any(step):
+    for sets, differ in (((), True), (("recover.prose=0.5", "recover.own=0.5"), False)):
+        given = {step(recover, *sets, f"recover.choose={choose}").params for choose in ("long", "first")}
+        assert (len(given) == 2) == differ
+
+
 def test_the_longest_answers_are_not_in_order_of_length(step):
     """The last rows are held out."""
     alone = "recover.prose=0", "recover.own=0"
