@@ -134,12 +134,12 @@ class Reader:
 
 
 def _shortened(file, models):
-    """A file of configs/ whose sweep has two values of its first two axes and one of any other."""
+    """A file of configs/ whose sweep has two values of its first axis and one of any other."""
     text = file.read_text()
     axes = read_toml(file).get("sweep", {})
     small = {**AXES, "model.path": [models["/models/Llama-3.2-1B"]]}
     lines = [
-        f'"{path}" = {toml_value(small.get(path, values)[: 2 if number < 2 else 1])}\n'
+        f'"{path}" = {toml_value(small.get(path, values)[: 1 if number else 2])}\n'
         for number, (path, values) in enumerate(axes.items())
     ]
     return re.sub(r"^\[sweep\]\n.*?(?=^\[|\Z)", lambda _: "".join(["[sweep]\n", *lines, "\n"]), text, flags=re.M | re.S)

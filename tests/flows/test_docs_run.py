@@ -1,7 +1,7 @@
 """Every `saap` command that README and docs show, typed in page by page: it works, and makes what the page says.
 
-The model is a tiny one and the sizes are small (tests/flows/documented.py). Of a sweep four runs are made at most: two
-values of its first two axes, one of any other. One store serves all pages: what an earlier one made is found.
+The model is a tiny one and the sizes are small (tests/flows/documented.py). Of a sweep two runs are made: two values of
+its first axis, one of any other. One store serves all pages: what an earlier one made is found.
 """
 
 import html
