@@ -96,13 +96,13 @@ class ArtifactStore:
     @contextlib.contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
         """One writer an artifact, over processes. The kernel frees the lock when its holder dies."""
-        file = self._lock(stage, key)
+        file = self.lock_file(stage, key)
         if self.root.is_dir():
             file.parent.mkdir(exist_ok=True)
         with held(file, f"{stage}/{key}", timeout=-1):
             yield
 
-    def _lock(self, stage: str, key: str) -> Path:
+    def lock_file(self, stage: str, key: str) -> Path:
         return self.root / "locks" / f"{stage}-{key}.lock"
 
     @contextlib.contextmanager
@@ -173,7 +173,7 @@ class ArtifactStore:
         """
         for folder in sorted(self.root.glob("*/*/")):
             stage, key = folder.parent.name, folder.name
-            ours = (folder / MANIFEST).exists() or self._lock(stage, key).exists()
+            ours = (folder / MANIFEST).exists() or self.lock_file(stage, key).exists()
             if ours and is_key(key) and stage not in BESIDE:
                 yield stage, key
 

@@ -100,10 +100,10 @@ def _left_by_the_dead(store: ArtifactStore) -> Iterator[Waste]:
     root = store.root
     for path, name in _named(root, "*/.draft-*", _DRAFT):
         stage, key = path.parent.name, name[1]
-        if not is_held(_lock(store, stage, key)):
+        if not is_held(store.lock_file(stage, key)):
             yield Waste("draft", path, size(path), "its run died", (stage, key))
     for path, name in _named(root, "work/*", _WORK):
-        if not is_held(_lock(store, name[1], name[2])):
+        if not is_held(store.lock_file(name[1], name[2])):
             why = "its run died; run again, it would go on from here"
             yield Waste("work folder", path, size(path), why, (name[1], name[2]))
     for path in sorted(root.glob("runs/[!.]*/")):
@@ -160,7 +160,7 @@ def remove(store: ArtifactStore, waste: Iterable[Waste]) -> int:
         return one.runs is None or (not at_work and _run_folders(root) <= one.runs)
 
     for one in sorted(waste, key=lambda one: (one.kind != "run record", one.kind == "lock")):
-        lock = one.path if one.kind == "lock" else _lock(store, *one.reference) if one.reference else None
+        lock = one.path if one.kind == "lock" else store.lock_file(*one.reference) if one.reference else None
         new = lock is not None and not lock.exists()
         holding = contextlib.nullcontext() if lock is None else held(lock, str(one.path), timeout=0)
         with contextlib.suppress(BusyError), holding:
@@ -251,7 +251,3 @@ def size(path: Path) -> int:
                 with contextlib.suppress(FileNotFoundError):
                     found += os.lstat(os.path.join(folder, name)).st_size
     return found
-
-
-def _lock(store: ArtifactStore, stage: str, key: str) -> Path:
-    return store.root / "locks" / f"{stage}-{key}.lock"
