@@ -17,7 +17,7 @@ from tests.saap.export.gguf_files import exported, pruned, refused, with_output_
 from tests.saap.models.families import GATED, SMALL, build, random_keep
 
 IDS = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(5)).tolist()
-TOKENS = {"f16": 2048, "q4_1": 512}  # of the real model's perplexity; llama.cpp's q4_1 is slow
+TOKENS = {"f32": 256, "f16": 2048, "q4_1": 512}  # of the real model's perplexity; llama.cpp's f32 and q4_1 are slow
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -183,23 +183,25 @@ def test_a_real_pruned_and_recovered_model_in_llama_cpp(smollm2, mini, tmp_path)
     ids = tokenizer(text)["input_ids"]
     windows = [ids[start : start + 256] for start in range(0, max(TOKENS.values()), 256)]
     found = {}
-    for name, ours in (("f16", small), ("q4_1", int4)):
+    for name, ours, floats in (("f32", small, "f32"), ("f16", small, "f16"), ("q4_1", int4, "f16")):
         (tmp_path / name).mkdir()
-        _, file = exported(ours, tokenizer, tmp_path / name, floats="f16")
+        _, file = exported(ours, tokenizer, tmp_path / name, floats=floats)
         with LlamaCpp(file, context=256, exact=True) as other:
             assert other.tokenize(text) == ids
             logits = [other.logits(window) for window in windows[: TOKENS[name] // 256]]
             found[name] = [mean_loss(*pair) for pair in zip(logits, windows, strict=False)], logits[0]
             if name != "q4_1":
                 assert other.greedy(ids[:32], 16) == greedy_of(small, ids[:32], 16)
-    for name, ours, closeness in (("f16", small, 1e-3), ("q4_1", dequantize(copy.deepcopy(int4)), 3e-2)):
-        logits = [logits_of(ours, window) for window in windows[: TOKENS[name] // 256]]
+    for ours, names in ((small, ("f16", "f32")), (dequantize(copy.deepcopy(int4)), ("q4_1",))):
+        logits = [logits_of(ours, window) for window in windows[: TOKENS[names[0]] // 256]]
         expected = [mean_loss(*pair) for pair in zip(logits, windows, strict=False)]
-        losses, first = found[name]
-        error, largest = np.abs(first - logits[0]), np.abs(logits[0]).max()
-        # activations rounded to int8 leave single logits far off
-        assert (error.mean() if name == "q4_1" else error.max()) < 2e-2 * largest
-        assert np.exp(np.mean(losses)) == pytest.approx(np.exp(np.mean(expected)), rel=closeness)
+        for name in names:
+            tolerance, closeness = {"f32": (1e-5, 1e-5), "f16": (2e-2, 1e-3), "q4_1": (2e-2, 3e-2)}[name]
+            losses, first = found[name]
+            error, largest = np.abs(first - logits[0]), np.abs(logits[0]).max()
+            # activations rounded to int8 leave single logits far off
+            assert (error.mean() if name == "q4_1" else error.max()) < tolerance * largest
+            assert np.exp(np.mean(losses)) == pytest.approx(np.exp(np.mean(expected[: len(losses)])), rel=closeness)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "q4_1" / "model.gguf").tensors}
     packed = 0
     for layer, module in enumerate(int4.model.layers):
