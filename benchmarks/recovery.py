@@ -31,14 +31,14 @@ RECIPES = ("groupwise", "lora", "qlora")
 def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     """A function that makes one optimiser step of a recipe and returns its seconds."""
     from saap import RECIPES
+    from saap.models.lean import attending, fastest_attention, lean
     from saap.recovery.loss import Student
-    from saap.recovery.recover import fastest_attention
 
     device = arguments.device
     model = RECIPES[name](rank=arguments.rank).prepare(
         randomly_pruned(random_llama(arguments.shape, device), 0.2), torch.zeros(1, 8, dtype=torch.int64)
     )
-    model.set_attn_implementation(fastest_attention(model, device, "bfloat16", arguments.length))
+    attention = fastest_attention(model, device, torch.bfloat16, arguments.length)
     student = Student(model).train()
     learned = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learned, lr=1e-4)
@@ -49,7 +49,7 @@ def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     def step() -> float:
         wait(device)
         start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16):
+        with lean(model), attending(model, attention), torch.autocast(device, torch.bfloat16):
             loss = student(**batch)["loss"]
         loss.backward()
         optimiser.step()

@@ -8,6 +8,7 @@ from torch import nn
 
 from saap.errors import SaapError
 from saap.models.groups import Groups, discover
+from saap.models.lean import lean
 from saap.models.logits import logits_of
 from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
@@ -175,7 +176,7 @@ class _Gates:
             for start, end, (*_, linear) in zip(self.edges, self.edges[1:], self.matrices, strict=False)
         ]
         self.model.eval()
-        with torch.enable_grad(), FastLinears():
+        with torch.enable_grad(), lean(self.model), FastLinears():
             states = self.model.get_input_embeddings()(ids.to(device)).detach().requires_grad_()  # type: ignore[operator]
             last = self.model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
         states, dense = last.detach().flatten(0, 1), dense.flatten(0, 1)

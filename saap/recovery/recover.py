@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from saap.errors import SaapError
+from saap.models.lean import attending, fastest_attention, lean
 from saap.recovery.loss import Student
 from saap.recovery.recipes import Groupwise, Recipe
 from saap.recovery.training import Training, TrainingStep
@@ -62,22 +63,22 @@ def recover(
     if training.precision == "float32":
         _widen(models)
     empty = skeleton(prepared) if fsdp else None
-    for one in models if fsdp else ():
-        shard(one, device)
-    if training.gradient_checkpointing:
-        prepared.gradient_checkpointing_enable({"use_reentrant": False})
-    attention = prepared.config._attn_implementation
-    prepared.set_attn_implementation(fastest_attention(prepared, device.type, training.precision, training.max_length))
-    student = Student(prepared, teacher, training.distill)
-    if fsdp:
-        average_only_what_learns(student)
-    steps = _steps(train(student, learnt_from, held_out, tokenizer, Path(work), training, device))
+    precision = getattr(torch, training.precision)
+    attention = fastest_attention(prepared, device.type, precision, training.max_length)
+    with lean(prepared), attending(prepared, attention):
+        for one in models if fsdp else ():
+            shard(one, device)
+        if training.gradient_checkpointing:
+            prepared.gradient_checkpointing_enable({"use_reentrant": False})
+        student = Student(prepared, teacher, training.distill)
+        if fsdp:
+            average_only_what_learns(student)
+        steps = _steps(train(student, learnt_from, held_out, tokenizer, Path(work), training, device))
     if empty is not None:
         gather(prepared, empty)
         return (_narrow(recipe.finish(empty), dtypes) if PartialState().is_main_process else empty), steps
     if training.gradient_checkpointing:
         prepared.gradient_checkpointing_disable()
-    prepared.set_attn_implementation(attention)
     return _narrow(recipe.finish(prepared), dtypes), steps
 
 
@@ -149,16 +150,6 @@ def _windows(examples: list[dict[str, Any]], length: int) -> torch.Tensor:
             break
     count = min(len(tokens), CODED_ON) // length
     return torch.tensor(tokens[: count * length] if count else tokens).view(max(count, 1), -1)
-
-
-def fastest_attention(model: Any, device: str, precision: str, length: int) -> str:
-    """The attention implementation to train with on examples of at most `length` tokens.
-
-    On a CPU in bfloat16, torch's fused one takes four times as long as plain products, forward and backward. But plain
-    products keep the square of the length for the backward pass, so they are for short examples.
-    """
-    plain = device == "cpu" and precision == "bfloat16" and length <= 512
-    return "eager" if plain else str(model.config._attn_implementation)
 
 
 def _check(training: Training, teacher: nn.Module | None, device: torch.device) -> None:

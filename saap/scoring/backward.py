@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from saap.models.families import family_of
 from saap.models.groups import weight_of
+from saap.models.lean import again, attending, fastest_attention, lean
 from saap.models.logits import cross_entropy
 from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
@@ -32,7 +33,8 @@ def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0, *, recom
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     ids = batch.to(input_device(model))
-    with frozen(model):
+    attention = fastest_attention(model, ids.device.type, embedding.weight.dtype, ids.shape[1])
+    with frozen(model), lean(model), attending(model, attention):
         with torch.enable_grad(), _recomputed(model) if recompute or is_offloaded(model) else FastLinears():
             states = embedding(ids).detach().requires_grad_()
             last = model.base_model(inputs_embeds=states, use_cache=False).last_hidden_state  # type: ignore[operator]
@@ -48,11 +50,12 @@ def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0, *, recom
 @contextmanager
 def watch_gradients(linears: list[nn.Linear], see: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
     """While open, a backward pass calls see(index, x, δ) for each linear: its input and its output's gradient."""
+    latest: list[Any] = [None, None]  # the last input that was made again, behind what made it: linears share them
 
     def hook(index: int) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
         def forward(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
             if output.requires_grad:  # not in a forward pass that will be repeated
-                kept = [_keep(inputs[0])]  # until it is seen: the graph lives longer
+                kept = [_keep(inputs[0], latest)]  # until it is seen: the graph lives longer
                 output.register_hook(lambda delta: see(index, kept.pop()(), delta.detach()))
 
         return forward
@@ -64,11 +67,21 @@ def watch_gradients(linears: list[nn.Linear], see: Callable[[int, torch.Tensor, 
         yield
 
 
-def _keep(x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Gives x again. A product, as down_proj's input is, comes from its factors: autograd keeps those."""
-    node: Any = x.grad_fn
-    if type(node).__name__ == "MulBackward0" and node._saved_self is not None and node._saved_other is not None:
-        return lambda: (node._saved_self * node._saved_other).detach()
+def _keep(x: torch.Tensor, latest: list[Any]) -> Callable[[], torch.Tensor]:
+    """Gives x again; where autograd keeps what it was made of (a norm, the gate of an MLP, a product), from that."""
+    node, make = x.grad_fn, again(x)
+    if make is not None:
+
+        def shared() -> torch.Tensor:
+            if latest[0] is not node:
+                latest[:] = node, make()
+            made: torch.Tensor = latest[1]
+            return made
+
+        return shared
+    product: Any = node
+    if type(node).__name__ == "MulBackward0" and product._saved_self is not None and product._saved_other is not None:
+        return lambda: (product._saved_self * product._saved_other).detach()
     x = x.detach()
     return lambda: x
 

@@ -21,7 +21,7 @@ class Fisher(Artifact):
         return read_table(self.place, "fisher")["fisher"]
 
 
-@stage(version=3, publishes=Fisher, params=groups_of, fingerprint=weights_of)
+@stage(version=4, publishes=Fisher, params=groups_of, fingerprint=weights_of)
 def fisher(step: Step, folder: Path, *, model: Checkpoint, calibration: Calibration) -> Summary:
     import saap
 

@@ -26,7 +26,7 @@ class Taylor(Artifact):
         return TaylorSums(**{field.name: table[field.name] for field in fields(TaylorSums)})
 
 
-@stage(version=3, publishes=Taylor, params=groups_of, fingerprint=weights_of)
+@stage(version=4, publishes=Taylor, params=groups_of, fingerprint=weights_of)
 def gradients(step: Step, folder: Path, *, model: Checkpoint, calibration: Calibration) -> Summary:
     import saap
 

@@ -35,7 +35,7 @@ def _params(config: RunConfig) -> dict[str, Any]:
     return {"criterion": config.criterion.name} | groups_of(config) | options
 
 
-@stage(version=4, publishes=Ranking, params=_params, fingerprint=weights_of)
+@stage(version=5, publishes=Ranking, params=_params, fingerprint=weights_of)
 def rank(
     step: Step,
     folder: Path,

@@ -58,7 +58,7 @@ def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[
 
 
 @stage(
-    version=9,
+    version=10,
     publishes=Checkpoint,
     params=_params,
     fingerprint=_fingerprint,

@@ -26,7 +26,7 @@ class Importance(Artifact):
 
 
 @stage(
-    version=2,
+    version=3,
     publishes=Importance,
     params=lambda config: config.score.model_dump() | groups_of(config),
     fingerprint=weights_of,

@@ -19,8 +19,9 @@ def assert_scores_as(model, whole):
     assert is_offloaded(model)
     vector, element = score(model, IDS)
     vector_in_memory, element_in_memory = score(whole, IDS)
-    # weights at other addresses: products may round differently, and vector is a sum that cancels
-    np.testing.assert_allclose(element, element_in_memory, rtol=1e-5)
+    # transformers' own norms (accelerate holds their weights) and other products round differently; vector is a sum
+    # that cancels
+    np.testing.assert_allclose(element, element_in_memory, rtol=5e-5)
     assert (np.abs(vector - vector_in_memory) <= 1e-5 * element_in_memory).all()
     assert np.array_equal(weight_norms(model), weight_norms(whole))
     np.testing.assert_allclose(mask_fisher(model, IDS), mask_fisher(whole, IDS), rtol=1e-4, atol=1e-12)
