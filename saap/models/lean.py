@@ -153,7 +153,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `ATTENTION` names. Where the scores have more to them (a cap, sinks, dropout), the family's own products."""
     if dropout or any(more.get(name) is not None for name in ("softcap", "s_aux")):
-        plain = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        plain = sys.modules[type(module).__module__].eager_attention_forward
         found: tuple[torch.Tensor, torch.Tensor | None] = plain(
             module, q, k, v, mask, scaling=scaling, dropout=dropout, **more
         )
