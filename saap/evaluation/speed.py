@@ -11,6 +11,7 @@ from torch import nn
 
 from saap.evaluation.joined import joined_kernels
 from saap.evaluation.sizes import Size
+from saap.models.logits import rows_for_the_head
 from saap.progress import tqdm
 
 T = TypeVar("T")
@@ -159,7 +160,8 @@ class Decoder:
     def run(self) -> tuple[float, float, float]:
         """Seconds for the prompt, for decoding, and for decoding without a graph (here the same)."""
         start = time.perf_counter()
-        out = self.model(self.prompt, use_cache=True, logits_to_keep=1)
+        with rows_for_the_head(self.model):
+            out = self.model(self.prompt, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
         middle = time.perf_counter()
         for _ in range(self.steps):
@@ -202,7 +204,8 @@ class GraphDecoder(Decoder):
 
     def _prefill(self) -> None:
         self.cache.reset()
-        out = self.model(self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        with rows_for_the_head(self.model):
+            out = self.model(self.prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.token.copy_(out.logits[:, -1:].argmax(-1))
 
     def _step(self) -> None:

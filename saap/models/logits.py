@@ -1,5 +1,7 @@
 """Logits of final states; the cross-entropy of next tokens and its gradient, a part of the vocabulary at a time."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +10,21 @@ from saap.models.families import family_of
 from saap.models.products import product
 
 LOGITS = {"cpu": 1 << 20, "cuda": 1 << 24}  # at a time: 4 MB of float32 on a CPU, to fit its caches; 64 MB on a GPU
+
+
+@contextmanager
+def rows_for_the_head(model: Any) -> Iterator[None]:
+    """While open, the head gets its states one behind the other in memory.
+
+    The states of the last place of several rows (`logits_to_keep`) are not, and then torch multiplies each row by a
+    copy of a frozen weight: as many copies as rows, at once, and on a CPU in bfloat16 a hundred times the seconds.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def logits_of(model: Any, states: torch.Tensor) -> torch.Tensor:

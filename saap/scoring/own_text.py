@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from saap.errors import SaapError
+from saap.models.logits import rows_for_the_head
 from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
 from saap.progress import tqdm
@@ -45,7 +46,7 @@ def own_text(
     draws = torch.from_numpy(np.stack([np.random.default_rng([seed, i]).random(length) for i in range(count)]))
     first = plain[(draws[:, :1] * len(plain)).long()]
     written = []
-    with tqdm(total=count, desc="own text", unit="sequence") as bar, FastLinears():
+    with tqdm(total=count, desc="own text", unit="sequence") as bar, FastLinears(), rows_for_the_head(model):
         for draw, token in zip(draws.split(AT_ONCE), first.split(AT_ONCE), strict=True):
             tokens = [token]
             step = torch.cat([behind.expand(len(token), -1), token], 1).to(device)

@@ -4,6 +4,7 @@ import torch
 from scipy.stats import chisquare
 
 from saap import SaapError, own_text
+from saap.evaluation.speed import Decoder
 
 
 def test_each_token_is_the_one_whose_share_of_the_distribution_the_draw_falls_into(tiny_llama, tiny_tokenizer):
@@ -45,6 +46,22 @@ def test_bos_is_the_first_token_of_a_sequence_where_it_is_asked_for(tiny_llama, 
         own_text(model, tiny_tokenizer, count=3, length=n, seed=1, bos=bos) for n, bos in ((5, None), (6, 1))
     )
     assert begun.tolist() == [[1, *ids] for ids in plain.tolist()]
+
+
+@pytest.mark.parametrize("what", ["own text", "speed"])
+def test_the_head_gets_its_rows_one_behind_the_other(tiny_llama, tiny_tokenizer, monkeypatch, what):
+    """Or torch would make a copy of a frozen head for each (findings/frozen_head_is_copied_for_each_row.sh)."""
+    model, seen = tiny_llama(), []
+    head = model.get_output_embeddings()
+    plain = head.forward
+    monkeypatch.setattr(head, "forward", lambda states: seen.append(states) or plain(states))
+    if what == "own text":
+        monkeypatch.setattr("saap.scoring.own_text.leading_bos", lambda tokenizer: [1])  # a first step of two tokens
+        own_text(model, tiny_tokenizer, count=5, length=4, seed=0)
+    else:
+        Decoder(model, batch_size=5, prompt_tokens=3, new_tokens=2).run()
+    assert len(seen[0]) == 5
+    assert all(states.is_contiguous() for states in seen)
 
 
 def test_a_model_with_a_weight_that_is_not_a_number_writes_nothing(tiny_llama, tiny_tokenizer):
