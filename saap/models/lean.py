@@ -8,7 +8,7 @@ its probabilities too) and make the rest again. Results differ from the plain on
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ SHORT = 512  # tokens: ATTENTION keeps the square of the length
 def lean(model: nn.Module) -> Iterator[None]:
     """While open, every frozen RMS norm and gated MLP of the model is one of these.
 
-    Only modules that compute just what these do: one of each class is tried on random numbers. Modules whose `forward`
+    Only modules that compute just what these do: each class is tried on random numbers. Modules whose `forward`
     somebody else has replaced stay as they are, and so do those whose weights are not here (offload).
     """
     with ExitStack() as stack:
@@ -167,31 +167,28 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 def _replacement(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """A lean `forward` of a module, or None."""
-    kind = type(module)
-    if any(parameter.is_meta for parameter in module.parameters()):
-        return None
-    if kind.__name__.endswith("RMSNorm"):
+    if type(module).__name__.endswith("RMSNorm"):
         weight = getattr(module, "weight", None)
-        if weight is None or weight.requires_grad or weight.ndim != 1:
+        if weight is None or weight.requires_grad or weight.is_meta or weight.ndim != 1:
             return None
-        if kind not in _OFFSETS:
-            _OFFSETS[kind] = next((o for o in (0.0, 1.0) if _same(module, _norm(module, o), len(weight))), None)
-        offset = _OFFSETS[kind]
-        return None if offset is None else _norm(module, offset)
-    if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn", "hidden_size")):
-        if kind not in _GATED:
-            _GATED[kind] = _same(module, partial(_gated, module), module.hidden_size)
-        return partial(_gated, module) if _GATED[kind] else None
+        offset = _offset(type(module), _eps(module))
+        return None if offset is None else partial(_norm, module, offset)
+    if all(hasattr(module, name) for name in (*PROJECTIONS, "act_fn")):
+        return partial(_gated, module) if _is_gated(type(module)) else None
     return None
 
 
-_OFFSETS: dict[type, float | None] = {}  # class of norms → what is added to the weight; None: another formula
-_GATED: dict[type, bool] = {}  # class of MLPs → whether they are down(act(gate(x))·up(x))
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def _norm(module: Any, offset: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", 0.0)
-    return lambda x: _Norm.apply(x, module.weight.float() + offset, eps)
+def _eps(module: Any) -> float:
+    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", 0.0)
+
+
+def _norm(module: Any, offset: float, x: torch.Tensor) -> torch.Tensor:
+    weight = module.weight.float()
+    found: torch.Tensor = _Norm.apply(x, weight + offset if offset else weight, _eps(module))
+    return found
 
 
 def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -199,10 +196,42 @@ def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
+@cache
+def _offset(kind: Any, eps: float) -> float | None:
+    """What a class of norms adds to its weight, 0 or 1; None if it computes something else."""
+    one = _bare(kind, weight=nn.Parameter(_random(WIDTH)), eps=eps, variance_epsilon=eps)
+    return next((offset for offset in (0.0, 1.0) if _same(one, partial(_norm, one, offset))), None)
+
+
+@cache
+def _is_gated(kind: Any) -> bool:
+    """Whether a class of MLPs computes down(act(gate(x))·up(x))."""
+    one = _bare(kind, **{name: nn.Linear(WIDTH, WIDTH) for name in PROJECTIONS}, act_fn=nn.Tanh())
+    return _same(one, partial(_gated, one))
+
+
+WIDTH = 8  # of what a class is tried on
+
+
+def _bare(kind: Any, **members: Any) -> Any:
+    """An instance with these members alone."""
+    one = kind.__new__(kind)
+    nn.Module.__init__(one)
+    for name, member in members.items():
+        setattr(one, name, member)
+    return one
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
 @torch.no_grad()
-def _same(module: Any, other: Callable[[torch.Tensor], torch.Tensor], width: int) -> bool:
-    """Whether both give the same for random numbers, but for rounding."""
-    some = next(module.parameters())
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(some.device, some.dtype)
-    theirs, ours = module(x).float(), other(x).float()
-    return bool((theirs - ours).norm() <= 4 * torch.finfo(some.dtype).eps * theirs.norm())
+def _same(module: Any, other: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether both give the same for random numbers, but for rounding; not if the module lacks something for that."""
+    x = _random(4, WIDTH)
+    try:
+        theirs = module(x)
+    except AttributeError:
+        return False
+    return bool((theirs - other(x)).norm() <= 1e-5 * theirs.norm())

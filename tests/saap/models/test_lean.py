@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import saap
 from saap.models.lean import ATTENTION, again, attending, fastest_attention, lean
 from tests.saap.models.families import CASES, IDS, build
 
@@ -24,7 +25,7 @@ def replaced(model):
     return {type(m).__name__ for m in model.modules() if "forward" in vars(m)}
 
 
-def kept_bytes(model, mask=None):
+def kept_bytes(model, ids=BATCH):
     """Bytes that a forward pass keeps for its backward, beside the weights."""
     known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     seen = {}
@@ -34,9 +35,9 @@ def kept_bytes(model, mask=None):
             seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t  # stays alive with the graph, so no address is met twice
 
-    states = model.get_input_embeddings()(BATCH).detach().requires_grad_()
+    states = model.get_input_embeddings()(ids).detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model.base_model(inputs_embeds=states, attention_mask=mask, use_cache=False).last_hidden_state.sum().item()
+        model.base_model(inputs_embeds=states, use_cache=False)
     return sum(seen.values())
 
 
@@ -79,15 +80,23 @@ def test_attention_is_that_of_plain_products(case, mask):
     model.set_attn_implementation("eager")
     seen = slice(None) if mask is None else mask.bool()  # what a padded place gives is nobody's business
     states, gradient = logits_and_gradient(model, mask)
-    plain = kept_bytes(model, mask)
     with attending(model, attention):
         lean_states, lean_gradient = logits_and_gradient(model, mask)
-        kept = kept_bytes(model, mask)
     torch.testing.assert_close(lean_states[seen], states[seen], rtol=1e-4, atol=1e-5)
     assert (lean_gradient[seen] - gradient[seen]).norm() <= 1e-5 * gradient[seen].norm()
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     assert capped == (case == "gemma2"), "which has more to its scores, and so is left to transformers"
-    assert kept < plain or attention != ATTENTION or capped
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3", "qwen3"])
+def test_attention_in_half_precision_keeps_less_than_plain_products(case):
+    model = build(case).requires_grad_(False).eval().bfloat16()
+    ids = torch.arange(128).expand(2, -1)
+    kept = {}
+    for implementation in ("eager", ATTENTION):
+        with attending(model, implementation), lean(model):
+            kept[implementation] = kept_bytes(model, ids=ids)
+    assert kept[ATTENTION] < 0.7 * kept["eager"]
 
 
 def test_rows_that_see_nothing_are_finite_in_bfloat16():
@@ -109,6 +118,17 @@ def test_what_learns_and_what_somebody_else_replaced_stays(monkeypatch):
         assert second.mlp.forward is own
     assert replaced(model) == {"LlamaMLP"}
     assert second.mlp.forward is own
+
+
+@pytest.mark.parametrize("recipe", saap.RECIPES)
+def test_what_a_recipe_prepares_is_lean_too(recipe):
+    model = saap.RECIPES[recipe](rank=4).prepare(build("llama"), IDS)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(IDS).logits
+        with lean(model):
+            assert replaced(model) == {"LlamaRMSNorm", "LlamaMLP"}
+            mine = model(IDS).logits
+    assert (mine - plain).norm() <= 0.03 * plain.norm()
 
 
 def test_an_error_leaves_the_model_as_it_was():
