@@ -167,14 +167,15 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 def _replacement(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """A lean `forward` of a module, or None."""
-    if type(module).__name__.endswith("RMSNorm"):
+    kind: Any = type(module)
+    if kind.__name__.endswith("RMSNorm"):
         weight = getattr(module, "weight", None)
         if weight is None or weight.requires_grad or weight.is_meta or weight.ndim != 1:
             return None
-        offset = _offset(type(module), _eps(module))
+        offset = _offset(kind, _eps(module))
         return None if offset is None else partial(_norm, module, offset)
     if all(hasattr(module, name) for name in (*PROJECTIONS, "act_fn")):
-        return partial(_gated, module) if _is_gated(type(module)) else None
+        return partial(_gated, module) if _is_gated(kind) else None
     return None
 
 
@@ -182,7 +183,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def _eps(module: Any) -> float:
-    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", 0.0)
+    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
 
 
 def _norm(module: Any, offset: float, x: torch.Tensor) -> torch.Tensor:
