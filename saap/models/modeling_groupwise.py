@@ -38,19 +38,22 @@ class GroupwiseLinear(nn.Module):
         stream = digits.flatten(1)[:, : self.in_features * parts].unflatten(1, (self.in_features, parts))
         return (stream * (1 << places[:parts])).sum(-1, dtype=torch.uint8)
 
-    def weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights the codes stand for, (out, in), computed in float32."""
+    def weight(self, dtype: torch.dtype = torch.float32, constant: torch.Tensor | None = None) -> torch.Tensor:
+        """The weights the codes stand for, (out, in), computed in float32; `constant` is added to the zeros."""
         scale: torch.Tensor = self.scale  # type: ignore[assignment]
         zero: torch.Tensor = self.zero  # type: ignore[assignment]
         codes = self._by_group(_decode(self, torch.float32, 0))
-        weight = torch.addcmul(zero.float().unsqueeze(-1), codes, scale.float().unsqueeze(-1))
+        zero = zero.float() if constant is None else zero.float() + constant
+        weight = torch.addcmul(zero.unsqueeze(-1), codes, scale.float().unsqueeze(-1))
         return weight.flatten(1)[:, : self.in_features].to(dtype)
 
-    def centred(self, dtype: torch.dtype) -> torch.Tensor:
-        """scale·(code − 2^(bits−1)), (out, in): the weights but for what is constant on a group."""
+    def centred(self, dtype: torch.dtype, constant: torch.Tensor | None = None) -> torch.Tensor:
+        """scale·(code − 2^(bits−1)), (out, in): the weights but for what is constant on a group; or plus `constant`."""
         scale: torch.Tensor = self.scale  # type: ignore[assignment]
-        codes = self._by_group(_decode(self, dtype, 2 ** (self.bits - 1)))
-        return codes.mul_(scale.to(dtype).unsqueeze(-1)).flatten(1)[:, : self.in_features]
+        codes = self._by_group(_decode(self, dtype, 2 ** (self.bits - 1))).mul_(scale.to(dtype).unsqueeze(-1))
+        if constant is not None:
+            codes.add_(constant.unsqueeze(-1))
+        return codes.flatten(1)[:, : self.in_features]
 
     def offset(self) -> torch.Tensor:
         """zero + 2^(bits−1)·scale, float32 (out, groups): what `centred` leaves out, small beside the weights."""
@@ -108,10 +111,7 @@ class _GroupwiseMatmul(torch.autograd.Function):
 
 
 def _matrix(linear: GroupwiseLinear, dtype: torch.dtype, constant: torch.Tensor | None = None) -> torch.Tensor:
-    matrix = linear.weight() if dtype == torch.float32 else linear.centred(dtype)
-    if constant is not None:
-        matrix += constant.repeat_interleave(linear.group_size, 1)[:, : linear.in_features]
-    return matrix
+    return linear.weight(constant=constant) if dtype == torch.float32 else linear.centred(dtype, constant)
 
 
 def _decode(linear: GroupwiseLinear, dtype: torch.dtype, minus: int) -> torch.Tensor:

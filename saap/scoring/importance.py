@@ -20,7 +20,7 @@ from saap.scoring.expert_importance import ExpertChannels
 from saap.scoring.salience import TILE, channel_sums
 
 # Tokens in one pass where no batch size is asked for. On a CPU enough for full matrix products, since what a pass keeps
-# for its backward grows with them (40 kB a token and layer of a model 576 wide, 170 kB of one 4,096 wide in 16 bits).
+# for its backward grows with them (23 kB a token and layer of a model 576 wide, 93 kB of one 4,096 wide in 16 bits).
 # On a GPU launching a pass's kernels takes as long as 2,000 tokens' arithmetic, and weights that are fetched layer by
 # layer are worth even more: such passes keep only the inputs of layers, and repeat each layer in the backward.
 TOKENS_AT_ONCE = {"cpu": 128, "cuda": 3200, "offloaded": 8192}
