@@ -67,11 +67,11 @@ def scoring(arguments: argparse.Namespace) -> Figures:
 def training(arguments: argparse.Namespace) -> Figures:
     import recovery
 
-    found = last_line(recovery.main, ["--recipes", "groupwise", "qlora", "--repeats", str(arguments.rounds)])
+    found = last_line(recovery.main, ["--recipes", "groupwise", "plain_qlora", "--repeats", str(arguments.rounds)])
     peaks = found["peak_bytes"]
     return {
-        "groupwise_over_qlora": found["groupwise_over_qlora_speed"],
-        "groupwise_peak_over_qlora": round(peaks["groupwise"] / peaks["qlora"], 3),
+        "groupwise_over_qlora": found["groupwise_over_plain_qlora_speed"],
+        "groupwise_peak_over_qlora": round(peaks["groupwise"] / peaks["plain_qlora"], 3),
     }
 
 

@@ -5,7 +5,9 @@
 
 Random weights in bfloat16, pruned by 20 % with random scores: speed and memory do not depend on the values. One
 optimiser step of each recipe in turn (loss on half of the tokens, as on Alpaca), after one unmeasured; the peak of each
-is measured in a process of its own, above what that process held before it made the model. The bound of a step is the
+is measured in a process of its own, above what that process held before it made the model. `plain_qlora` is QLoRA as
+peft and bitsandbytes alone train it, through transformers' own norms, MLPs and plain attention; ours keep less for the
+backward pass (`saap/models/lean.py`). The bound of a step is the
 operations of its matrix products at the speed of the fastest single product here. Prints a table and, as its last line,
 one JSON object.
 """
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from common import SHAPES, held, most_held, random_llama, randomly_pruned, where
 
 from saap.evaluation.speed import in_turn
 
-RECIPES = ("groupwise", "lora", "qlora")
+RECIPES = ("groupwise", "lora", "qlora", "plain_qlora")
 
 
 def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
@@ -34,11 +37,13 @@ def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     from saap.models.lean import attending, fastest_attention, lean
     from saap.recovery.loss import Student
 
-    device = arguments.device
-    model = RECIPES[name](rank=arguments.rank).prepare(
+    device, plain = arguments.device, name.startswith("plain_")
+    model = RECIPES[name.removeprefix("plain_")](rank=arguments.rank).prepare(
         randomly_pruned(random_llama(arguments.shape, device), 0.2), torch.zeros(1, 8, dtype=torch.int64)
     )
     attention = fastest_attention(model, device, torch.bfloat16, arguments.length)
+    if plain and device == "cpu":
+        attention = "eager"  # there faster than transformers' default
     student = Student(model).train()
     learned = [p for p in student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learned, lr=1e-4)
@@ -49,7 +54,11 @@ def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     def step() -> float:
         wait(device)
         start = time.perf_counter()
-        with lean(model), attending(model, attention), torch.autocast(device, torch.bfloat16):
+        with (
+            nullcontext() if plain else lean(model),
+            attending(model, attention),
+            torch.autocast(device, torch.bfloat16),
+        ):
             loss = student(**batch)["loss"]
         loss.backward()
         optimiser.step()

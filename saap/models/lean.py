@@ -193,7 +193,8 @@ def _norm(module: Any, offset: float, x: torch.Tensor) -> torch.Tensor:
 
 
 def _gated(module: Any, x: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = module.down_proj(_Gate.apply(module.gate_proj(x), module.up_proj(x), module.act_fn))
+    act = getattr(module.act_fn, "forward", module.act_fn)  # no hooks: it is called once more in the backward pass
+    found: torch.Tensor = module.down_proj(_Gate.apply(module.gate_proj(x), module.up_proj(x), act))
     return found
 
 
