@@ -36,12 +36,13 @@ def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     from saap import RECIPES
     from saap.models.lean import attending, fastest_attention, lean
     from saap.recovery.loss import Student
+    from saap.recovery.recover import PLAIN_UP_TO
 
     device, plain = arguments.device, name.startswith("plain_")
     model = RECIPES[name.removeprefix("plain_")](rank=arguments.rank).prepare(
         randomly_pruned(random_llama(arguments.shape, device), 0.2), torch.zeros(1, 8, dtype=torch.int64)
     )
-    attention = fastest_attention(model, device, torch.bfloat16, arguments.length)
+    attention = fastest_attention(model, device, torch.bfloat16, arguments.length, PLAIN_UP_TO)
     if plain and device == "cpu":
         attention = "eager"  # there faster than transformers' default
     student = Student(model).train()

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 ATTENTION = "saap_lean"  # its name in `set_attn_implementation`
-SHORT = 512  # tokens: ATTENTION keeps the square of the length
 
 
 @contextmanager
@@ -25,25 +25,31 @@ def lean(model: nn.Module) -> Iterator[None]:
     """While open, every frozen RMS norm and gated MLP of the model is one of these.
 
     Only modules that compute just what these do: each class is tried on random numbers. Modules whose `forward`
-    somebody else has replaced stay as they are, and so do those whose weights are not here (offload).
+    somebody else has replaced stay as they are, so those of a model that accelerate has spread do.
     """
     with ExitStack() as stack:
         for module in model.modules():
             forward = None if "forward" in vars(module) else _replacement(module)
             if forward is not None:
                 module.forward = forward
-                stack.callback(delattr, module, "forward")
+                stack.callback(_give_back, module, forward)
         yield
 
 
-def fastest_attention(model: Any, device: str, precision: torch.dtype, length: int) -> str:
-    """The attention implementation for a forward and a backward pass over sequences of at most `length` tokens.
+def _give_back(module: nn.Module, forward: Callable) -> None:
+    if vars(module).get("forward") is forward:
+        del module.forward
 
-    On a CPU in bfloat16 torch's fused one takes four times as long as plain products.
+
+def fastest_attention(model: Any, device: str, precision: torch.dtype, length: int, at_most: int) -> str:
+    """The attention implementation for a forward and a backward pass over sequences of `length` tokens.
+
+    On a CPU in bfloat16 torch's fused one takes four times as long as plain products. But these keep the probabilities,
+    the square of the length: at_most says up to where.
     """
     own = str(model.config._attn_implementation)
     fused = own == "sdpa" and device == "cpu" and precision == torch.bfloat16
-    return ATTENTION if fused and length <= SHORT else own
+    return ATTENTION if fused and length <= at_most else own
 
 
 @contextmanager
@@ -64,8 +70,9 @@ def again(x: torch.Tensor) -> Callable[[], torch.Tensor] | None:
 
     Until that pass has gone through it.
     """
-    make = getattr(x.grad_fn, "make", None)
-    return None if make is None else lambda: make(*x.grad_fn.saved_tensors).detach()  # type: ignore[union-attr]
+    node: Any = x.grad_fn
+    make = getattr(node, "make", None)
+    return None if make is None else lambda: make(*node.saved_tensors).detach()  # without x, which is to go
 
 
 class _Norm(torch.autograd.Function):
@@ -73,13 +80,15 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        narrow = x.float() if x.dtype == torch.float64 else x
+        r = torch.linalg.vector_norm(narrow, dim=-1, keepdim=True, dtype=torch.float32)
         r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, r, weight)
         ctx.make = _normed
         return _normed(x, r, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, r, weight = ctx.saved_tensors
         wide, grad = x.float(), (grad * weight).float()
@@ -101,6 +110,7 @@ class _Gate(torch.autograd.Function):
         return act(gate) * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
@@ -131,6 +141,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
         heads, grad = grad.shape[:3], grad.reshape(len(p), p.shape[1], -1)
@@ -170,7 +181,7 @@ def _replacement(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     kind: Any = type(module)
     if kind.__name__.endswith("RMSNorm"):
         weight = getattr(module, "weight", None)
-        if weight is None or weight.requires_grad or weight.is_meta or weight.ndim != 1:
+        if weight is None or weight.requires_grad or weight.is_meta or weight.ndim != 1 or _eps(module) is None:
             return None
         offset = _offset(kind, _eps(module))
         return None if offset is None else partial(_norm, module, offset)
@@ -182,8 +193,8 @@ def _replacement(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def _eps(module: Any) -> float:
-    return float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
+def _eps(module: Any) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 def _norm(module: Any, offset: float, x: torch.Tensor) -> torch.Tensor:
@@ -208,7 +219,9 @@ def _offset(kind: Any, eps: float) -> float | None:
 @cache
 def _is_gated(kind: Any) -> bool:
     """Whether a class of MLPs computes down(act(gate(x))·up(x))."""
-    one = _bare(kind, **{name: nn.Linear(WIDTH, WIDTH) for name in PROJECTIONS}, act_fn=nn.Tanh())
+    with torch.random.fork_rng(devices=[]):  # what is drawn next must not depend on it
+        linears = {name: nn.Linear(WIDTH, WIDTH, device="cpu") for name in PROJECTIONS}
+    one = _bare(kind, **linears, act_fn=nn.Tanh())
     return _same(one, partial(_gated, one))
 
 
@@ -225,7 +238,7 @@ def _bare(kind: Any, **members: Any) -> Any:
 
 
 def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from saap.recovery.recipes import Groupwise, Recipe
 from saap.recovery.training import Training, TrainingStep
 from saap.texts import training_example
 
+PLAIN_UP_TO = 512  # tokens: longer examples take torch's fused attention
 CODED_ON = 8192  # tokens that the codes are made on
 _log = logging.getLogger("saap")
 HELD_OUT_AT_MOST = 128  # rows: to tell checkpoints apart; 4 % of Alpaca every 50 steps takes longer than training on it
@@ -64,7 +65,7 @@ def recover(
         _widen(models)
     empty = skeleton(prepared) if fsdp else None
     precision = getattr(torch, training.precision)
-    attention = fastest_attention(prepared, device.type, precision, training.max_length)
+    attention = fastest_attention(prepared, device.type, precision, training.max_length, PLAIN_UP_TO)
     with lean(prepared), attending(prepared, attention):
         for one in models if fsdp else ():
             shard(one, device)

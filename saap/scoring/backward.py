@@ -17,6 +17,7 @@ from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
 from saap.progress import tqdm
 
+PLAIN_UP_TO = 128  # tokens: beyond that the probabilities of plain attention are more than the rest that is kept
 # The loss of a float16 model is scaled, by powers of two so that undoing it is exact: its gradients of 1e-8 would be
 # zero in float16. Where the scaled ones overflow the pass is made again with the next scale.
 LOSS_SCALES = (2.0**16, 2.0**8, 1.0)
@@ -33,7 +34,7 @@ def backward(model: nn.Module, batch: torch.Tensor, scale: float = 1.0, *, recom
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     ids = batch.to(input_device(model))
-    attention = fastest_attention(model, ids.device.type, embedding.weight.dtype, ids.shape[1])
+    attention = fastest_attention(model, ids.device.type, embedding.weight.dtype, ids.shape[1], PLAIN_UP_TO)
     with frozen(model), lean(model), attending(model, attention):
         with torch.enable_grad(), _recomputed(model) if recompute or is_offloaded(model) else FastLinears():
             states = embedding(ids).detach().requires_grad_()

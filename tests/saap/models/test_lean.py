@@ -1,10 +1,15 @@
 """Norms, MLPs and attention that keep less for a backward pass: the gradients of transformers' own, in less memory."""
 
+import copy
+import weakref
+
+import numpy as np
 import pytest
 import torch
 
 import saap
-from saap.models.lean import ATTENTION, again, attending, fastest_attention, lean
+from saap.models.lean import ATTENTION, _is_gated, _offset, again, attending, fastest_attention, lean
+from saap.scoring.backward import watch_gradients
 from tests.saap.models.families import CASES, IDS, build
 
 BATCH = torch.cat([IDS] * 8)
@@ -73,10 +78,10 @@ def test_in_half_precision_too_and_a_quarter_less_is_kept(case):
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_attention_is_that_of_plain_products(case, mask):
     model = build(case).requires_grad_(False).eval()
-    attention = fastest_attention(model, "cpu", torch.bfloat16, 13)
+    attention = fastest_attention(model, "cpu", torch.bfloat16, 13, 13)
     assert attention == {"sdpa": ATTENTION}.get(model.config._attn_implementation, model.config._attn_implementation)
-    assert fastest_attention(model, "cpu", torch.float32, 13) == model.config._attn_implementation
-    assert fastest_attention(model, "cpu", torch.bfloat16, 513) == model.config._attn_implementation
+    assert fastest_attention(model, "cpu", torch.float32, 13, 13) == model.config._attn_implementation
+    assert fastest_attention(model, "cpu", torch.bfloat16, 14, 13) == model.config._attn_implementation
     model.set_attn_implementation("eager")
     seen = slice(None) if mask is None else mask.bool()  # what a padded place gives is nobody's business
     states, gradient = logits_and_gradient(model, mask)
@@ -150,9 +155,38 @@ def test_a_norm_of_another_formula_stays():
         def forward(self, x):
             return x / (x.norm(dim=-1, keepdim=True) + self.eps) * self.weight
 
-    model = torch.nn.Sequential(ThirdRMSNorm())
+    model = torch.nn.Sequential(ThirdRMSNorm(), torch.nn.RMSNorm(8).requires_grad_(False))  # the second has no eps
     with lean(model):
         assert not replaced(model)
+
+
+def test_inputs_that_can_be_made_again_are_not_held():
+    model, inputs = build("llama").requires_grad_(False).eval(), []
+    linears = [
+        model.model.layers[1].get_submodule(name) for name in ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
+    for linear in linears:
+        linear.register_forward_hook(lambda module, given, output: inputs.append(weakref.ref(given[0])))
+    with watch_gradients(linears, lambda *seen: None), lean(model):
+        states = model.get_input_embeddings()(BATCH).detach().requires_grad_()
+        model.base_model(inputs_embeds=states, use_cache=False)
+        assert [found() for found in inputs] == [None] * 3
+
+
+def test_the_first_time_draws_no_random_number():
+    for known in (_offset, _is_gated):
+        known.cache_clear()
+    model = build("llama").requires_grad_(False)
+    before = torch.get_rng_state()
+    with lean(model):
+        assert replaced(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_float64_model_is_scored_as_before():
+    model = build("llama")
+    narrow, wide = (saap.score(one, IDS)[1] for one in (model, copy.deepcopy(model).double()))
+    np.testing.assert_allclose(wide, narrow, rtol=1e-3)
 
 
 def test_outputs_are_made_again_from_what_is_kept():
