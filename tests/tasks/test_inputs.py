@@ -89,4 +89,4 @@ def test_the_fisher_stage_takes_layers_from_disk_and_finds_the_same(tiny_folder,
         fisher.make(step, folder, model=Checkpoint(tiny_folder), calibration=Calibration(tmp_path))
         assert is_offloaded(next(iter(inputs._kept.values()))) == offload
         found.append(Fisher(folder).read())
-    np.testing.assert_allclose(*found, rtol=1e-4)
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-11)  # offloaded, the norms are transformers' own
