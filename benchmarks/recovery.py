@@ -7,9 +7,8 @@ Random weights in bfloat16, pruned by 20 % with random scores: speed and memory 
 optimiser step of each recipe in turn (loss on half of the tokens, as on Alpaca), after one unmeasured; the peak of each
 is measured in a process of its own, above what that process held before it made the model. `plain_qlora` is QLoRA as
 peft and bitsandbytes alone train it, through transformers' own norms, MLPs and plain attention; ours keep less for the
-backward pass (`saap/models/lean.py`). The bound of a step is the
-operations of its matrix products at the speed of the fastest single product here. Prints a table and, as its last line,
-one JSON object.
+backward pass (`saap/models/lean.py`). The bound of a step is the operations of its matrix products at the speed of the
+fastest single product here. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse

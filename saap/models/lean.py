@@ -107,7 +107,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Callable) -> torch.Tensor:
         ctx.act, ctx.make = act, lambda gate, up: act(gate) * up
         ctx.save_for_backward(gate, up)
-        return act(gate) * up
+        return ctx.make(gate, up)
 
     @staticmethod
     @once_differentiable

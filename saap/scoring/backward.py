@@ -70,7 +70,8 @@ def watch_gradients(linears: list[nn.Linear], see: Callable[[int, torch.Tensor, 
 
 def _keep(x: torch.Tensor, latest: list[Any]) -> Callable[[], torch.Tensor]:
     """Gives x again; where autograd keeps what it was made of (a norm, the gate of an MLP, a product), from that."""
-    node, make = x.grad_fn, again(x)
+    node: Any = x.grad_fn
+    make = again(x)
     if make is not None:
 
         def shared() -> torch.Tensor:
@@ -80,9 +81,8 @@ def _keep(x: torch.Tensor, latest: list[Any]) -> Callable[[], torch.Tensor]:
             return made
 
         return shared
-    product: Any = node
-    if type(node).__name__ == "MulBackward0" and product._saved_self is not None and product._saved_other is not None:
-        return lambda: (product._saved_self * product._saved_other).detach()
+    if type(node).__name__ == "MulBackward0" and node._saved_self is not None and node._saved_other is not None:
+        return lambda: (node._saved_self * node._saved_other).detach()
     x = x.detach()
     return lambda: x
 
