@@ -3,8 +3,10 @@
 import contextlib
 import io
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 import saap
+from saap.models import products
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -106,6 +109,47 @@ def where(device: str | torch.device) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def wait(device: str | torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def clock(device: str | torch.device) -> float:
+    """Seconds; with one thread on a CPU those of the processor, so that other work on the machine does not count."""
+    wait(device)
+    alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+
+def operations_of(action: Callable[[], object]) -> int:
+    """Floating-point operations of an action's matrix products and, but for a CPU's own kernels, its attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    by_onednn = {torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]}
+    with FlopCounterMode(display=False, custom_mapping=by_onednn if products.THERE else {}) as counter:
+        action()
+    return counter.get_total_flops()
+
+
+def fastest_product(tokens: int, inputs: int, outputs: int, dtype: torch.dtype, device: str | torch.device) -> float:
+    """Operations a second of one product of a linear layer: the best of 30."""
+    x = torch.randn(tokens, inputs, device=device).to(dtype)
+    weight = torch.randn(outputs, inputs, device=device).to(dtype)
+    seconds = []
+    for _ in range(30):
+        start = clock(device)
+        products.product(x, weight)
+        seconds.append(clock(device) - start)
+    return 2 * x.numel() * len(weight) / min(seconds)
+
+
+def fastest_product_of(model: Any) -> float:
+    """Operations a second of the fastest product of a model's MLP, for 1,024 tokens."""
+    sizes = model.config.hidden_size, model.config.intermediate_size
+    return fastest_product(1024, *sizes, model.dtype, model.device)
 
 
 def last_line(main: Callable[[], None], arguments: list[str]) -> dict[str, Any]:

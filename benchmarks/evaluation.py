@@ -5,19 +5,19 @@
 
 The other side is `lm_eval.simple_evaluate` with its Hugging Face model, as `lm-eval run --batch_size N` calls it; the
 index of tasks that the command line makes first (some seconds) is not counted. Both sides must find the same
-accuracies. Prints a table and, as its last line, one JSON object.
+accuracies. "Of bound" is the share of our seconds that our matrix products would take, were each as fast as the fastest
+one here. Prints a table and, as its last line, one JSON object.
 """
 
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import embedded
+from common import clock, embedded, fastest_product_of, operations_of
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -74,30 +74,30 @@ def ours(model: nn.Module, tokenizer: PreTrainedTokenizerBase, files: dict[str, 
     return evaluate
 
 
-def timed(
-    sides: dict[str, Evaluate], benchmark: str, rounds: int, clock: Callable[[], float]
-) -> tuple[dict[str, list[float]], bool]:
+def timed(sides: dict[str, Evaluate], benchmark: str, rounds: int, device: str) -> tuple[dict[str, list[float]], bool]:
     """The seconds of each side, in turn, and whether both found the same accuracies."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     results = {}
     for _ in range(rounds):
         for side, evaluate in sides.items():
-            start = clock()
+            start = clock(device)
             results[side] = evaluate(benchmark)
-            seconds[side].append(clock() - start)
+            seconds[side].append(clock(device) - start)
     return seconds, results["lm-eval"] == results["ours"]
 
 
-def compare(sides: dict[str, Evaluate], arguments: argparse.Namespace) -> dict[str, float]:
+def compare(sides: dict[str, Evaluate], model: nn.Module, arguments: argparse.Namespace) -> dict[str, float]:
     """Prints a line a benchmark and one of all; the figures of the last line."""
     print("benchmark        lm-eval     ours  ratio  spread  equal")
-    # with one thread on a CPU the processor's time, so that other work on the machine does not count
-    alone = torch.get_num_threads() == 1 and arguments.device == "cpu"
-    clock = time.process_time if alone else time.perf_counter
     figures: dict[str, float] = {}
     total = {"lm-eval": 0.0, "ours": 0.0}
+    operations, speed = 0, 0.0
     for benchmark in dict.fromkeys(arguments.benchmarks):
-        seconds, equal = timed(sides, benchmark, arguments.rounds, clock)
+        seconds, equal = timed(sides, benchmark, arguments.rounds, arguments.device)
+        operations += operations_of(lambda name=benchmark: sides["ours"](name))  # type: ignore[misc]
+        speed = max(
+            speed, fastest_product_of(model)
+        )  # looked for again and again: other work on the machine disturbs it
         ratios = np.array(seconds["lm-eval"]) / seconds["ours"]
         medians = {side: float(np.median(values)) for side, values in seconds.items()}
         for side, median in medians.items():
@@ -110,6 +110,11 @@ def compare(sides: dict[str, Evaluate], arguments: argparse.Namespace) -> dict[s
         figures[f"{benchmark}_equal"] = equal
     figures["ratio"] = round(total["lm-eval"] / total["ours"], 2)
     print(f"all            {total['lm-eval']:8.2f} s {total['ours']:6.2f} s {figures['ratio']:5.2f}×")
+    figures["of_bound"] = round(operations / speed / total["ours"], 3)
+    print(
+        f"ours: {operations / 1e9:.0f} GFLOP, the fastest product {speed / 1e9:.0f} a second, "
+        f"{figures['of_bound']:.0%} of bound"
+    )
     return figures
 
 
@@ -130,7 +135,7 @@ def main() -> None:
             f"{torch.get_num_threads()} threads, {arguments.rounds} rounds; "
             f"lm-eval at batch size {arguments.batch_size}"
         )
-        figures = compare(sides, arguments)
+        figures = compare(sides, model, arguments)
     print(json.dumps({"device": arguments.device, "threads": torch.get_num_threads(), **figures}))
 
 

@@ -41,7 +41,11 @@ def evaluation(arguments: argparse.Namespace) -> Figures:
     limit = ["--data", arguments.data, "--limit", str(arguments.items), "--rounds", str(arguments.rounds)]
     found = last_line(evaluation.main, limit)
     equal = [value for name, value in found.items() if name.endswith("_equal")]
-    return {"evaluation_over_lm_eval": found["ratio"], "evaluation_equal": all(equal)}
+    return {
+        "evaluation_over_lm_eval": found["ratio"],
+        "evaluation_equal": all(equal),
+        "evaluation_of_bound": found["of_bound"],
+    }
 
 
 def scoring(arguments: argparse.Namespace) -> Figures:
@@ -57,6 +61,7 @@ def scoring(arguments: argparse.Namespace) -> Figures:
     found = last_line(scoring.main, ["--samples", str(arguments.samples), "--rounds", str(arguments.rounds)])
     return {
         "scoring_over_three_forwards": found["floor_ratio"],
+        "scoring_of_bound": found["of_bound"],
         "scoring_over_autograd": found["time_ratio"],
         "scoring_peak_above_weights": found["peak_above_weights_ratio"],
         "scoring_error": found["max_relative_error"],
@@ -70,6 +75,7 @@ def training(arguments: argparse.Namespace) -> Figures:
     found = last_line(recovery.main, ["--recipes", "groupwise", "plain_qlora", "--repeats", str(arguments.rounds)])
     peaks = found["peak_bytes"]
     return {
+        "groupwise_of_bound": found["of_bound"]["groupwise"],
         "groupwise_over_qlora": found["groupwise_over_plain_qlora_speed"],
         "groupwise_peak_over_qlora": round(peaks["groupwise"] / peaks["plain_qlora"], 3),
     }

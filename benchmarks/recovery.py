@@ -17,13 +17,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
 import torch
-from common import SHAPES, held, most_held, random_llama, randomly_pruned, where
+from common import SHAPES, clock, fastest_product, held, most_held, operations_of, random_llama, randomly_pruned, where
 
 from saap.evaluation.speed import in_turn
 
@@ -52,8 +51,7 @@ def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def step() -> float:
-        wait(device)
-        start = time.perf_counter()
+        start = clock(device)
         with (
             nullcontext() if plain else lean(model),
             attending(model, attention),
@@ -63,40 +61,10 @@ def steps_of(name: str, arguments: argparse.Namespace) -> Callable[[], float]:
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        wait(device)
-        return time.perf_counter() - start
+        return clock(device) - start
 
     step.learned = sum(p.numel() for p in learned)  # type: ignore[attr-defined]
     return step
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def operations_of(step: Callable[[], float]) -> int:
-    """Floating-point operations of the matrix products and the attention of one step."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
-def fastest_product(arguments: argparse.Namespace) -> float:
-    """Operations a second of one bfloat16 product with the sizes of the MLP: the best of 30."""
-    sizes, rows = SHAPES[arguments.shape], arguments.batch * arguments.length
-    x = torch.randn(rows, sizes["hidden_size"], device=arguments.device).bfloat16()
-    weight = torch.randn(sizes["intermediate_size"], sizes["hidden_size"], device=arguments.device).bfloat16()
-    seconds = []
-    for _ in range(30):
-        wait(arguments.device)
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, weight)
-        wait(arguments.device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * x.numel() * len(weight) / min(seconds)
 
 
 def peak_of(name: str, arguments: argparse.Namespace) -> int:
@@ -150,7 +118,8 @@ def main() -> None:
     print(f"{arguments.shape}, 20 % pruned, {arguments.batch} × {arguments.length} tokens a step, bfloat16, on {place}")
     if arguments.device == "cpu":
         print("no GPU here: nothing is claimed about one")
-    speed = fastest_product(arguments)
+    sizes = SHAPES[arguments.shape]
+    speed = fastest_product(tokens, sizes["hidden_size"], sizes["intermediate_size"], torch.bfloat16, arguments.device)
     bounds = {name: operations_of(steps[name]) / speed for name in names}
     print(f"the fastest product: {speed / 1e9:.0f} GFLOP/s")
     print(f"{'recipe':<12}{'tokens/s':>10}{'spread':>9}{'of bound':>10}{'peak MB':>10}{'trained':>10}")

@@ -7,7 +7,8 @@
 The straightforward way: batch 1, one backward pass a sample with the gradients of all weights, and the sums over the
 groups afterwards. The floor: three forward passes (forward, gradients of activations, gradients of weights). Peaks are
 what is held above the weights: on a GPU the allocator's, on a CPU the resident memory's. On an x86 CPU scoring takes
-its float32 products from oneDNN, PyTorch from MKL: "ours, PyTorch's products" is what the method alone gives. Prints
+its float32 products from oneDNN, PyTorch from MKL: "ours, PyTorch's products" is what the method alone gives. "Of
+bound" is the share of our seconds that our products would take, were each as fast as the fastest one here. Prints
 tables and, as its last line, one JSON object.
 """
 
@@ -15,14 +16,13 @@ import argparse
 import ctypes
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import SHAPES, embedded, held, most_held, random_llama, where
+from common import SHAPES, clock, embedded, fastest_product_of, held, most_held, operations_of, random_llama, where
 from torch import nn
 
 import saap
@@ -73,22 +73,11 @@ def forward(model: nn.Module, tokens: torch.Tensor) -> None:
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Of wall time; of the processor's where there is one thread, so that other work on the machine does not count."""
-    clock = time.process_time if _one_cpu_thread() else time.perf_counter
-    _synchronise()
-    start = clock()
+    """Of wall time, or of the processor's (`clock`)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start = clock(device)
     action()
-    _synchronise()
-    return clock() - start
-
-
-def _one_cpu_thread() -> bool:
-    return torch.get_num_threads() == 1 and not torch.cuda.is_available()
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    return clock(device) - start
 
 
 def peak_above(action: Callable[[], object], device: torch.device) -> int:
@@ -217,12 +206,15 @@ def main() -> None:
     print(f"{model.config.model_type}, {layers} layers, {weights / 1e9:.2f} GB of {model.dtype} weights")
     print(f"{arguments.samples} × {arguments.length} tokens, {arguments.rounds} rounds, {where(device)}")
     if device.type == "cpu":
-        print("no GPU was used" + ("; seconds of processor time" if _one_cpu_thread() else ""))
+        print("no GPU was used" + ("; seconds of processor time" if torch.get_num_threads() == 1 else ""))
 
     peaks = peaks_of(model, tokens, weights)
     taken, found = timed(model, tokens, arguments.rounds)
     ratios, (errors, middle_errors) = ratios_of(taken), errors_of(found)
     growth = growth_of(model, tokens)
+    few = tokens[: samples_at_once(model, arguments.length)]
+    operations = operations_of(lambda: saap.score(model, few)) * len(tokens) / len(few)
+    of_bound = operations / fastest_product_of(model) / float(np.median(taken["ours"]))
 
     print_table(taken, peaks)
     for what, values in ratios.items():
@@ -231,12 +223,14 @@ def main() -> None:
         f"relative error of a sample, largest and median: vector {errors[0]:.1e} and {middle_errors[0]:.1e}, "
         f"element {errors[1]:.1e} and {middle_errors[1]:.1e}\n"
     )
+    print(f"ours: {operations / 1e9:.0f} GFLOP, {of_bound:.0%} of bound")
     for n, k, t in growth:
         print(f"{f'{n} samples, {k} layers':<26} {t:6.2f} s   {1000 * t / n / k:6.2f} ms a sample and layer")
     figures = {
         "time_ratio": float(np.median(ratios["straightforward / ours"])),
         "time_ratio_same_products": float(np.median(ratios["the same, PyTorch's products"])),
         "floor_ratio": float(np.median(ratios["ours / 3 forwards"])),
+        "of_bound": of_bound,
         "peak_above_weights_ratio": peaks["ours"],
         "straightforward_peak_ratio": peaks["straightforward"],
         "max_relative_error": max(errors),
