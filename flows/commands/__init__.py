@@ -4,6 +4,8 @@ Heavy imports (torch, Prefect) happen inside the commands that need them.
 """
 
 from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -19,6 +21,22 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 something is damaged or missing (verify, doctor), or a bug; 2 something to put "
     "right, said in one line; 130 interrupted, the same command goes on from there.",
 )
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"saap {version('saap')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version of saap.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
 COMMANDS: tuple[Callable[..., None], ...] = (
     *(run.run, run.sweep, run.plan, run.compare, run.config),
     *(report.report, report.show, report.diff),
