@@ -24,6 +24,7 @@ as closed, no more. Prints a table and, as its last line, one JSON object.
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import random
@@ -39,6 +40,7 @@ from criteria import Cost, calibrated_on, cut, parse, texts_of
 from pruning_peers import losses
 
 import saap
+from saap.recovery.order import Order
 from saap.texts import longest_answers, training_example
 from tasks.data import read_data
 
@@ -195,6 +197,15 @@ def recovered(
     return saap.dequantize(done), steps[-1].step
 
 
+def padding_of(rows: list[dict[str, Any]], tokenizer: Any, settings: dict[str, Any]) -> float:
+    """The share of a pass's tokens that is padding: what packing rows together could save."""
+    training = saap.Training(**{f.name: settings[f.name] for f in fields(saap.Training) if f.name in settings})
+    lengths = [training_example(row, tokenizer, training.max_length)["length"] for row in rows]
+    order = Order(lengths, training.batch_size, training.seed)
+    steps = math.ceil(len(rows) / training.batch_size)
+    return 1 - sum(lengths) / sum(itertools.islice(order.tokens(training.micro_batch_size), steps))
+
+
 class Table:
     """Prints rows, and keeps them as figures."""
 
@@ -205,7 +216,7 @@ class Table:
     def losses(self, model: Any) -> dict[str, float]:
         return {name: float(losses(model, windows).mean()) for name, windows in self.texts.items()}
 
-    def add(self, name: str, model: Any, steps: int, seconds: float, peak: int) -> None:
+    def add(self, name: str, model: Any, steps: int, seconds: float, peak: int, **more: float) -> None:
         """A row. The first one is dense, and those named `pruned …` are what later ones start from."""
         found = self.losses(model)
         if not self.ends:
@@ -227,6 +238,7 @@ class Table:
             **{text: round(math.exp(loss), 2) for text, loss in found.items()},
             "closed": {text: round(share, 4) for text, share in closed.items()},
             **{"steps": steps, "seconds": round(seconds, 1), "peak_bytes": peak},
+            **more,
         }
 
 
@@ -279,7 +291,8 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as work:
                     job = small, examples, tokenizer, settings, model, work
                     peak = most_held(lambda job=job, made=made: made.append(recovered(*job)), device)  # type: ignore[misc]
-                table.add(row + end, *made[0], time.perf_counter() - start, peak)
+                seconds, padding = time.perf_counter() - start, padding_of(examples, tokenizer, settings)
+                table.add(row + end, *made[0], seconds, peak, padding=round(padding, 4))
     print(json.dumps(table.figures))
 
 
