@@ -91,7 +91,7 @@ def training(device: str, tiny: bool) -> Figures:
 def whole_run(device: str, tiny: bool) -> Figures:
     import gpu_steps
 
-    return gpu_steps.whole_run(device)
+    return gpu_steps.whole_run(device, tiny)
 
 
 STEPS: dict[str, tuple[Callable[[str, bool], Figures], int]] = {  # and seconds it may take
@@ -182,9 +182,9 @@ def main() -> None:
     device, tiny = arguments.device, arguments.tiny
     if lacking := missing(device):
         raise SystemExit("missing here: " + "; ".join(lacking) + " (benchmarks/gpu.sh --wheels brings packages)")
-    import transformers
+    import transformers.models.llama.modeling_llama
 
-    import saap  # noqa: F401  # in the parent, for all steps
+    import saap  # noqa: F401  # both in the parent, for all steps
 
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)

@@ -127,9 +127,10 @@ def fisher_and_refit(device: str, tiny: bool) -> Figures:
     return figures
 
 
-def whole_run(device: str) -> Figures:
+def whole_run(device: str, tiny: bool) -> Figures:
     """Score, prune, recover and evaluate a toy model on the device and on the CPU: how far the results are apart."""
-    results = {place: _job(place) for place in dict.fromkeys(("cpu", device))}
+    count = 16 if tiny else 48  # rows of recovery
+    results = {place: _job(place, count) for place in dict.fromkeys(("cpu", device))}
     ours, reference = results[device], results["cpu"]
     figures: Figures = {
         f"perplexity_error_{variant}": abs(ours[variant] / reference[variant] - 1)
@@ -142,11 +143,11 @@ def whole_run(device: str) -> Figures:
     return figures | {f"perplexity_{name}": round(ours[name], 2) for name in ("dense", "pruned", "recovered")}
 
 
-def _job(device: str) -> Figures:
+def _job(device: str, count: int) -> Figures:
     model = random_llama("tiny", "cpu").float().to(device)
     tokenizer = byte_tokenizer()
     text = (HERE / "README.md").read_text().split("\n\n")
-    rows = [json.loads(line) for line in (HERE / "tasks/mini/alpaca/train.jsonl").read_text().splitlines()][:48]
+    rows = [json.loads(line) for line in (HERE / "tasks/mini/alpaca/train.jsonl").read_text().splitlines()]
     ids = tokenizer("\n".join(text))["input_ids"]
     tokens = torch.tensor(ids[: 8 * 64]).view(8, 64)
     groups = saap.discover(model)
@@ -160,7 +161,7 @@ def _job(device: str) -> Figures:
         found[name] = saap.perplexity(variant, text, tokenizer, window=64, max_tokens=4096).value
     training = saap.Training(batch_size=8, micro_batch_size=8, max_length=512, warmup_steps=1, precision="float32")
     with tempfile.TemporaryDirectory() as work:
-        recovered, _ = saap.recover(small, rows, tokenizer, work, saap.Groupwise(rank=8), training)
+        recovered, _ = saap.recover(small, rows[:count], tokenizer, work, saap.Groupwise(rank=8), training)
     found["recovered"] = saap.perplexity(saap.dequantize(recovered), text, tokenizer, window=64, max_tokens=4096).value
     return found
 
