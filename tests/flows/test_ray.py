@@ -45,13 +45,13 @@ def at_work(store, stage, node):
 def test_a_sweep_outlives_a_node_and_finds_what_one_process_finds(config, store, tmp_path, cluster, prefect_server):
     address, raylet, kill = cluster
     swept(config, '{ "prune.ratio" = [0.2, 0.3] }')
-    same = [w for o in ("recover.epochs=40", "evaluate.benchmarks=['wikitext2']", "speed.runs=0") for w in ("--set", o)]
+    same = [w for o in ("recover.epochs=24", "evaluate.benchmarks=['wikitext2']", "speed.runs=0") for w in ("--set", o)]
     sweep = start("sweep", config, *same, "--set", "execute.runner='ray'", "--set", f"execute.address='{address}'")
     deadline = time.monotonic() + 300
     while not at_work(store, "recover", raylet):
         assert sweep.poll() is None, sweep.communicate()[0]
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.02)
     made = manifests(store)
     kill()
     output, _ = sweep.communicate(timeout=400)

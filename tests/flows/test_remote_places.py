@@ -107,14 +107,14 @@ def test_hosts_with_stores_of_their_own_share_a_bucket_and_one_outlives_the_othe
 ):
     address, (two, three), kill = hosts
     swept(config, '{ "prune.ratio" = [0.2, 0.3] }')
-    same = (*SAME, "recover.epochs=40")
+    same = (*SAME, "recover.epochs=24")
     place = (f"store_remote='s3://{bucket}/team'", "execute.runner='ray'", f"execute.address='{address}'")
     sweep = start("sweep", config, *(word for override in (*same, *place) for word in ("--set", override)))
     deadline = time.monotonic() + 300
     while not list(two.glob("recover/.draft-*")):
         assert sweep.poll() is None, sweep.communicate()[0]
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.02)
     made = in_bucket(s3, bucket)
     kill()
     output, _ = sweep.communicate(timeout=400)
