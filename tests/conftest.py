@@ -1,7 +1,9 @@
 """Fixtures for all tests: models small enough to check against slow second implementations."""
 
+import gc
 import json
 import os
+import sys
 import uuid
 
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -18,6 +20,16 @@ from tasks.data import mini_folder
 from tasks.model_source import model_source
 
 torch.set_num_threads(1)
+FROZEN = set()  # the modules whose objects no collection looks through
+
+
+def pytest_runtest_logstart():
+    """Sets the libraries that are there by now apart: each collection that transformers' trainer asks for takes half a
+    second to look through them."""
+    if len(sys.modules) >= len(FROZEN) + 50:
+        gc.collect()  # what is garbage is not kept
+        gc.freeze()
+        FROZEN.update(sys.modules)
 
 
 @pytest.fixture(scope="session")
