@@ -6,12 +6,14 @@ Reads lines of JSON (arguments, environment, folder, files for its output and it
 the process.
 """
 
+import gc
 import json
 import os
 import runpy
 import signal
 import sys
 import traceback
+from functools import cache
 
 import datasets  # noqa: F401
 import duckdb  # noqa: F401
@@ -22,6 +24,8 @@ import prefect.flow_engine
 import prefect.task_engine
 import torch  # noqa: F401
 import transformers.trainer  # noqa: F401
+import vl_convert
+from torch.utils import collect_env
 
 SECONDS = 600
 
@@ -60,6 +64,14 @@ def settings_are_read_again():
     flows.server.quiet_settings = then_read
 
 
+def keep_what_is_the_same_for_all():
+    """What lm-eval says of the machine, by ten programs that it starts, and the library of the pages: three seconds."""
+    collect_env.get_pretty_env_info = cache(collect_env.get_pretty_env_info)
+    collect_env.get_pretty_env_info()
+    vl_convert.javascript_bundle = cache(vl_convert.javascript_bundle)
+    vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")  # as flows/pages/render.py asks for it
+
+
 def keep(order):
     """Start the command, say which process it is, and write its exit status once it has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -74,6 +86,8 @@ def keep(order):
 
 
 if __name__ == "__main__":
+    keep_what_is_the_same_for_all()
+    gc.freeze()  # no command looks through the libraries' objects
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
     for line in sys.stdin:
         if os.fork() == 0:
