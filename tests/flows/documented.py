@@ -28,7 +28,8 @@ PROGRAM = re.compile(r"(saap|python|make|prefect|pip|vllm|export|benchmarks/\w+\
 SIZES = {
     "calibrate.count": 6, "calibrate.length": 16, "calibrate.own": 2, "prune.align": 8, "prune.protect": [0, -1],
     "recover.examples": 8, "recover.epochs": 1, "recover.batch_size": 4, "recover.micro_batch_size": 4,
-    "recover.rank": 4, "evaluate.benchmarks": ["arc_easy", "wikitext2"], "evaluate.limit": 2,
+    "recover.rank": 4, "recover.max_length": 128,
+    "evaluate.benchmarks": ["arc_easy", "wikitext2"], "evaluate.limit": 2,
     "evaluate.windows": [128], "evaluate.max_tokens": 256, "speed.prompt_tokens": 8, "speed.new_tokens": 4,
     "speed.runs": 2, "speed.warmup": 1, "compute.device": "cpu", "compute.threads": 1,
 }  # fmt: skip
