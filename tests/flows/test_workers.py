@@ -213,9 +213,9 @@ def test_a_sweep_outlives_the_worker_it_runs_on(config, store, server, tmp_path)
 def test_a_sweep_that_comes_while_the_last_one_is_at_work_is_cancelled(config, store, server, tmp_path):
     swept(config, '{ "prune.ratio" = [0.2, 0.3] }')
     with worker(server, tmp_path / "three"):
-        first = deployed(server, "saap-sweep/family-sweep", config, "recover.epochs=30")
+        first = deployed(server, "saap-sweep/family-sweep", config, "recover.epochs=12")
         until(lambda: state(server, first) == "Running", what="the first sweep")
-        second = deployed(server, "saap-sweep/family-sweep", config, "recover.epochs=30")
+        second = deployed(server, "saap-sweep/family-sweep", config, "recover.epochs=12")
         until(lambda: state(server, second) == "Cancelled", what="the end of the second sweep")
         assert state(server, first) == "Running"
         until(lambda: state(server, first) == "Completed", 300, "the end of the first sweep")
