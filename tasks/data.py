@@ -9,7 +9,7 @@ from typing import Any
 
 from storage.keys import Fingerprints, digest
 from tasks.hub import HubError, Split, commit_of, file_of, split_of, with_rows
-from tasks.rows import check_text_column, checked_rows, write_parquet
+from tasks.rows import check_text_column, checked_rows, needed_for, write_parquet
 from tasks.toml import ConfigError
 
 SHUFFLED_AT_ONCE = 1 << 22  # rows: as in saap.texts, which needs torch
@@ -102,7 +102,9 @@ def data_file(data: str, role: str) -> Path:
     for suffix in SUFFIXES:
         if (file := folder / f"{place}{suffix}").is_file():
             return file
-    raise MissingData(f"{folder} has no {place}.parquet (or .jsonl), needed for {role}: put it there and run again")
+    raise MissingData(
+        f"{folder} has no {place}.parquet (or .jsonl), needed for {needed_for(role)}: put it there and run again"
+    )
 
 
 def find_data(data: str, role: str, fingerprints: Fingerprints) -> Found:

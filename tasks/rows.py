@@ -16,14 +16,20 @@ class _Wrong(ValueError):
         super().__init__(f"column {column}: {expected} is expected, found {repr(found)[:60]}")
 
 
+def needed_for(role: str) -> str:
+    """A role, as messages name it: prose to recover on is read as the text to calibrate on is."""
+    return "calibration or prose to recover on" if role == "calibration" else role
+
+
 def checked_rows(file: Path, role: str, columns: tuple[str, ...]) -> Iterator[Row]:
     """The rows of a file, one by one, in the official form of the role; of benchmarks further columns as they are.
 
     Taken where the meaning is clear: `input` missing or null, choices as a list of pairs, numbers for labels.
-    Raises ConfigError for a damaged file, a missing column, a file without rows, a value that is not as expected.
+    Raises ConfigError for a damaged file, a missing column, a file without rows, a value that is not as expected, and
+    at the end where texts or answers are blank in all rows.
     """
     fix = FORMS.get(role, _texts(*columns))
-    number = 0
+    number, said = 0, role in FORMS
     for number, row in enumerate(_rows(file, None if role in FORMS else columns), 1):
         if not isinstance(row, dict):
             raise ConfigError(
@@ -33,16 +39,20 @@ def checked_rows(file: Path, role: str, columns: tuple[str, ...]) -> Iterator[Ro
         missing = [column for column in columns if column not in row and column not in may_lack]
         if missing:
             raise ConfigError(
-                f"{file} lacks the column {', '.join(missing)} in row {number}, needed for {role}; it has {sorted(row)}"
+                f"{file} lacks the column {', '.join(missing)} in row {number}, needed for {needed_for(role)}; it has "
+                f"{sorted(row)}"
             )
         row |= {column: "" for column in may_lack if row.get(column) is None}
         try:
             fix(row)
         except _Wrong as wrong:
             raise ConfigError(f"{file}, row {number}, {wrong}") from wrong
+        said = said or bool(row[columns[-1]].strip())
         yield row
     if not number:
         raise ConfigError(f"{file} has no rows")
+    if not said:
+        raise ConfigError(f"{file}: the column {columns[-1]} is blank in every row, needed for {needed_for(role)}")
 
 
 def check_text_column(file: Path, role: str, column: str) -> int:
@@ -54,7 +64,9 @@ def check_text_column(file: Path, role: str, column: str) -> int:
         parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         schema = parquet.schema_arrow
         if column not in schema.names:
-            raise ConfigError(f"{file} lacks the column {column}, needed for {role}; it has {sorted(schema.names)}")
+            raise ConfigError(
+                f"{file} lacks the column {column}, needed for {needed_for(role)}; it has {sorted(schema.names)}"
+            )
         _check_once(file, schema.names, (column,))
         kind = schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind

@@ -180,7 +180,7 @@ def test_a_null_in_parquet_is_found_whether_or_not_the_file_counts_them(tmp_path
     ("content", "line"),
     [
         (b'{"text": "a"}\n3\n', "row 2: an object with text is expected"),
-        (b'{"text": "a"}\n{"txt": "b"}\n', "lacks the column text in row 2, needed for calibration; it has"),
+        (b'{"text": "a"}\n{"txt": "b"}\n', "lacks the column text in row 2, needed for calibration or prose"),
         (b'{"text": "a"}\n{"text": \n', "line 2: .*JSON lines or one JSON array"),
         (b'[{"text": "a"}', "line 1: .*JSON lines or one JSON array"),
         ('{"text": "a"}\n'.encode("utf-16"), "line 1: .*UTF-8 is expected"),
@@ -194,6 +194,17 @@ def test_a_file_that_is_no_rows_is_one_line(tmp_path, put, content, line):
     with pytest.raises(ConfigError, match=line) as caught:
         find_data(str(tmp_path), "calibration", Fingerprints(tmp_path / "store"))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+@pytest.mark.parametrize("role", ["wikitext2", "ptb", "recovery"])
+def test_texts_that_are_all_blank_are_one_line(tmp_path, put, role, suffix):
+    column = DATA[role].columns[-1]
+    file = put(role, [{**ROWS[role], column: " "}, {**ROWS[role], column: "\n"}], suffix)
+    with pytest.raises(ConfigError, match=f"the column {column} is blank in every row, needed for {role}"):
+        check_file(file, role)
+    put(role, [{**ROWS[role], column: " "}, {**ROWS[role], column: "word"}], suffix)
+    assert check_file(file, role) == 2
 
 
 @pytest.mark.parametrize("role", ["calibration", "recovery", "arc_easy"])
