@@ -4,17 +4,17 @@
     python benchmarks/recovery_text.py --data FOLDER --minutes 15 --rows mixed mixed:recipe=lora --ratios 0.2 0.5
     python benchmarks/recovery_text.py --data FOLDER --rows own:distill=0.9 alpaca=0.2+prose=0.8:learning_rate=3e-3
 
-A model is pruned by `--criterion`, a row of benchmarks/criteria.py, once for each seed and ratio, and each row
-recovers a copy of it. A row names its texts with their shares (equal ones where it gives none): `alpaca` (its first
-rows), `prose` (of the calibration set, apart from what ranks), `own` (written by the dense model), or `wikitext2`,
-passages of the test set behind those that are measured: how far text of the tested kind would bring it, no recovery to
-use. `mixed` stands for the pipeline's default, alpaca=0.4+prose=0.3+own=0.3. After a colon come the recipe
-(`recipe=lora`; groupwise where it says none), its options and those of the training; the learning rate is 1e-3 where it
-says none (the pipeline's is 5e-4). The row `untrained` is the codes alone: what quantising costs. Its feedback reads
-all tokens that rank, a recovery's 8,192 of its examples; with `start=mean` the zeros take the mean error of their
-quantisation group, the most that an adapter could start from. The rows of Alpaca and of the prose are the first ones,
-or of three times as many: with `choose=gap` those on which the pruned model has lost most, with `choose=long` Alpaca's
-with the longest answers, no answer twice.
+A model is pruned by `--criterion`, a row of benchmarks/criteria.py, once for each seed and ratio, and each row recovers
+a copy of it. A row names its texts with their shares (equal ones where it gives none): `alpaca` (its first rows),
+`prose` (of the calibration set, apart from what ranks), `own` (written by the dense model), or `wikitext2`, passages of
+the test set behind those that are measured: how far text of the tested kind would bring it, no recovery to use. `mixed`
+stands for the pipeline's default, alpaca=0.4+prose=0.3+own=0.3. After a colon come the recipe (`recipe=lora`; groupwise
+where it says none), its options and those of the training; the learning rate is 1e-3 where it says none (the pipeline's
+is 5e-4). The row `untrained` is the codes alone: what quantising costs. Its feedback reads all tokens that rank, a
+recovery's 8,192 of its examples; with `start=mean` the zeros take the mean error of their quantisation group, the most
+that an adapter could start from. The rows of Alpaca and of the prose are the first ones, or of three times as many:
+with `choose=gap` those on which the pruned model has lost most, with `choose=long` Alpaca's with the longest answers,
+no answer twice.
 
 Shown are perplexities, and how much of ln(pruned / dense) is closed, on WikiText-2 and PTB, which only report, and on
 text held out: novels, Alpaca's last rows, and text of the model's own with another seed. "Held out" is the mean share
@@ -41,7 +41,7 @@ from pruning_peers import losses
 
 import saap
 from saap.recovery.order import Order
-from saap.texts import longest_answers, training_example
+from saap.texts import chosen_rows, training_example
 from tasks.data import read_data
 
 OTHER_SEED = 1_000_003  # added: text that is neither what ranks nor what is measured
@@ -94,8 +94,8 @@ class Source:
 
     def __init__(self, data: str, model: Any, tokenizer: Any, length: int, seed: int, measured: int) -> None:
         """measured: tokens at the beginning of the test set that are measured on."""
-        self.data, self.model, self.tokenizer, self.length, self.seed = data, model, tokenizer, length, seed
-        self.measured = measured
+        self.data, self.model, self.tokenizer = data, model, tokenizer
+        self.length, self.seed, self.measured = length, seed, measured
         self.known: dict[str, list[dict[str, Any]]] = {}
 
     def rows(self, shares: dict[str, float], count: int, choose: str, small: Any) -> list[dict[str, Any]]:
@@ -106,7 +106,8 @@ class Source:
             if choose == "gap" and name != "own":
                 found += self._widest_gaps(self._some(name, 3 * wanted), wanted, small)
             elif choose == "long" and name == "alpaca":
-                found += longest_answers(self._some(name, 3 * wanted), wanted)
+                among = self._some(name, 4 * wanted), wanted, self.tokenizer, self.length
+                found += chosen_rows(*among, longest=True, whole_text=False)
             else:
                 found += self._some(name, wanted)
         random.Random(self.seed).shuffle(found)
@@ -186,24 +187,18 @@ def untrained(small: Any, options: dict[str, Any], tokens: torch.Tensor) -> Any:
 
 def recovered(
     small: Any, rows: list[dict[str, Any]], tokenizer: Any, options: dict[str, Any], model: Any, work: str
-) -> tuple[Any, int]:
-    """(the recovered model in floats, its steps)."""
+) -> tuple[Any, int, float]:
+    """(the recovered model in floats, its steps, the share of a pass's tokens that is padding)."""
     kind = saap.RECIPES[options.get("recipe", "groupwise")]
     recipe, training = (
         made(**{f.name: options[f.name] for f in fields(made) if f.name in options}) for made in (kind, saap.Training)
     )
     teacher = model if training.distill else None
     done, steps = saap.recover(copy.deepcopy(small), rows, tokenizer, work, recipe, training, teacher)
-    return saap.dequantize(done), steps[-1].step
-
-
-def padding_of(rows: list[dict[str, Any]], tokenizer: Any, settings: dict[str, Any]) -> float:
-    """The share of a pass's tokens that is padding: what packing rows together could save."""
-    training = saap.Training(**{f.name: settings[f.name] for f in fields(saap.Training) if f.name in settings})
     lengths = [training_example(row, tokenizer, training.max_length)["length"] for row in rows]
-    order = Order(lengths, training.batch_size, training.seed)
-    steps = math.ceil(len(rows) / training.batch_size)
-    return 1 - sum(lengths) / sum(itertools.islice(order.tokens(training.micro_batch_size), steps))
+    order = Order(lengths, training.batch_size, training.seed).tokens(training.micro_batch_size)
+    a_pass = sum(itertools.islice(order, math.ceil(len(rows) / training.batch_size)))
+    return saap.dequantize(done), steps[-1].step, 1 - sum(lengths) / a_pass
 
 
 class Table:
@@ -291,8 +286,8 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as work:
                     job = small, examples, tokenizer, settings, model, work
                     peak = most_held(lambda job=job, made=made: made.append(recovered(*job)), device)  # type: ignore[misc]
-                seconds, padding = time.perf_counter() - start, padding_of(examples, tokenizer, settings)
-                table.add(row + end, *made[0], seconds, peak, padding=round(padding, 4))
+                (done, steps, padding), seconds = made[0], time.perf_counter() - start
+                table.add(row + end, done, steps, seconds, peak, padding=round(padding, 4))
     print(json.dumps(table.figures))
 
 

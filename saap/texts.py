@@ -127,18 +127,38 @@ def sample_tokens(
     )
 
 
-def longest_answers(rows: Sequence[dict[str, str]], count: int) -> list[dict[str, str]]:
-    """`count` instruction rows: those of the longest outputs. Repeated ones fill up, then empty ones."""
+def chosen_rows(
+    rows: Sequence[dict[str, str]], count: int, tokenizer: Any, max_length: int, *, longest: bool, whole_text: bool
+) -> list[dict[str, str]]:
+    """`count` instruction rows to train on: the first ones, or of three times as many those of the longest answers.
+
+    Only rows that teach something are looked at: with an answer, and with whole_text or one that begins within
+    max_length tokens. Where these are too few, others fill up.
+    """
+    fit: list[dict[str, str]] = []
+    others: list[dict[str, str]] = []
+    for row in rows:
+        if len(fit) == (3 if longest else 1) * count:
+            break
+        (fit if teaches(row, training_example(row, tokenizer, max_length, whole_text)) else others).append(row)
+    return [*(_longest(fit, count) if longest else fit), *others][:count]
+
+
+def teaches(row: dict[str, Any], example: dict[str, Any]) -> bool:
+    """Whether the `training_example` of a row has labels, and an instruction an answer."""
+    return bool("tokens" in row or row["output"].strip()) and any(label != -100 for label in example["labels"])
+
+
+def _longest(rows: Sequence[dict[str, str]], count: int) -> list[dict[str, str]]:
+    """`count` rows: those of the longest answers, no answer twice while there are others."""
     new: list[dict[str, str]] = []
     repeated: list[dict[str, str]] = []
-    empty: list[dict[str, str]] = []
     seen = set()
     for row in sorted(rows, key=lambda row: len(row["output"].strip()), reverse=True):
         output = row["output"].strip()
-        (repeated if output in seen else new if output else empty).append(row)
-        if output:
-            seen.add(output)
-    return [*new, *repeated, *empty][:count]
+        (repeated if output in seen else new).append(row)
+        seen.add(output)
+    return [*new, *repeated][:count]
 
 
 WITH_INPUT = (

@@ -14,7 +14,7 @@ from saap.models.lean import attending, fastest_attention, lean
 from saap.recovery.loss import Student
 from saap.recovery.recipes import Groupwise, Recipe
 from saap.recovery.training import Training, TrainingStep
-from saap.texts import training_example
+from saap.texts import teaches, training_example
 
 PLAIN_UP_TO = 512  # tokens: longer examples take torch's fused attention
 CODED_ON = 8192  # tokens that the codes are made on
@@ -111,8 +111,7 @@ def _examples(
     asked = sum("tokens" not in row for row in rows)
     for row in rows:
         example = training_example(row, tokenizer, training.max_length, training.loss_on == "text")
-        answered = "tokens" in row or row["output"].strip()
-        if answered and any(label != -100 for label in example["labels"]):
+        if teaches(row, example):
             compact = {name: array("i", example[name]) for name in ("input_ids", "labels")}
             examples.append({**example, **compact})
             answers += "tokens" not in row

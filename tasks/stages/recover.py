@@ -15,7 +15,7 @@ from tasks.artifact import Source
 from tasks.compute import MEMORY, compute_settings
 from tasks.config import RunConfig
 from tasks.data import read_data
-from tasks.inputs import Checkpoint, Data, forget_model
+from tasks.inputs import Checkpoint, Data, forget_model, load_tokenizer
 from tasks.model_card import write_card
 from tasks.outside import Outside
 from tasks.recovery import check_rows
@@ -40,7 +40,7 @@ def _fingerprint(outside: Outside, inputs: Mapping[str, Source]) -> str:
 
 def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[str, Any]]:
     """Alpaca's rows, with those of tokens among them."""
-    from saap.texts import longest_answers
+    from saap.texts import chosen_rows
 
     config = step.config()
     tokens = [] if text is None else text.read().tolist()
@@ -48,17 +48,20 @@ def _rows(step: Step, data: Data | None, text: Calibration | None) -> list[dict[
     count = len(rows) if config["examples"] is None else config["examples"]
     if data is not None:
         check_rows(count, len(tokens), len(rows))
-    asked = count - len(tokens)
-    chosen = config.get("choose") == "long"
-    rows = longest_answers(rows[: 3 * asked], asked) if chosen else rows[:asked]
+    longest = config.get("choose") == "long"
+    if config["examples"] is not None:
+        about = {"longest": longest, "whole_text": config["loss_on"] == "text"}
+        rows = chosen_rows(rows, count - len(tokens), load_tokenizer(step), config["max_length"], **about)
+    else:
+        rows = rows[: count - len(tokens)]
     rows += [{"tokens": ids} for ids in tokens]
-    if tokens or chosen:
+    if tokens or longest:
         random.Random(config["seed"]).shuffle(rows)  # the last ones are held out
     return rows
 
 
 @stage(
-    version=10,
+    version=11,
     publishes=Checkpoint,
     params=_params,
     fingerprint=_fingerprint,

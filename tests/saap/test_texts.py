@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from saap import SaapError, calibration_bos, read_rows, sample_tokens
-from saap.texts import alpaca_example, longest_answers, token_example
+from saap.texts import WITHOUT_INPUT, alpaca_example, chosen_rows, token_example
 
 LENGTH = 20
 
@@ -207,9 +207,36 @@ def test_text_to_rank_by_begins_with_bos_where_the_tokenizer_puts_one_but_for_ll
     assert (tokens[:, 1] == torch.from_numpy(rows) + 2).all()
 
 
-def test_the_longest_answers_come_first_and_twice_only_where_there_are_no_others():
-    rows = [{"instruction": str(number), "output": "x" * length} for number, length in enumerate((3, 9, 9, 1, 5))]
-    assert [row["instruction"] for row in longest_answers(rows, 3)] == ["1", "4", "0"]
-    assert [row["instruction"] for row in longest_answers(rows, 5)] == ["1", "4", "0", "3", "2"]
-    rows += [{"instruction": "empty", "output": "  "}, {"instruction": "blank", "output": ""}]
-    assert [row["instruction"] for row in longest_answers(rows, 6)] == ["1", "4", "0", "3", "2", "empty"]
+def test_the_longest_answers_come_first_and_twice_only_where_there_are_no_others(tiny_tokenizer):
+    rows = [row(str(number), "x" * length) for number, length in enumerate((3, 9, 9, 1, 5))]
+    about = {"tokenizer": tiny_tokenizer, "max_length": 4096, "longest": True, "whole_text": False}
+
+    def chosen(rows, count, **more):
+        return [row["instruction"] for row in chosen_rows(rows, count, **about | more)]
+
+    assert chosen(rows, 3) == ["1", "4", "0"]
+    assert chosen(rows, 5) == ["1", "4", "0", "3", "2"]
+    assert chosen(rows, 1) == ["1"]  # of the first three
+    assert chosen(rows, 3, longest=False) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("longest", [True, False])
+def test_rows_that_teach_nothing_are_passed_over(tiny_tokenizer, longest):
+    """An answer that is blank, or that begins beyond max_length; with whole_text only the first."""
+    rows = [row("blank", " "), row("why " * 400, "late"), row("a", "one"), row("b", "two"), row("c", "more")]
+    length = len(tiny_tokenizer(alpaca_text(rows[4]))["input_ids"])
+    about = {"longest": longest, "whole_text": False}
+    found = chosen_rows(rows, 3, tiny_tokenizer, length, **about)
+    assert sorted(row["output"] for row in found) == ["more", "one", "two"]
+    found = chosen_rows(rows, 5, tiny_tokenizer, length, **about)
+    assert [row["output"] for row in found[3:]] == [" ", "late"]  # too few: they fill up
+    found = chosen_rows(rows, 4, tiny_tokenizer, length, **about | {"whole_text": True})
+    assert sorted(row["output"] for row in found) == ["late", "more", "one", "two"]
+
+
+def row(instruction, output):
+    return {"instruction": instruction, "input": "", "output": output}
+
+
+def alpaca_text(row):
+    return WITHOUT_INPUT.format(**row) + row["output"]

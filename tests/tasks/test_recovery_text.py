@@ -108,8 +108,8 @@ def test_instruction_rows_may_be_chosen_by_the_length_of_their_answers(text, ste
     """Three rows are wanted here: of the first nine, those of the longest answers."""
     first = read_data("mini", "recovery")[:9]
     wanted = sorted(first, key=lambda row: len(row["output"]))[-3:]
-    for settings, rows in (((), wanted), (("recover.choose=first",), first[:3])):
-        found = _rows(step(recover, *settings), Data("mini"), text)
+    for choose, rows in (("long", wanted), ("first", first[:3])):
+        found = _rows(step(recover, "recover.max_length=4096", f"recover.choose={choose}"), Data("mini"), text)
         assert sorted(row["output"] for row in found if "output" in row) == sorted(row["output"] for row in rows)
     assert wanted != first[:3]
 
@@ -123,7 +123,8 @@ def test_which_rows_are_chosen_counts_where_there_are_any(step):
 def test_the_longest_answers_are_not_in_order_of_length(step):
     """The last rows are held out."""
     alone = "recover.prose=0", "recover.own=0"
-    lengths = [len(row["output"]) for row in _rows(step(recover, *alone), Data("mini"), None)]
+    rows = _rows(step(recover, "recover.max_length=4096", *alone), Data("mini"), None)
+    lengths = [len(row["output"]) for row in rows]
     assert len(lengths) == 12
     assert lengths != sorted(lengths, reverse=True)
 
