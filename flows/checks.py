@@ -243,6 +243,9 @@ def _check_plan(config: RunConfig, facts: Facts) -> None:
     from saap import select
 
     cut = config.settled().prune
+    widest = max((len(index) for _, kind, index in facts.groups.structures() if kind == "mlp"), default=0)
+    if cut.kinds != "attention" and cut.align > widest:
+        raise ConfigError(f"prune.align = {cut.align} is more than the {widest} channels of the widest MLP: lower it")
     score = np.zeros(len(facts.groups))
     options: dict[str, Any] = {"protect": cut.protect, "align": cut.align}
     keep = select(

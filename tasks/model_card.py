@@ -17,12 +17,12 @@ PACKAGES = ("saap", "torch", "transformers")
 MODELS = ("gguf", "model", "dense")  # what manifests call the model when it lies outside the store
 
 
-def write_card(step: Step, folder: Path) -> None:
+def write_card(step: Step, folder: Path, summary: Mapping[str, Any] | None = None) -> None:
     """README.md of the checkpoint that the step has just saved. Without metrics: those are measured on the artifact."""
     from saap.export.model_card import model_card
 
     about: dict[str, Any] = {"stage": step.stage, "key": step.key, "params": step.config(), "run_id": step.run_id}
-    about |= {"inputs": step.inputs, "outside": dict(step.outside)}
+    about |= {"inputs": step.inputs, "outside": dict(step.outside), "summary": summary or {}}
     (folder / "README.md").write_text(model_card(folder, origin_of(ArtifactStore(step.store), about)), encoding="utf-8")
 
 
@@ -43,7 +43,9 @@ def origin_of(store: ArtifactStore, manifest: Mapping[str, Any]) -> "Origin":
     }
     versions = manifest.get("versions") or {name: version(name) for name in PACKAGES}
     key, run_id = f"{manifest['stage']}/{manifest['key']}", manifest["run_id"]
-    return Origin(name, licence, stages, data, key, run_id, {name: versions.get(name, "unknown") for name in PACKAGES})
+    versions = {name: versions.get(name, "unknown") for name in PACKAGES}
+    removed = next((cut for about in manifests if (cut := about["summary"].get("removed_of_prunable"))), None)
+    return Origin(name, licence, stages, data, key, run_id, versions, removed)
 
 
 def _ancestors(store: ArtifactStore, manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -44,7 +44,8 @@ class Origin:
     """How a checkpoint came to be.
 
     base_model: hub id or name; licence: the base model's identifier, None when it does not say; stages: name →
-    settings, in the order they ran; data: role → the name of its data; key: of the artifact; run_id: of the run.
+    settings, in the order they ran; data: role → the name of its data; key: of the artifact; run_id: of the run;
+    removed: the share of the prunable parameters that went, None when unknown.
     """
 
     base_model: str
@@ -54,6 +55,7 @@ class Origin:
     key: str
     run_id: str
     versions: Mapping[str, str] = field(default_factory=dict)
+    removed: float | None = None
 
 
 def model_card(
@@ -71,21 +73,20 @@ def model_card(
     """
     config = load_config(folder)
     groupwise = getattr(config, "groupwise", None)
-    ratio = origin.stages.get("prune", {}).get("ratio")
     criterion = origin.stages.get("rank", {}).get("criterion")
     recipe = origin.stages.get("recover", {}).get("recipe")
     recovered = (
         f"recovered in int{groupwise.get('bits', 4)}" if groupwise else f"recovered by {recipe}" if recipe else ""
     )
     name = origin.base_model.rpartition("/")[2]
-    title = f"{name}, {ratio:.0%} of its prunable parameters removed" if ratio else f"{name}, pruned"
+    went = "pruned" if origin.removed is None else f"{origin.removed:.0%} of its prunable parameters removed"
     ranked = f"the criterion '{criterion}'" if criterion else "structural importance (SAAP, arXiv 2412.15127)"
     removed = _removed(config)
     cut = f": whole {removed}, ranked by {ranked}, were removed, so that it is a smaller model of the same kind"
     licence = origin.licence or "not stated by the model this was made from"
     parts = [
         _front_matter(origin, name, metrics, groupwise),
-        f"# {', '.join(filter(None, (title, recovered)))}\n",
+        f"# {', '.join(filter(None, (name, went, recovered)))}\n",
         f"Made from {_linked(origin.base_model)} by the saap pipeline"
         + (cut if removed else "")
         + (f", and it was {recovered} by fine-tuning.\n" if recovered else ".\n"),

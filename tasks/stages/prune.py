@@ -1,5 +1,6 @@
 """Decide which groups stay, record the plan, then prune."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tasks.step import Step
 from tasks.target import aim_of
 from tasks.toml import ConfigError
 from tasks.values import parse_target
+
+WORTH_SAYING = 0.1  # of the ratio: what is removed may be so far from it
 
 
 def prune_params(config: RunConfig) -> dict[str, Any]:
@@ -57,6 +60,16 @@ def check_removed(keep: Any, params: dict[str, Any]) -> None:
         )
 
 
+def say_if_far(removed: float, params: dict[str, Any]) -> None:
+    """A line where what is removed is not about the ratio. A target is checked by itself. params: the stage's."""
+    if "target" not in params and abs(removed / params["ratio"] - 1) > WORTH_SAYING:
+        logging.getLogger("saap").warning(
+            "%.3g of the prunable parameters are removed, prune.ratio asks for %.3g: layers lose whole heads, and "
+            "channels in steps of prune.align = %d, so a lower align comes nearer",
+            *(removed, params["ratio"], params["align"]),
+        )
+
+
 @stage(version=5, publishes=Checkpoint, params=prune_params, fingerprint=_fingerprint)
 def prune(
     step: Step,
@@ -90,16 +103,19 @@ def prune(
         batch = compute_settings(step)["batch_size"]
         saap.refit(small, dense, keep, calibration.read(), ridge=config["ridge"], batch_size=batch)
     saap.save(small, folder, load_tokenizer(step))
-    write_card(step, folder)
     size = saap.size_of(small)
     active = {} if size.active == size.parameters else {"active_parameters": size.active}
-    return {
+    removed = saap.removed_share(found, keep)
+    summary = {
         **({"target": config["target"]} if "target" in config else {}),
-        "removed_of_prunable": round(saap.removed_share(found, keep), 6),
+        "removed_of_prunable": round(removed, 6),
         "parameters": size.parameters,
         **active,
         "of_total": round(1 - size.parameters / saap.size_of(dense).parameters, 6),
     }
+    say_if_far(removed, config)
+    write_card(step, folder, summary)
+    return summary
 
 
 def _widths(groups: Any, keep: Any) -> list[dict[str, Any]]:

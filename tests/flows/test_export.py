@@ -17,6 +17,7 @@ import saap
 from flows.commands import app
 from flows.dag import build
 from storage.runs import RunRecord
+from storage.tables import read_table
 from storage.warehouse import Warehouse
 from tasks.config import ConfigError, load_config
 from tasks.running import find_or_publish
@@ -79,6 +80,9 @@ def test_a_published_checkpoint_has_a_card_its_plan_and_its_code(store, stage):
     assert "`r1`" in card.text
     assert re.search(r"\| calibrate \| .*count 4, .*length 16", card.text)
     assert re.search(r"\| prune \| .*ratio 0.2", card.text)
+    widths = read_table(folder_of(store, "prune"), "widths")
+    removed = 1 - widths["kept_parameters"].sum() / widths["parameters"].sum()
+    assert f", {removed:.0%} of its prunable parameters removed" in card.text.partition("\n## ")[0]
     for role in ("recovery", "recovery, prose"):
         assert (f"| {role} | mini |" in card.text) == (stage == "recover")
     for layer, own in enumerate(saap.load(folder).config.per_layer_config):

@@ -22,7 +22,7 @@ METRIC = {
 def origin(**changes):
     fields = {"base_model": "org/base-1b", "licence": "apache-2.0", "key": "prune/ab12", "run_id": "r7"}
     stages = {"calibrate": {"count": 50, "seed": None}, "prune": {"ratio": 0.25, "protect": [0, -1]}}
-    return Origin(**(fields | {"stages": stages, "data": {"calibration": "hub"}} | changes))
+    return Origin(**(fields | {"stages": stages, "data": {"calibration": "hub"}, "removed": 0.2513} | changes))
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_card_says_where_the_model_comes_from_and_what_is_left_of_it(bloom, tm
 
 def test_a_card_without_a_hub_id_licence_or_metrics_claims_none(tmp_path):
     save(to_groupwise(build("llama"), None, groups=4), tmp_path)
-    card = model_card(tmp_path, origin(base_model="my-folder", licence=None, stages={}))
+    card = model_card(tmp_path, origin(base_model="my-folder", licence=None, stages={}, removed=None))
     front = yaml.safe_load(card.split("---")[1])
     assert not {"base_model", "license", "model-index"} & front.keys()
     assert "int4" in front["tags"]
@@ -74,8 +74,8 @@ def test_a_card_without_a_hub_id_licence_or_metrics_claims_none(tmp_path):
 
 def test_a_card_names_another_criterion_and_recipe(bloom, tmp_path):
     stages = {"rank": {"criterion": "flap"}, "prune": {"ratio": 0.5}, "recover": {"recipe": "lora"}}
-    card = model_card(tmp_path, origin(stages=stages))
-    assert "# base-1b, 50% of its prunable parameters removed, recovered by lora\n" in card
+    card = model_card(tmp_path, origin(stages=stages, removed=0.476))
+    assert "# base-1b, 48% of its prunable parameters removed, recovered by lora\n" in card
     assert "ranked by the criterion 'flap'" in card
 
 
