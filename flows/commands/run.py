@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.printing import console, print_comparison, print_run, print_table
-from flows.progress import show_progress
+from flows.progress import Loudness, show_progress
 from tasks.config import ConfigError, RunConfig
 from tasks.step import Step
 from tasks.toml import read_toml, toml_value
@@ -34,6 +34,12 @@ def _overrides(values: list[str] | None, store: Path | None) -> tuple[str, ...]:
     return (*([f"store={toml_value(str(store))}"] if store else []), *(values or ()))
 
 
+def _loudness(verbose: bool, quiet: bool) -> Loudness:
+    if verbose and quiet:
+        raise ConfigError("--verbose and --quiet ask for opposites: choose one")
+    return "verbose" if verbose else "quiet" if quiet else "normal"
+
+
 def run(
     config: WantedConfig = None,
     set_: SetOption = None,
@@ -53,7 +59,7 @@ def run(
             "which configuration? saap run configs/demo.toml runs the demo; "
             "saap config > mine.toml writes one of your own"
         )
-    overrides = _overrides(set_, store)
+    loudness, overrides = _loudness(verbose, quiet), _overrides(set_, store)
     settings = load_config(config, overrides)
     if "sweep" in read_toml(config):
         typer.echo(f"this runs what stands outside [sweep] only; all of it: saap sweep {config}", err=True)
@@ -65,7 +71,7 @@ def run(
         from flows.pages.write import report_file
         from flows.run import flow_of
 
-        show_progress("verbose" if verbose else "quiet" if quiet else "normal", len(job.steps))
+        show_progress(loudness, len(job.steps))
         flow_of(job)(str(config.resolve()), list(overrides))
     page = report_file(Path(settings.store), job.run_id)
     print_run(Path(settings.store), job.run_id, settings.data, page if page.is_file() else None)
@@ -83,7 +89,7 @@ def sweep(
     from flows.job import prepare_all
     from tasks.config import ConfigError, load_config
 
-    overrides = _overrides(set_, store)
+    loudness, overrides = _loudness(verbose, quiet), _overrides(set_, store)
     runs = combinations(str(config), overrides)
     settings = load_config(config, (*runs[0], *overrides))
     _start(settings.store)
@@ -94,7 +100,7 @@ def sweep(
         from flows.targets import sweep_page
 
         steps = {step.reference for job in jobs for step in job.steps}
-        show_progress("verbose" if verbose else "quiet" if quiet else "normal", len(steps))
+        show_progress(loudness, len(steps))
         failed: ConfigError | None = None
         try:
             sweep_of(jobs)(str(config.resolve()), list(overrides))

@@ -28,8 +28,11 @@ def sql(
     pruned, recovered side by side), criteria (over calibration seeds), criteria_published, ablations, recovery,
     versus_published, significance (is a difference more than noise), seed_spread, stage_reuse.
     """
+    from storage.errors import StorageError
     from storage.query import as_json, ask
 
+    if as_csv and json_:
+        raise StorageError("--csv and --json are two forms of the same rows: choose one")
     columns, rows = ask(store, query)
     if as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")

@@ -148,6 +148,7 @@ def test_sql_prints_csv_json_and_a_table(tmp_path):
     assert rows == [{"benchmark": b, "value": 0.5, "stderr": 0.1, "nothing": None} for b in ("boolq", "piqa")]
     table = saap("sql", query, "--store", tmp_path).stdout
     assert re.search(r"boolq .* 0\.5 .* 0\.1", table)
+    refused(saap("sql", query, "--store", tmp_path, "--csv", "--json"), "--csv", "--json", "choose one")
     refused(saap("sql", "select nonsense", "--store", tmp_path), "nonsense")
     refused(saap("sql", "delete from metrics", "--store", tmp_path), "read-only")
     refused(saap("sql", "select 1", "--store", tmp_path / "none"), "saap run")

@@ -90,6 +90,12 @@ def test_run_without_a_configuration_says_what_to_do():
     refused(saap("run"), "configs/demo.toml", "saap config")
 
 
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_loud_and_quiet_at_once_is_refused(config, store, command):
+    refused(saap(command, config, "-v", "-q"), "--verbose", "--quiet", "choose one")
+    assert not store.exists()
+
+
 def test_the_help_tells_the_exit_codes():
     words = " ".join(saap("--help").stdout.split())
     for word in ("Exit codes", "0 done", "2 something to put right", "130 interrupted"):
