@@ -105,6 +105,8 @@ def _left_by_the_dead(store: ArtifactStore) -> Iterator[Waste]:
     for path, name in _named(root, "work/*", _WORK):
         if not is_held(store.lock_file(name[1], name[2])):
             why = "its run died; run again, it would go on from here"
+            if not any(path.glob("checkpoint-*/trainer_state.json")):  # the trainer writes that last
+                why = "its run ended before a first checkpoint: there is nothing to go on from"
             yield Waste("work folder", path, size(path), why, (name[1], name[2]))
     for path in sorted(root.glob("runs/[!.]*/")):
         ours = (path / "alive.lock").exists()

@@ -75,6 +75,17 @@ def test_what_a_killed_run_left_is_found_without_a_change_and_removed_when_asked
     assert found == [(True,)] * 3
 
 
+def test_a_recovery_goes_on_from_a_checkpoint_only(store):
+    for key, name in ((BIG, "model.safetensors"), (OWN, "trainer_state.json")):
+        checkpoint = store.work("recover", key) / "checkpoint-50"
+        checkpoint.mkdir()
+        (checkpoint / name).touch()
+    store.work("recover", PLAIN)
+    why = {one.reference[1]: one.why for one in find_waste(store) if one.kind == "work folder"}
+    nothing = "its run ended before a first checkpoint: there is nothing to go on from"
+    assert why == {PLAIN: nothing, BIG: nothing, OWN: "its run died; run again, it would go on from here"}
+
+
 def test_a_run_goes_with_the_artifacts_that_no_other_run_has(store):
     with store.publish("recover", OWN, run_id="r2") as folder:  # made, but killed before it was recorded
         (folder / "model").write_bytes(bytes(2000))
