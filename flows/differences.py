@@ -20,16 +20,23 @@ with pairs as (
 select stage, variant, count(*) as steps, count(*) filter (key_a = key_b) as same,
     count(*) filter (key_b is null) as only_a, count(*) filter (key_a is null) as only_b
 from pairs group by stage, variant having same < steps order by min(position)"""
-_NUMBERS = """
-select coalesce(a.variant, b.variant) as variant, coalesce(a.benchmark, b.benchmark) as benchmark,
-    a.value as value_a, b.value as value_b, s.more_than_noise, a.metric
-from (from metrics where run_id = $a and papers) a full join (from metrics where run_id = $b and papers) b
+# perplexities in other windows than the papers' too: those are named
+_NUMBERS = r"""
+with shown as (
+    select *, if(papers, null, try_cast(regexp_extract(protocol, 'windows of (\d+)', 1) as integer)) as length
+    from metrics where papers or metric = 'perplexity')
+select coalesce(a.variant, b.variant) as variant,
+    coalesce(a.benchmark, b.benchmark) || coalesce(' @' || coalesce(a.length, b.length), '') as benchmark,
+    a.value as value_a, b.value as value_b, s.more_than_noise, coalesce(a.metric, b.metric) as metric
+from (from shown where run_id = $a) a full join (from shown where run_id = $b) b
         on (a.variant, a.benchmark, a.metric, a.protocol) = (b.variant, b.benchmark, b.metric, b.protocol)
     left join (from significance where run_a = $a and run_b = $b) s
         on (s.variant_a, s.variant_b, s.benchmark, s.metric, s.protocol)
          = (a.variant, a.variant, a.benchmark, a.metric, a.protocol)
 where a.value is distinct from b.value
-order by list_position(['dense', 'pruned', 'recovered'], coalesce(a.variant, b.variant)), a.metric = 'perplexity', 2"""
+order by list_position(['dense', 'pruned', 'recovered'], coalesce(a.variant, b.variant)),
+    coalesce(a.metric, b.metric) = 'perplexity', coalesce(a.benchmark, b.benchmark),
+    coalesce(a.length, b.length) nulls first"""
 _SPEEDS = """
 with sides as (select *, nullif(active_parameters, parameters) as active from speed)
 select variant, unnest(['parameters', 'active parameters', 'weight_bytes', 'tokens_per_s']) as what,

@@ -14,6 +14,7 @@ from storage.keys import digest
 from tests.flows.conftest import saap
 from tests.flows.pages.made import Maker
 from tests.flows.test_cli import refused
+from tests.storage.test_warehouse import ask
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 FIRST, SECOND = "20261127T120000-0aa001", "20261127T130000-0bb002"
@@ -84,6 +85,27 @@ def test_diff_shows_the_field_the_stages_and_the_numbers_that_differ(made):
     assert any(line[:2] == ["pruned", "wikitext2"] for line in lines)
     same = saap("diff", FIRST, FIRST, "--store", made).stdout
     assert same.count("no difference") == 3
+
+
+def test_diff_names_the_windows_that_are_not_the_papers(tmp_path):
+    maker = Maker(tmp_path)
+    for run_id, windows in ((FIRST, (64, 128, 2048)), (SECOND, (64, 128, 512))):
+        config = {"evaluate": {"windows": windows, "benchmarks": ["wikitext2", "piqa"]}}
+        maker.run(run_id, config, stages=("prune",))
+    maker.warehouse.rebuild()
+    length, of = "regexp_extract(protocol, '[0-9]+$')::integer", "benchmark = 'wikitext2' and variant"
+    query = f"select {length}, value from metrics where {of} = 'pruned' and run_id = ?"
+    values = [dict(ask(maker.warehouse, query, run_id)) for run_id in (FIRST, SECOND)]
+    query = f"select {length}, more_than_noise from significance where {of}_a = 'pruned' and variant_b = 'pruned'"
+    noise = dict(ask(maker.warehouse, f"{query} and run_a = ? and run_b = ?", FIRST, SECOND))
+    assert noise.keys() == {64, 128}
+    wanted = []
+    for window in (128, 64, 512, 2048):
+        name = ["wikitext2"] if window == 128 else ["wikitext2", f"@{window}"]
+        verdict = {None: "", True: "more than noise", False: "within noise"}[noise.get(window)]
+        wanted.append(["pruned", *name, *(printing.rounded(its.get(window)) for its in values), *verdict.split()])
+    printed = saap("diff", FIRST, SECOND, "--store", tmp_path).stdout.splitlines()
+    assert [line.split() for line in printed if line.split()[:2] == ["pruned", "wikitext2"]] == wanted
 
 
 def test_run_without_a_configuration_says_what_to_do():

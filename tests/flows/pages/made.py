@@ -7,7 +7,7 @@ from storage.keys import digest
 from storage.runs import RunRecord
 from storage.tables import sample_writer, write_table
 from storage.warehouse import Warehouse
-from tasks.config import ACCURACIES, RunConfig, check_config
+from tasks.config import RunConfig, check_config
 
 LAYERS, CHANNELS, HEADS, SAMPLES = 4, 96, 2, 3
 GROUPS = {
@@ -47,7 +47,7 @@ class Maker:
             *(name for name, stage in (("pruned", "prune"), ("recovered", "recover")) if stage in stages),
         ]
         for variant in variants:
-            for benchmark in (*ACCURACIES, "wikitext2", "ptb"):
+            for benchmark in settings.evaluate.benchmarks:
                 key = self._evaluated(run_id, settings, variant, benchmark)
                 about = {"stage": "evaluate", "key": key, "variant": variant, "benchmark": benchmark}
                 record.stage(position, **about, cached=variant == "dense", seconds=0.5)
@@ -57,14 +57,14 @@ class Maker:
         return record
 
     def _evaluated(self, run_id, settings, variant, benchmark):
-        """Perplexities in the papers' windows and those that the settings add; the dense model once a model and how."""
+        """Perplexities in the settings' windows; the dense model once a model and how."""
         dense = [settings.model.path, settings.evaluate.max_tokens]
         key = digest([*(dense if variant == "dense" else [run_id]), variant, benchmark])
         if self.store.find("evaluate", key) is None:
             perplexity = benchmark in ("wikitext2", "ptb")
             about = {"benchmark": benchmark, "metric": "perplexity" if perplexity else "acc", "n": 100, "data": "mini"}
             rows = []
-            for window in {128, *settings.evaluate.windows} if perplexity else (None,):
+            for window in settings.evaluate.windows if perplexity else (None,):
                 value = self.random.uniform(400, 600) if perplexity else self.random.uniform(0.3, 0.9)
                 protocol = f"p, windows of {window}" if perplexity else "p"
                 numbers = {"value": value, "stderr": value / 20}
