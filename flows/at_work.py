@@ -17,6 +17,7 @@ from flows.places import place_for
 from flows.progress import IN_STORE
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
+from storage.hints import in_store
 from storage.remote import remote_of
 from storage.runs import RunRecord
 from storage.warehouse import Warehouse
@@ -119,7 +120,8 @@ class Run:
             except Exception as error:
                 why = str(error).partition("\n")[0] or type(error).__name__
                 get_run_logger().warning(
-                    "the run is complete, but not in MLflow: %s; saap export mlflow %s", why, self.job.run_id
+                    "the run is complete, but not in MLflow: %s; saap export mlflow %s %s",
+                    *(why, self.job.run_id, in_store(self._store.root)),
                 )
             else:
                 get_run_logger().info("logged to MLflow as run %s", there)

@@ -53,8 +53,10 @@ def print_run(store: Path, run_id: str, data: str, page: Path | None) -> None:
 
 
 def _say_where_other_windows_are(store: Path, which: str = "") -> None:
+    from storage.hints import in_store
+
     console.print(
-        f"windows of 128 tokens were not measured; other perplexities: saap sql --store {store} "
+        f"windows of 128 tokens were not measured; other perplexities: saap sql {in_store(store)} "
         f'"select * from comparison{which}"',
         highlight=False,
         soft_wrap=True,

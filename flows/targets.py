@@ -8,13 +8,13 @@ from typing import Any
 
 from flows.combinations import base_of, combinations
 from storage.errors import StorageError
+from storage.hints import how_to_list
 from storage.runs import all_runs
 from storage.warehouse import Warehouse
 from tasks.compute import MEMORY
 from tasks.config import load_config
 
 _ELSEWHERE = ("store", "store_remote", "compute", "execute")
-ALL = "saap sql 'select run_id, name, status from runs'"
 
 
 def find_run(connection: Any, store: Path, named: str | None) -> str:
@@ -26,17 +26,17 @@ def find_run(connection: Any, store: Path, named: str | None) -> str:
         query = "select run_id from runs where status = 'completed' order by started_at desc, run_id desc limit 1"
         found = connection.execute(query).fetchall()
         if not found:
-            raise StorageError(f"no completed run in {store.resolve()}: {ALL}")
+            raise StorageError(f"no completed run in {store.resolve()}: {how_to_list(store.resolve())}")
         return str(found[0][0])
-    return pick(matching_runs(connection, named), named, str(store.resolve()), ALL)
+    return pick(matching_runs(connection, named), named, str(store.resolve()), how_to_list(store.resolve()))
 
 
-def pick(run_ids: list[str], named: str, place: str, how_to_list: str) -> str:
+def pick(run_ids: list[str], named: str, place: str, listing: str) -> str:
     """The one of these runs whose id is this, or begins or ends like it. Raises StorageError for none or several."""
     ids = [one for one in run_ids if named and (one.startswith(named) or one.endswith(named))]
     ids = [named] if named in ids else ids
     if not ids:
-        raise StorageError(f"no such run in {place}: '{named}'; {how_to_list}")
+        raise StorageError(f"no such run in {place}: '{named}'; {listing}")
     if len(ids) > 1:
         raise StorageError(f"'{named}' is {len(ids)} runs: {', '.join(ids[:5])}{' …' if len(ids) > 5 else ''}")
     return ids[0]

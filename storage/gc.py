@@ -16,6 +16,7 @@ from storage import runs
 from storage.artifacts import BESIDE, ArtifactStore
 from storage.errors import BusyError, StorageError
 from storage.files import listed
+from storage.hints import how_to_list
 from storage.keys import KEY
 from storage.locks import held, is_held
 
@@ -62,11 +63,9 @@ def select_runs(
         with contextlib.suppress(StorageError):
             known[run_id] = runs.read_run(root, run_id)
     if unknown := [run_id for run_id in ids if run_id not in known]:
-        raise StorageError(f"no such run in {root}: {', '.join(unknown)}; saap sql 'select run_id, name from runs'")
+        raise StorageError(f"no such run in {root}: {', '.join(unknown)}; {how_to_list(root)}")
     if unknown := [name for name in names if name not in {run["name"] for run in known.values()}]:
-        raise StorageError(
-            f"no run in {root} has the name {', '.join(unknown)}; saap sql 'select run_id, name from runs'"
-        )
+        raise StorageError(f"no run in {root} has the name {', '.join(unknown)}; {how_to_list(root)}")
     before = -1.0 if older_than_days is None else time.time() - 86400 * older_than_days
     picked = [r for r, run in known.items() if r in ids or run["name"] in names or run["started_at"] < before]
     if living := [run_id for run_id in picked if runs.is_alive(root, run_id) and run_id in ids]:

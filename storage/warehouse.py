@@ -24,6 +24,7 @@ from storage.damage import move_aside
 from storage.database import VERSION, attached, fault_of, is_current, quoted, seal
 from storage.errors import BusyError, StorageError
 from storage.files import fsync, listed, remove
+from storage.hints import in_store
 from storage.keys import is_key
 from storage.loading import create_tables, follow_disk, follows_disk, sql_type
 from storage.locks import held
@@ -251,7 +252,8 @@ class Warehouse:
         lost = {*self._whole(self._scored())} - {*self._whole(self._scored(), verify=True)}
         for file in sorted(lost):
             if file.exists():
-                return f"{file} is damaged, and cannot be set aside in a store that cannot be written: saap verify"
+                verify = f"saap verify {in_store(self.root)}"
+                return f"{file} is damaged, and cannot be set aside in a store that cannot be written: {verify}"
             return f"{file} was damaged and is set aside: give the command again"
         return None
 

@@ -163,6 +163,7 @@ def mlflow(
 def find_checkpoint(source: str, variant: str | None, store: Path) -> Checkpoint:
     """The checkpoint in a folder, or of a run. Raises ConfigError or StorageError when there is none."""
     from storage.artifacts import MANIFEST, ArtifactStore
+    from storage.hints import how_to_list
     from storage.warehouse import Warehouse
 
     folder = Path(source)
@@ -187,7 +188,7 @@ def find_checkpoint(source: str, variant: str | None, store: Path) -> Checkpoint
         if not rows:
             raise ConfigError(
                 f"{source} is neither a folder nor a run with a {variant or 'pruned'} checkpoint in {store.resolve()}: "
-                "saap sql 'select run_id, name, status from runs'"
+                f"{how_to_list(store.resolve())}"
             )
         (stage, key), run_id = rows[0], source
     artifacts = ArtifactStore(store)

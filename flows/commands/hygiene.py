@@ -7,7 +7,7 @@ import typer
 
 from flows.commands.store import StoreOption, there
 from flows.printing import console, print_table
-from flows.targets import ALL, complete_run, pick
+from flows.targets import complete_run, pick
 
 
 def gc(
@@ -38,12 +38,13 @@ def gc(
     """
     from storage.artifacts import ArtifactStore
     from storage.gc import find_waste, remove, select_runs
+    from storage.hints import how_to_list
     from storage.runs import all_runs
 
     there(store)
     artifacts = ArtifactStore(store)
     known = all_runs(artifacts.root)
-    picked = [pick(known, one, str(artifacts.root), ALL) for one in run or ()]
+    picked = [pick(known, one, str(artifacts.root), how_to_list(artifacts.root)) for one in run or ()]
     dropped = select_runs(artifacts.root, ids=picked, names=name or (), older_than_days=older)
     elsewhere: set[tuple[str, str]] = set()
     if remote is not None:

@@ -105,6 +105,7 @@ def show(run_id: RunArgument = None, store: StoreOption = Path("saap_store")) ->
     from flows.pages.run_head import checkpoints
     from flows.pages.write import report_file
     from storage.artifacts import ArtifactStore
+    from storage.hints import in_store
     from storage.warehouse import Warehouse
 
     with Warehouse(store).reading() as connection:
@@ -126,14 +127,14 @@ def show(run_id: RunArgument = None, store: StoreOption = Path("saap_store")) ->
     rows += [(f"{variant} parameters", f"{parameters:,}" + (f", active {active:,}" if active not in (None, parameters)
               else "")) for variant, parameters, active in sizes if " in " not in variant]  # fmt: skip
     rows += [(f"{variant} checkpoint", folder) for variant, folder in folders]
-    rows.append(("page", page if page.exists() else f"saap report {found} writes it"))
+    rows.append(("page", page if page.exists() else f"saap report {found} {in_store(store)} writes it"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         console.print(f"{name:<{width}}  {value}", highlight=False, soft_wrap=True)
     if folders:
         last = str(folders[-1][1])
         print(f"\nimport saap, transformers\nmodel = transformers.AutoModelForCausalLM.from_pretrained({last!r})")
-        print(f"\nsaap export gguf {found} model.gguf")
+        print(f"\nsaap export gguf {found} model.gguf {in_store(store)}")
 
 
 def diff(first: NamedRun, second: NamedRun, store: StoreOption = Path("saap_store")) -> None:

@@ -1,6 +1,7 @@
 """Commands that take a configuration: run, sweep, compare, plan, config."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,7 +63,8 @@ def run(
     loudness, overrides = _loudness(verbose, quiet), _overrides(set_, store)
     settings = load_config(config, overrides)
     if "sweep" in read_toml(config):
-        typer.echo(f"this runs what stands outside [sweep] only; all of it: saap sweep {config}", err=True)
+        again = shlex.join(["saap", "sweep", str(config), *(f"--set={override}" for override in overrides)])
+        typer.echo(f"this runs what stands outside [sweep] only; all of it: {again}", err=True)
     _start(settings.store)
     from flows.job import prepare  # only now: what it imports reads the environment
 

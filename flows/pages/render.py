@@ -16,6 +16,7 @@ import jinja2
 from flows.pages.section import Section
 from storage.errors import StorageError
 from storage.files import write_whole
+from storage.hints import in_store
 from storage.keys import digest
 
 
@@ -54,7 +55,8 @@ def _environment() -> jinja2.Environment:
 def page(store: Path, title: str, sections: list[Section], **about: Any) -> str:
     """The whole page of something in a store. about: what the head shows, see templates/page.html."""
     template = _environment().get_template("page.html")
-    return template.render(title=title, sections=sections, library=_library(store), **about)
+    library = _library(store)
+    return template.render(title=title, sections=sections, library=library, store=in_store(store), **about)
 
 
 def write(file: Path, text: str) -> Path:

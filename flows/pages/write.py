@@ -14,6 +14,7 @@ from flows.pages.section import Section, ask
 from flows.targets import Sweep
 from storage.artifacts import ArtifactStore
 from storage.errors import StorageError
+from storage.hints import how_to_list
 from storage.warehouse import Warehouse
 
 RESULTS = """
@@ -41,7 +42,7 @@ def page_of_run(warehouse: Warehouse, connection: Any, run_id: str) -> str:
     """The page of a run, for those who have a connection. Raises StorageError when there is no such run."""
     found = ask(connection, "select * from runs where run_id = ?", run_id)
     if not found:
-        raise StorageError(f"no run {run_id} in {warehouse.root}: saap sql 'select run_id, name, status from runs'")
+        raise StorageError(f"no run {run_id} in {warehouse.root}: {how_to_list(warehouse.root)}")
     scored = ask(connection, "select key from stage_runs where run_id = ? and stage = 'score'", run_id)
     warehouse.show_importance(connection, {row["key"] for row in scored})
     (run,), artifacts = found, ArtifactStore(warehouse.root)
@@ -71,6 +72,7 @@ def page_of_run(warehouse: Warehouse, connection: Any, run_id: str) -> str:
         sentences=run_head.sentences(run, config, kept.rows, results),
         tiles=run_head.tiles(results),
         checkpoints=run_head.checkpoints(artifacts, connection, run_id),
+        reference=run_id,
     )
 
 
@@ -120,7 +122,7 @@ def page_of_sweep(store: Path, connection: Any, sweep: Sweep) -> str:
         tiles=[],
         checkpoints=[],
         filters=[("model", "models", models), ("ratio", "ratios", ratios), ("variant", "variants", variants)],
-        reference=shlex.join([*sweep.named, "--store", str(store)]),
+        reference=shlex.join(sweep.named),
     )
 
 

@@ -244,7 +244,7 @@ def test_a_run_says_what_its_table_leaves_out(config, store, prefect_server):
     done = saap("run", config, *(word for value in small for word in ("--set", value)))
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
-    assert f"saap sweep {config}" in done.stderr
+    assert f"saap sweep {config} --set=recover.recipe=none" in done.stderr
     assert "windows of 128 tokens were not measured" in said
     assert "from comparison where run_id" in said
     assert "pruned – – – – – – – – – – – – – –" in said  # a row for what was measured all the same

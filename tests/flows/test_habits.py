@@ -1,7 +1,11 @@
 """What a shell, an editor and a hurried person expect of the command."""
 
+import html
 import io
 import json
+import re
+import shlex
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -106,6 +110,26 @@ def test_diff_names_the_windows_that_are_not_the_papers(tmp_path):
         wanted.append(["pruned", *name, *(printing.rounded(its.get(window)) for its in values), *verdict.split()])
     printed = saap("diff", FIRST, SECOND, "--store", tmp_path).stdout.splitlines()
     assert [line.split() for line in printed if line.split()[:2] == ["pruned", "wikitext2"]] == wanted
+
+
+def test_a_command_that_is_printed_to_be_copied_names_the_store(made, tmp_path):
+    store = shutil.copytree(made, tmp_path / "a store")
+    shown = saap("show", FIRST, "--store", store).stdout.splitlines()
+    assert shlex.split(shown[-1]) == ["saap", "export", "gguf", FIRST, "model.gguf", "--store", str(store)]
+    (page,) = (line for line in shown if line.startswith("page"))
+    assert page.endswith(f"saap report {FIRST} --store '{store}' writes it")
+    listing = ["saap", "sql", "--store", str(store), "select run_id, name, status from runs"]
+    for command in ("show none", "diff none none", "gc --run none", "gc --name none", "export gguf none x"):
+        done = saap(*command.split(), "--store", store)
+        refused(done, "saap sql")
+        assert shlex.split(done.stderr[done.stderr.index("saap sql") :]) == listing, command
+    assert FIRST in saap(*listing[1:]).stdout
+    assert saap("report", FIRST, "--store", store).returncode == 0
+    page = (store / "runs" / FIRST / "report.html").read_text()
+    assert [html.unescape(one) for one in re.findall(r"<code>(saap .*?)</code>", page)] == [
+        f"saap export gguf {FIRST} model.gguf --store '{store}'",
+        f"saap report {FIRST} --store '{store}' --html FILE",
+    ]
 
 
 def test_run_without_a_configuration_says_what_to_do():

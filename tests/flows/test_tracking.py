@@ -101,7 +101,7 @@ def test_a_run_is_logged_at_its_end_and_not_lost_with_the_server(config, store, 
     (line,) = (line for line in done.stderr.splitlines() if "MLflow" in line)
     assert "the run is complete, but not in MLflow: cannot log to MLflow at http://127.0.0.1:9" in line
     (run_id,) = all_runs(store)
-    assert f"saap export mlflow {run_id}" in line
+    assert f"saap export mlflow {run_id} --store {store}" in line
 
     uri = (tmp_path / "mlruns").as_uri()
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
