@@ -14,15 +14,16 @@ import duckdb
 from flows.combinations import combinations
 from flows.dag import build
 from flows.job import Job
+from flows.report import SHORT
 from flows.to_ratio import NotTimed, with_ratio
 from storage.artifacts import ArtifactStore
 from storage.warehouse import Warehouse
-from tasks.config import RunConfig, load_config
+from tasks.config import ACCURACIES, PERPLEXITIES, RunConfig, load_config
 from tasks.outside import SharedOutside
 from tasks.step import Step
 from tasks.toml import parse_value
 
-MEASURES = ("wikitext2", "ptb", "average", "parameters", "weight_bytes", "tokens_per_s")
+MEASURES = (*PERPLEXITIES, *ACCURACIES, "average", "parameters", "weight_bytes", "tokens_per_s")
 TIMED = "speed"
 PAPER_MODEL = "llama-7b"
 _OF_DENSE = ("model.", "data", "evaluate.", "speed.")  # axes that the dense model's numbers depend on
@@ -68,6 +69,12 @@ class Comparison:
     def several(self) -> bool:
         """Whether a row is of more than one run."""
         return any(row.runs > 1 for row in self.rows)
+
+    @property
+    def measures(self) -> list[str]:
+        """Those that a row has; a task by itself only where its row has no average of all seven."""
+        shown = {m for row in self.rows for m in row.means if m not in ACCURACIES or "average" not in row.means}
+        return [m for m in MEASURES if m in shown]
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ def _means(connection: duckdb.DuckDBPyConnection, places: list[list[str]], axes:
     for place, variant, settings, count, seconds, *numbers in found:
         row = Row((), 0.0, variant, runs=count, seconds=seconds)
         for measure, mean, spread in zip(MEASURES, numbers[::2], numbers[1::2], strict=True):
-            scale = 100 if measure == "average" else 1
+            scale = 100 if measure in (*ACCURACIES, "average") else 1
             row.means |= {} if mean is None else {measure: mean * scale}
             row.spreads |= {} if spread is None else {measure: spread * scale}
         row.published, row.misprint = published.get((settings, variant), ({}, False))
@@ -216,8 +223,7 @@ def _published(
 
 
 _COLUMNS = {
-    "wikitext2": ("Wiki2↓", 1.0),
-    "ptb": ("PTB↓", 1.0),
+    **{benchmark: (short, 1.0) for benchmark, short in SHORT.items()},
     "average": ("avg", 1.0),
     "parameters": ("params M", 1e-6),
     "weight_bytes": ("MB", 1e-6),
@@ -227,7 +233,7 @@ _COLUMNS = {
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text: mean ± spread over the seeds; 'paper' is LLaMA-7B as printed, for the eye only."""
-    shown = [m for m in MEASURES if any(m in row.means for row in comparison.rows)]
+    shown = comparison.measures
     published = any(row.published for row in comparison.rows)
     seeds = ["seeds"] if comparison.several else []
     targets = ["target"] if any(row.target for row in comparison.rows) else []

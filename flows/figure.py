@@ -3,9 +3,16 @@
 from pathlib import Path
 
 from flows.compare import PAPER_MODEL, Comparison, Row, axis_name
+from flows.report import SHORT
 from storage.errors import StorageError
+from tasks.config import ACCURACIES, PERPLEXITIES
 
-_TITLES = {"wikitext2": "WikiText-2 perplexity", "ptb": "PTB perplexity", "average": "average of seven accuracies, %"}
+_TITLES = {
+    "wikitext2": "WikiText-2 perplexity",
+    "ptb": "PTB perplexity",
+    **{task: f"{SHORT[task]}, %" for task in ACCURACIES},
+    "average": "average of seven accuracies, %",
+}
 
 
 def draw(comparison: Comparison, file: Path) -> None:
@@ -22,7 +29,7 @@ def draw(comparison: Comparison, file: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in comparison.rows if row.variant != "dense"]
-    measures = [m for m in _TITLES if any(m in row.means for row in rows)]
+    measures = [m for m in comparison.measures if m in _TITLES and any(m in row.means for row in rows)]
     variants = [v for v in ("pruned", "recovered") if any(row.variant == v and row.means for row in rows)]
     if not measures:
         raise StorageError("nothing to draw: no run of this sweep has been evaluated; start it with saap sweep")
@@ -72,7 +79,7 @@ def _panel(panel, rows: list[Row], settings: list[tuple[str, ...]], measure: str
         panel.set_xlim(-0.5, len(settings) - 0.5)
     else:
         panel.set_xticks(numbers)
-    if measure != "average":
+    if measure in PERPLEXITIES:
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))

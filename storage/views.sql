@@ -1,16 +1,25 @@
 -- The views of the warehouse. After a change here, raise VERSION in database.py: existing files are then rebuilt.
 -- The last bits of a sum depend on its order, and DuckDB's threads come in any: `order by` inside an aggregate settles it.
 
--- one row a run and variant that was measured; the average of the accuracies only when all seven are there
+-- one row a run and variant that was measured: the papers' metric of each benchmark, and the average of the accuracies
+-- only when all seven are there
 create view results as
 with scores as (
     select run_id, variant,
         case when count(*) filter (papers and metric <> 'perplexity') = 7
              then avg(value) filter (papers and metric <> 'perplexity') end as average,
         max(value) filter (papers and benchmark = 'wikitext2') as wikitext2,
-        max(value) filter (papers and benchmark = 'ptb') as ptb
+        max(value) filter (papers and benchmark = 'ptb') as ptb,
+        max(value) filter (papers and benchmark = 'arc_easy') as arc_easy,
+        max(value) filter (papers and benchmark = 'arc_challenge') as arc_challenge,
+        max(value) filter (papers and benchmark = 'boolq') as boolq,
+        max(value) filter (papers and benchmark = 'hellaswag') as hellaswag,
+        max(value) filter (papers and benchmark = 'piqa') as piqa,
+        max(value) filter (papers and benchmark = 'winogrande') as winogrande,
+        max(value) filter (papers and benchmark = 'openbookqa') as openbookqa
     from metrics group by run_id, variant)
 select r.run_id, r.name, r.model, r.data, r.criterion, r.ratio, s.variant, s.average, s.wikitext2, s.ptb,
+    s.arc_easy, s.arc_challenge, s.boolq, s.hellaswag, s.piqa, s.winogrande, s.openbookqa,
     v.parameters, v.active_parameters, v.weight_bytes, v.tokens_per_s, v.decode_ratio, r.started_at
 from scores s join runs r using (run_id) left join speed v on v.run_id = s.run_id and v.variant = s.variant;
 
@@ -52,7 +61,8 @@ with cost as (
     select run_id, sum(seconds) as seconds_to_rank from stage_runs
     where stage in ('own_text', 'score', 'gradients', 'activations', 'fisher', 'fuse', 'fluctuation', 'rank') group by run_id)
 select l.run_id, l.name, l.model, l.data, l.criterion, r.config->>'$.criterion.variant' as criterion_variant, l.ratio,
-    l.variant, l.average, l.wikitext2, l.ptb, l.parameters, l.weight_bytes, l.tokens_per_s, c.seconds_to_rank,
+    l.variant, l.average, l.wikitext2, l.ptb, l.arc_easy, l.arc_challenge, l.boolq, l.hellaswag, l.piqa, l.winogrande,
+    l.openbookqa, l.parameters, l.weight_bytes, l.tokens_per_s, c.seconds_to_rank,
     r.config->>'$.fuse.fusion' as fusion, r.config->>'$.fluctuation.fluctuation' as fluctuation,
     r.config->>'$.fluctuation.asi_scope' as asi_scope, r.config->>'$.prune.direction' as direction,
     r.config->>'$.prune.search' as search, r.config->>'$.prune.kinds' as kinds,

@@ -3,8 +3,14 @@
 from typing import Any
 
 from flows.pages.run_charts import tips
+from flows.pages.run_page import NAMES
+from tasks.config import ACCURACIES, PERPLEXITIES
 
-QUALITY = {"wikitext2": "WikiText-2 perplexity", "ptb": "PTB perplexity", "average": "average accuracy, %"}
+QUALITY = {
+    **{text: f"{NAMES[text]} perplexity" for text in PERPLEXITIES},
+    **{task: f"{NAMES[task]}, %" for task in ACCURACIES},
+    "average": "average accuracy, %",
+}
 COSTS = {
     "parameters_m": "parameters, M",
     "kept_m": "prunable parameters kept, M",
@@ -18,8 +24,8 @@ def trade(quality: str, cost: str, labels: list[str], ghosts: bool, spreads: boo
 
     ghosts, spreads: whether there are any; Vega complains about a layer without data.
     """
-    perplexity = quality != "average"
-    scale = {"type": "log", "nice": False, "padding": 10} if perplexity else {"zero": False, "padding": 10}
+    logarithmic = {"type": "log", "nice": False, "padding": 10}
+    scale = logarithmic if quality in PERPLEXITIES else {"zero": False, "padding": 10}
     x = {
         "field": cost,
         "type": "quantitative",
@@ -130,7 +136,7 @@ def _published(quality: str, cost: str, y: dict[str, Any]) -> dict[str, Any]:
 
 def _front(quality: str, cost: str) -> list[dict[str, Any]]:
     """Keep what no other point of its model and data beats: the best quality among all that cost no more."""
-    best = {"op": "max" if quality == "average" else "min", "field": quality, "as": "best"}
+    best = {"op": "min" if quality in PERPLEXITIES else "max", "field": quality, "as": "best"}
     dear = "descending" if cost == "tokens_per_s" else "ascending"  # of tokens a second, more is better
     among = {"sort": [{"field": cost, "order": dear}], "groupby": ["model", "data"], "frame": [None, 0]}
     return [{"window": [best], **among, "ignorePeers": False}, {"filter": f"datum.{quality} === datum.best"}]

@@ -1,30 +1,33 @@
 """The sections of a sweep's page. A sweep is a set of runs; what they share counts once."""
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from flows.pages import sweep_charts as charts
 from flows.pages.run_head import flat_fields
 from flows.pages.section import Chart, Column, Rows, Section, ask, digits, words
 from flows.printing import rounded
+from tasks.config import ACCURACIES
 
 # A setting is the configuration without the calibration seed and without what the variant does not depend on: a pruned
 # model not on its recovery, a dense one on nothing but model, dtype, data and how it is measured. A run made twice
 # counts once.
-SETTINGS = """
+SETTINGS = f"""
 with kept as (select run_id, sum(kept_parameters) as kept, sum(parameters) as prunable from widths group by run_id),
 mine as (
     select a.run_id, a.model, a.data, a.criterion, if(a.variant = 'dense', 0, a.ratio) as ratio, a.variant,
         if(a.variant = 'dense', 0, a.seed) as seed, a.wikitext2, a.ptb, 100 * a.average as average, a.seconds_to_rank,
+        {", ".join(f"100 * a.{task} as {task}" for task in ACCURACIES)},
         r.parameters, r.weight_bytes, r.tokens_per_s, r.decode_ratio,
         if(a.variant = 'dense', k.prunable, k.kept) as kept,
         case a.variant
             when 'dense' then json_object('model', json_extract(settings, '$.model'), 'data', a.data,
                 'evaluate', json_merge_patch(json_extract(settings, '$.evaluate'),
-                    '{"variants": null, "samples": null}'),
+                    '{{"variants": null, "samples": null}}'),
                 'speed', json_merge_patch(json_extract(settings, '$.speed'),
-                    '{"runs": null, "warmup": null, "llama_cpp": null}'))
-            when 'pruned' then json_merge_patch(settings, '{"recover": null, "evaluate": {"variants": null}}')
+                    '{{"runs": null, "warmup": null, "llama_cpp": null}}'))
+            when 'pruned' then json_merge_patch(settings, '{{"recover": null, "evaluate": {{"variants": null}}}}')
             else settings end as settings
     from ablations a join results r using (run_id, variant) left join kept k using (run_id)
     where run_id in (select unnest(?))),
@@ -35,6 +38,7 @@ select settings, variant, any_value(model) as model, any_value(data) as data, an
     any_value(ratio) as ratio, count(*) as seeds, avg(wikitext2) as wikitext2,
     stddev_samp(wikitext2) as wikitext2_spread,
     avg(ptb) as ptb, stddev_samp(ptb) as ptb_spread, avg(average) as average, stddev_samp(average) as average_spread,
+    {", ".join(f"avg({task}) as {task}, stddev_samp({task}) as {task}_spread" for task in ACCURACIES)},
     avg(parameters) as parameters, avg(weight_bytes) as weight_bytes, avg(tokens_per_s) as tokens_per_s,
     avg(decode_ratio) as decode_ratio, avg(kept) as kept, avg(seconds_to_rank) as seconds_to_rank, max(run_id) as run_id
 from once group by settings, variant
@@ -43,7 +47,7 @@ GHOSTS = """
 select distinct v.method as published_method, v.model as published_model, r.model, r.data, v.ratio, v.variant,
     v.benchmark, v.published, v.source, v."table", v.misprint
 from versus_published v join runs r using (run_id)
-where run_id in (select unnest(?)) and v.benchmark in ('wikitext2', 'ptb', 'average') and v.variant <> 'dense'
+where run_id in (select unnest(?)) and v.benchmark in (select unnest(?)) and v.variant <> 'dense'
 order by all"""
 REUSE = """
 select stage, count(*) as uses, count(*) filter (not cached) as computed, count(*) filter (cached) as reused,
@@ -57,8 +61,12 @@ where run_id in (select unnest(?)) order by run_id"""
 
 
 def rows_of(connection: Any, run_ids: list[str]) -> Rows:
-    """One row a setting and variant, with its label: the criterion, or 'dense', and what else the sweep varies."""
+    """One row a setting and variant, with its label: the criterion, or 'dense', and what else the sweep varies.
+
+    Of the tasks only those that a row has without the average of all seven.
+    """
     rows = ask(connection, SETTINGS, run_ids)
+    rest = [t for t in ACCURACIES if not any(row[t] is not None and row["average"] is None for row in rows)]
     flat: list[dict[str, str]] = []
     for row in rows:
         fields = flat_fields(json.loads(row["settings"]))
@@ -75,27 +83,31 @@ def rows_of(connection: Any, run_ids: list[str]) -> Rows:
         row["megabytes"], row["parameters_m"], row["kept_m"] = (
             None if row[name] is None else row[name] / 1e6 for name in ("weight_bytes", "parameters", "kept")
         )
-        for measure in charts.QUALITY:
+        for measure in (name for name in charts.QUALITY if name not in rest):
             mean, spread = row[measure], row[f"{measure}_spread"]
             known_spread = mean is not None and spread is not None
             row[f"{measure}_low"], row[f"{measure}_high"] = (
                 (max(mean - spread, mean * 1e-3), mean + spread) if known_spread else (None, None)
             )
-        del row["settings"]
+        for name in ("settings", *rest, *(f"{task}_spread" for task in rest)):
+            del row[name]
     return rows
 
 
-def settings(rows: Rows, labels: list[str], ghosts: bool) -> Section:
-    """Quality against cost, and the table of everything."""
+def settings(rows: Rows, labels: list[str], ghosts: Collection[str]) -> Section:
+    """Quality against cost, and the table of everything. ghosts: the benchmarks that the paper has numbers of."""
     if not rows:
         return Section(
             "settings", "Quality against size and speed", missing="No run of the sweep has been evaluated yet."
         )
-    qualities = [name for name in charts.QUALITY if any(row[name] is not None for row in rows)]
+    qualities = [name for name in charts.QUALITY if any(row.get(name) is not None for row in rows)]
+    tasks = [column for name in qualities if name in ACCURACIES for column in
+             (Column(name, charts.QUALITY[name], digits(1)), Column(f"{name}_spread", "±", digits(1)))]  # fmt: skip
     sized = any(row["parameters"] is not None for row in rows)
     costs = ["parameters_m", "megabytes", "tokens_per_s"] if sized else ["kept_m"]
     drawn = [
-        Chart(charts.trade(quality, cost, labels, ghosts, any(row[f"{quality}_low"] is not None for row in rows)),
+        Chart(charts.trade(quality, cost, labels, quality in ghosts,
+                           any(row[f"{quality}_low"] is not None for row in rows)),
               f"{charts.QUALITY[quality]} against {charts.COSTS[cost]}", wide=False)
         for quality in qualities for cost in costs
     ]  # fmt: skip
@@ -104,7 +116,7 @@ def settings(rows: Rows, labels: list[str], ghosts: bool) -> Section:
         Column("seeds", "seeds"),
         Column("wikitext2", "WikiText-2", rounded), Column("wikitext2_spread", "±", rounded),
         Column("ptb", "PTB", rounded), Column("ptb_spread", "±", rounded),
-        Column("average", "average, %", digits(1)), Column("average_spread", "±", digits(1)),
+        *tasks, Column("average", "average, %", digits(1)), Column("average_spread", "±", digits(1)),
         Column("parameters", "parameters, M", digits(1, 1e-6)), Column("weight_bytes", "MB", digits(0, 1e-6)),
         Column("tokens_per_s", "tokens/s", digits(1)), Column("decode_ratio", "× dense", digits(2)),
         Column("seconds_to_rank", "s to rank", digits(1)), words("run_id", "run"), words("data", "data"),
@@ -122,7 +134,7 @@ def settings(rows: Rows, labels: list[str], ghosts: bool) -> Section:
 
 def ghosts(connection: Any, run_ids: list[str], rows: Rows) -> Section | None:
     """The paper's numbers of the same models and ratios, at the size of ours; None when it has none."""
-    found = ask(connection, GHOSTS, run_ids)
+    found = ask(connection, GHOSTS, run_ids, [name for name in charts.QUALITY if rows and name in rows[0]])
     if not found:
         return None
     for ghost in found:

@@ -102,7 +102,7 @@ def page_of_sweep(store: Path, connection: Any, sweep: Sweep) -> str:
     published = sweep_page.ghosts(connection, run_ids, rows)
     labels = list(dict.fromkeys(row["setting"] for row in sorted(rows, key=lambda row: row["variant"] != "dense")))
     sections = [
-        sweep_page.settings(rows, labels, published is not None),
+        sweep_page.settings(rows, labels, {row["benchmark"] for row in published.rows} if published else ()),
         *([published] if published else []),
         sweep_page.reuse(connection, run_ids),
         sweep_page.runs(connection, run_ids, missing),

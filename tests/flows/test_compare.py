@@ -7,7 +7,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from flows.compare import Comparison, Row, compare, headlines, table
+from flows.compare import compare, table
 from flows.figure import draw
 from saap import load, load_tokenizer, save
 from storage.artifacts import ArtifactStore
@@ -38,7 +38,7 @@ data = "{mini_folder()}"
 calibrate = {{ count = 4, length = 16 }}
 prune = {{ align = 8, protect = [0, -1] }}
 recover = {{ recipe = "none" }}
-evaluate = {{ benchmarks = ["wikitext2"], windows = [128], max_tokens = 512 }}
+evaluate = {{ benchmarks = ["wikitext2", "piqa"], windows = [128], max_tokens = 512, limit = 4 }}
 speed = {{ runs = 0 }}
 compute = {{ device = "cpu", threads = 1 }}
 [sweep]
@@ -61,7 +61,7 @@ def test_a_sweep_reads_the_model_once_for_each_kind_of_statistics_and_seed(swept
     assert found["activations"] == "(4, 2)"
     assert found["rank"] == "(8, 6)"  # of flap one a seed, of wanda_sp, whose statistics follow its cuts, one a run
     assert found["prune"] == "(8, 8)"
-    assert found["evaluate"] == "(16, 9)"  # each pruned model, and the dense one
+    assert found["evaluate"] == "(32, 18)"  # each pruned model, and the dense one
     assert found.keys() == {"calibrate", "activations", "rank", "prune", "evaluate"}
 
 
@@ -81,15 +81,18 @@ def test_the_pruned_checkpoint_of_flap_carries_its_biases_and_that_of_wanda_sp_n
 
 def test_the_comparison_is_the_mean_and_the_spread_over_the_seeds(swept):
     file, store = swept
-    runs = ask(store, "select criterion, ratio, wikitext2 from leaderboard where variant = 'pruned'")
+    runs = ask(store, "select criterion, ratio, wikitext2, run_id from leaderboard where variant = 'pruned'")
+    query = "select run_id, value from metrics where variant = 'pruned' and benchmark = 'piqa' and papers"
+    piqa = dict(ask(store, query))
     comparison = compare(str(file))
     assert (comparison.axes, comparison.missing, comparison.runs) == (["criterion.name"], 0, 8)
     assert [row.variant for row in comparison.rows] == ["dense"] + ["pruned"] * 4
     for row in comparison.rows[1:]:
-        values = [v for criterion, ratio, v in runs if (criterion, ratio) == (row.chosen[0], row.ratio)]
-        assert len(values) == 2
-        assert row.mean("wikitext2") == pytest.approx(statistics.mean(values))
-        assert row.spread("wikitext2") == pytest.approx(statistics.stdev(values))
+        mine = [run for run in runs if run[:2] == (row.chosen[0], row.ratio)]
+        assert len(mine) == 2
+        for measure, values in (("wikitext2", [v for *_, v, _ in mine]), ("piqa", [100 * piqa[r] for *_, r in mine])):
+            assert row.mean(measure) == pytest.approx(statistics.mean(values))
+            assert row.spread(measure) == pytest.approx(statistics.stdev(values))
     views = ask(store, "select criterion, ratio, seeds, wikitext2, wikitext2_spread, seconds_to_rank from criteria")
     assert len(views) == 4
     for criterion, ratio, seeds, mean, spread, seconds in views:
@@ -130,13 +133,15 @@ def test_the_command_prints_the_table_and_draws_a_figure_with_every_setting(swep
     file, _ = swept
     done = saap("compare", file, "--figure", tmp_path / "figure.png")
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("flap", "wanda_sp", "dense", "Wiki2↓", "s to rank", "figure.png"))
+    for name in ("flap", "wanda_sp", "dense", "Wiki2↓", "PIQA", "s to rank", "figure.png"):
+        assert name in done.stdout, name
     picture = imread(tmp_path / "figure.png")
     assert min(picture.shape[:2]) > 300
     assert picture[..., :3].std() > 0.02
     draw(compare(str(file)), tmp_path / "figure.svg")
     text = (tmp_path / "figure.svg").read_text()
-    for label in ("flap", "wanda_sp", "ratio 0.2", "ratio 0.5", "dense", "paper, llama-7b, 0.5", "criterion"):
+    labels = ("flap", "wanda_sp", "ratio 0.2", "ratio 0.5", "dense", "paper, llama-7b, 0.5", "criterion")
+    for label in (*labels, "PIQA, %, pruned"):
         assert f"<!-- {label} -->" in text, label
 
 
@@ -158,25 +163,6 @@ def test_the_lines_below_the_table_name_the_best_and_the_worst(swept):
     assert all(line in printed for line in wanted), printed
 
 
-def test_the_lines_are_for_each_model_and_name_what_is_varied():
-    def row(model, size, variant, perplexity, weight_bytes=8.0):
-        ratio = 0.0 if variant == "dense" else 0.2
-        means = {"wikitext2": perplexity, "weight_bytes": weight_bytes}
-        return Row((model, size), ratio, variant, runs=1, means=means)
-
-    rows = [row("a", "", "dense", 10.0), row("b", "", "dense", 20.0, 32.0)]
-    rows += [
-        row(m, s, "pruned", p) for m, s, p in (("a", "4", 12.0), ("a", "8", 11.0), ("b", "4", 21.5), ("b", "8", 30.0))
-    ]
-    rows += [row("a", "4", "recovered", 11.0), row("a", "8", "recovered", 11.0), row("b", "4", "recovered", 9.0)]
-    assert headlines(Comparison(["model.path", "calibrate.count"], rows, 0, 4)) == [
-        "pruned at 0.2: model a, count 8 is best on WikiText-2, 11.0, where model a, count 4 has 12.0 and the dense "
-        "model 10.0; 100% of its bytes",
-        "pruned at 0.2: model b, count 4 is best on WikiText-2, 21.5, where model b, count 8 has 30.0 and the dense "
-        "model 20.0; 25% of its bytes",
-    ]
-
-
 def _short(perplexity):
     return f"{perplexity:.{0 if perplexity >= 1000 else 1}f}" if perplexity < 1e5 else f"{perplexity:.2e}"
 
@@ -186,13 +172,19 @@ def test_the_page_of_the_sweep_says_what_the_table_says(swept, tmp_path):
     page = tmp_path / "criteria.html"
     assert "page: " in saap("compare", file, "--html", page).stdout
     shown = {
-        (row["setting"], row["ratio"]): (row["seeds"], row["wikitext2"], row["wikitext2_spread"])
+        (row["setting"], row["ratio"]): (
+            row["seeds"],
+            *(row[name] for name in ("wikitext2", "wikitext2_spread", "piqa", "piqa_spread")),
+        )
         for row in rows_in(page, "settings")
         if row["variant"] == "pruned"
     }
     rows = [row for row in compare(str(file)).rows if row.variant == "pruned"]
     assert {
-        (row.chosen[0], row.ratio): (row.runs, row.mean("wikitext2"), pytest.approx(row.spread("wikitext2")))
+        (row.chosen[0], row.ratio): (
+            row.runs,
+            *(pytest.approx(of(measure)) for measure in ("wikitext2", "piqa") for of in (row.mean, row.spread)),
+        )
         for row in rows
     } == shown
 
@@ -221,7 +213,7 @@ def test_a_run_of_more_steps_is_not_taken_for_one_of_the_sweep(swept, tmp_path, 
     at = f"store='{copy}'"
     before = compare(str(file), (at,))
     chosen = ["criterion.name='flap'", "prune.ratio=0.2", "calibrate.seed=0"]
-    saap_run(str(file), [at, *chosen, "evaluate.benchmarks=['wikitext2', 'arc_easy']", "evaluate.limit=2"])
+    saap_run(str(file), [at, *chosen, "evaluate.benchmarks=['wikitext2', 'piqa', 'arc_easy']"])
     after = compare(str(file), (at,))
     assert after == before
     assert len(all_runs(copy)) == 9

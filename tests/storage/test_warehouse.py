@@ -138,6 +138,7 @@ def test_the_average_is_withheld_unless_all_seven_accuracies_are_there(tmp_path)
     warehouse = fill(tmp_path, "six", seven[:6])
     warehouse.load("six")
     assert dict(ask(warehouse, "select run_id, average from leaderboard")) == {"all": 0.5, "six": None}
+    assert ask(warehouse, f"select {', '.join(seven)} from results where run_id = 'six'") == [(0.5,) * 6 + (None,)]
 
 
 def test_a_recovery_is_told_by_its_steps_and_the_share_of_the_gap_it_closed(tmp_path):

@@ -3,6 +3,7 @@
 import html
 import re
 import shlex
+import statistics
 
 import pytest
 
@@ -45,6 +46,39 @@ def test_means_and_spreads_over_the_seeds_are_those_of_the_view(sweep_store):
         assert [row[n] for n in ("wikitext2", "wikitext2_spread", "ptb", "ptb_spread")] == pytest.approx(numbers)
         assert row["average"] == pytest.approx(100 * average)
         assert row["average_spread"] == pytest.approx(average_spread and 100 * average_spread)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """(warehouse, page) of two seeds and three benchmarks, of a model that the paper has."""
+    maker, run_ids = Maker(tmp_path_factory.mktemp("three")), ["20261127T120000-0ee000", "20261127T120001-0ee001"]
+    for seed, run_id in enumerate(run_ids):
+        config = {"model": {"path": "/models/llama-7b"}, "evaluate": {"benchmarks": ["wikitext2", "piqa", "boolq"]}}
+        maker.run(run_id, config | {"calibrate": {"seed": seed}}, stages=("prune", "speed"))
+    maker.warehouse.rebuild()
+    root = maker.store.root
+    return maker.warehouse, write_sweep(root, "three", run_ids, root / "three.html")
+
+
+def test_a_task_has_a_column_of_its_own_where_not_all_seven_were_measured(three, sweep_store):
+    warehouse, page = three
+    (row,) = (row for row in rows_in(page, "settings") if row["variant"] == "pruned")
+    for task in ("piqa", "boolq"):
+        query = "select 100 * value from metrics where variant = 'pruned' and benchmark = ?"
+        values = [value for (value,) in ask(warehouse, query, task)]
+        assert len(values) == 2
+        assert row[task] == pytest.approx(statistics.mean(values))
+        assert row[f"{task}_spread"] == pytest.approx(statistics.stdev(values))
+    heads = re.findall(r'data-name="(\w+)" class="number"><button type="button">([^<]*%)</button>', page.read_text())
+    assert heads == [("boolq", "BoolQ, %"), ("piqa", "PIQA, %"), ("average", "average, %")]
+    assert {ghost["benchmark"] for ghost in rows_in(page, "ghosts")} == {"wikitext2", "piqa", "boolq"}
+    assert not {"piqa", "piqa_spread"} & rows_in(sweep_store[1], "settings")[0].keys()
+
+
+def test_a_task_has_charts_of_its_own_where_not_all_seven_were_measured(three, look):
+    seen = look(three[1])
+    assert (seen.said, seen.asked) == ([], [])
+    assert seen.page.locator(".chart svg.marks").count() == 9  # three measures against three costs
 
 
 def test_sizes_and_speeds_are_means_over_the_runs(sweep_store):
