@@ -51,7 +51,7 @@ class Checkpoint:
 @app.command()
 def gguf(
     source: SourceArgument,
-    file: Annotated[Path, typer.Argument(help="The GGUF file to write.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="The GGUF file to write; must not exist.", show_default=False)],
     floats: Annotated[
         Literal["f16", "f32"], typer.Option(help="Type of float tensors; int4 layers are Q4_1 always.")
     ] = "f16",
@@ -59,6 +59,7 @@ def gguf(
     store: StoreOption = STORE,
 ) -> None:
     """Write one file for llama.cpp: uneven layers, tokenizer, and int4 layers as Q4_1 with our own codes."""
+    _refuse_existing(file)
     checkpoint = find_checkpoint(source, variant, store)
     from saap.export.gguf import export_gguf
 
@@ -272,11 +273,15 @@ def _upload(files: dict[str, Path], card: str, repository: str, token: str, priv
     return str(done.commit_url)
 
 
+def _refuse_existing(place: Path) -> None:
+    if place.exists():
+        raise ConfigError(f"{place} exists already: name another")
+
+
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `folder` when the block ends without an error: whole or not at all."""
-    if folder.exists():
-        raise ConfigError(f"{folder} exists already: name another")
+    _refuse_existing(folder)
     if not folder.absolute().parent.is_dir():
         raise ConfigError(f"there is no folder {folder.absolute().parent} to write {folder.name} in")
     draft = folder.absolute().with_name(f".draft-{folder.name}-{uuid.uuid4().hex[:8]}")

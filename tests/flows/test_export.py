@@ -149,6 +149,16 @@ def test_gguf_and_uniform_take_a_run_or_a_folder(store, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["even", "int4.gguf", "pruned.gguf"]
 
 
+@pytest.mark.parametrize("name", ["hf", "uniform", "gguf"])
+def test_an_export_replaces_nothing_and_says_so_before_the_model_is_read(store, tmp_path, monkeypatch, name):
+    for module in ("gguf.export_gguf", "uniform.export_uniform"):
+        monkeypatch.setattr(f"saap.export.{module}", None)
+    (there := tmp_path / "there").write_text("mine")
+    with pytest.raises(ConfigError, match=f"^{there} exists already: name another$"):
+        export(name, "r1", there, "--store", store)
+    assert there.read_text() == "mine"
+
+
 @pytest.mark.parametrize("what", [["hf"], ["gguf"], ["uniform"]], ids=" ".join)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
 def test_a_damaged_checkpoint_does_not_leave_the_store(store, tmp_path, what, name):
