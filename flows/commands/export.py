@@ -124,7 +124,7 @@ def hf(
         with _new_folder(folder) as draft:
             for name, file in files.items():
                 (draft / name).parent.mkdir(exist_ok=True)
-                shutil.copy(file, draft / name)
+                shutil.copyfile(file, draft / name)  # with the mode of new files, not the store's
             (draft / "README.md").write_text(card, encoding="utf-8")
         print(f"{folder}: {len(files) + 1} files")
     if push:

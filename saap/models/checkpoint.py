@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,10 @@ def save(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
     An uneven model brings its modelling file with it, named in config.json's auto_map: without this package
     `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it.
     """
+    folder = Path(folder)
     model.save_pretrained(folder, max_shard_size="4GB")  # type: ignore[operator]
+    for file in folder.glob("model*.safetensors"):
+        shutil.copymode(folder / "config.json", file)  # safetensors lets the owner alone read them
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

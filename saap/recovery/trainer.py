@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import (
     DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
@@ -176,7 +176,7 @@ class _AdapterTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir or "")
         folder.mkdir(parents=True, exist_ok=True)
         learned = {name: p.detach() for name, p in self.student.named_parameters() if p.requires_grad}
-        save_file(learned, folder / ADAPTERS)
+        (folder / ADAPTERS).write_bytes(save(learned))  # save_file lets the owner alone read it
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.student.load_state_dict(load_file(Path(resume_from_checkpoint) / ADAPTERS), strict=False)

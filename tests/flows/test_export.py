@@ -149,6 +149,18 @@ def test_gguf_and_uniform_take_a_run_or_a_folder(store, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["even", "int4.gguf", "pruned.gguf"]
 
 
+def test_what_is_exported_has_the_mode_of_new_files_whatever_the_checkpoint_has(store, tmp_path):
+    folder = shutil.copytree(folder_of(store, "recover"), tmp_path / "recovered")
+    (folder / "manifest.json").unlink()
+    for file in folder.iterdir():
+        file.chmod(0o400)
+    (new := tmp_path / "new").touch()
+    for name in ("hf", "uniform", "gguf"):
+        export(name, folder, tmp_path / name)
+    files = [tmp_path / "gguf", *(tmp_path / "hf").iterdir(), *(tmp_path / "uniform").iterdir()]
+    assert {file.stat().st_mode for file in files} == {new.stat().st_mode}
+
+
 @pytest.mark.parametrize("name", ["hf", "uniform", "gguf"])
 def test_an_export_replaces_nothing_and_says_so_before_the_model_is_read(store, tmp_path, monkeypatch, name):
     for module in ("gguf.export_gguf", "uniform.export_uniform"):

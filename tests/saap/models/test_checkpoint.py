@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -97,6 +98,17 @@ def test_a_checkpoint_keeps_the_dtype_it_was_saved_in(tiny_llama, tmp_path, dtyp
     save(model, tmp_path)
     state = load(tmp_path, dtype=dtype).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_the_umask_says_who_may_read_the_weights(tiny_llama, tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        save(tiny_llama(), tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == mode
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {mode}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -292,6 +292,13 @@ def test_a_killed_run_says_that_it_goes_on_and_does_to_the_same_weights_and_loss
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
 
 
+def test_another_user_may_go_on_with_a_killed_run(interrupted, tmp_path):
+    (new := tmp_path / "new").touch()
+    modes = {file.name: file.stat().st_mode for file in (interrupted / "checkpoint-4").iterdir()}
+    assert "adapters.safetensors" in modes
+    assert set(modes.values()) == {new.stat().st_mode}
+
+
 def test_a_run_goes_on_with_less_memory_to_the_same_weights_but_for_rounding(
     tiny_folder, tiny_tokenizer, rows, undisturbed, interrupted, tmp_path
 ):
