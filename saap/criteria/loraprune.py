@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.errors import SaapError
+from saap.errors import not_finite
 from saap.models.groups import discover
 
 from .factors import ALPHA, RANK, Factor, lora_factors, training_steps
@@ -31,7 +31,7 @@ def loraprune(model: nn.Module, tokens: torch.Tensor, seed: int) -> np.ndarray:
                 norm = step[structure].norm()
                 if not torch.isfinite(norm):
                     layer, kind = structure
-                    raise SaapError(f"the gradients of layer {layer} ({kind}) are not finite: use float32")
+                    raise not_finite(f"the gradient of layer {layer} ({kind})", model)
                 total.mul_(DECAY).add_(step[structure] / norm.clamp(min=1e-300), alpha=1 - DECAY)
     return np.concatenate([average[layer, kind].numpy() for layer, kind, _ in structures])
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.errors import SaapError
+from saap.errors import not_finite
 from saap.models.groups import Groups, discover
 from saap.scoring.statistics import Structure, output_matrices
 
@@ -43,7 +43,7 @@ def lorashear(model: nn.Module, tokens: torch.Tensor, seed: int) -> np.ndarray:
         for step in training_steps(model, factors, tokens, seed, "lorashear", gates.values()):
             slope = np.concatenate([_taken_gradient(gate) for gate in gates.values()])
             if not np.isfinite(slope).all():
-                raise SaapError("the gradients of LoRAShear's gates are not finite: use float32")
+                raise not_finite("the gradient of LoRAShear's gates", model)
             saliency = DECAY * saliency + (1 - DECAY) * np.abs(z * slope) / groups.parameters
             period, begins = step // length, step % length == 0
             if begins and 0 < period <= PERIODS:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from saap.errors import not_finite
 from saap.models.families import Experts, family_of
 from saap.models.groups import layer_parts, weight_of
 
@@ -15,7 +16,7 @@ def magnitude(model: nn.Module) -> np.ndarray:
     """Mean |w| over all weights of the group: a mean, so that heads and channels share a scale.
 
     The l1 norm of LLM-Pruner's comparisons, divided by the size of the group; same share of every layer. An expert has
-    the weights of its channels and its row of the router.
+    the weights of its channels and its row of the router. Raises SaapError for a weight that is not finite.
     """
     scores = []
     family = family_of(model.config)
@@ -33,4 +34,7 @@ def magnitude(model: nn.Module) -> np.ndarray:
             rows, channels = (t.cpu().numpy() for t in family.by_expert(module, torch.abs))  # type: ignore[attr-defined]
             width, hidden = channels.shape[1], module.mlp.experts.down_proj[0].numel() // channels.shape[1]
             scores += [(rows + channels.sum(1)) / (hidden * (3 * width + 1)), channels.ravel() / (3 * hidden)]
-    return np.concatenate(scores)
+    found = np.concatenate(scores)
+    if not np.isfinite(found).all():
+        raise not_finite("a score", model)
+    return found

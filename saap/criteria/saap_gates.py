@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from saap.errors import SaapError
+from saap.errors import SaapError, not_finite
 from saap.models.groups import Groups, discover
 from saap.models.lean import lean
 from saap.models.logits import logits_of
@@ -81,7 +81,7 @@ def saap_gates(
             p = 1 / (1 + np.exp(-logits))
             gradient = np.where(free, gates.gradient(tokens[chosen], dense[chosen]) * p * (1 - p), 0)
             if not np.isfinite(gradient).all():
-                raise SaapError("the gradients of saap_gates' gates are not finite: use float32")
+                raise not_finite("the gradient of saap_gates' gates", model)
             for moment, beta, power in zip(moments, BETAS, (gradient, gradient**2), strict=True):
                 moment += (1 - beta) * (power - moment)
             first, second = (m / (1 - beta ** (step + 1)) for m, beta in zip(moments, BETAS, strict=True))

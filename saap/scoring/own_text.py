@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from saap.errors import SaapError
+from saap.errors import SaapError, not_finite
 from saap.models.logits import rows_for_the_head
 from saap.models.offload import input_device, is_offloaded
 from saap.models.products import FastLinears
@@ -54,14 +54,14 @@ def own_text(
             for place in range(1, length):
                 out = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 cache = out.past_key_values
-                step = _drawn(out.logits[:, -1], draw[:, place, None].to(device))
+                step = _drawn(out.logits[:, -1], draw[:, place, None].to(device), model)
                 tokens.append(step.cpu())
             written.append(torch.cat([begin.expand(len(token), -1), *tokens], 1))
             bar.update(len(draw))
     return torch.cat(written)
 
 
-def _drawn(logits: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+def _drawn(logits: torch.Tensor, draw: torch.Tensor, model: nn.Module) -> torch.Tensor:
     """The token that a number in [0, 1), float64 (b, 1), falls on in the distribution of logits (b, V): int64 (b, 1).
 
     First the run of `RUN` tokens that it falls in, then the token in it, so that few sums are made in float64.
@@ -70,7 +70,7 @@ def _drawn(logits: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
     runs = F.pad(share, (0, -share.shape[1] % RUN)).unflatten(1, (-1, RUN))
     behind = runs.sum(-1, dtype=torch.float64).cumsum(-1)
     if not torch.isfinite(behind[:, -1]).all():
-        raise SaapError("the logits of the model are not finite: load it in float32, if its weights are finite")
+        raise not_finite("a logit", model)
     wanted = draw * behind[:, -1:]
     run = torch.searchsorted(behind, wanted, right=True).clamp_(max=behind.shape[1] - 1)
     before = F.pad(behind, (1, 0)).gather(1, run)

@@ -68,6 +68,16 @@ def test_a_ranking_has_a_finite_number_a_group_and_leaves_the_model_alone(name, 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("name", ["magnitude", "loraprune", "lorashear", "saap_gates"])
+def test_a_weight_that_is_not_a_number_is_named(name, tiny_llama, tokens):
+    model, fisher = tiny_llama(), saap.mask_fisher(tiny_llama(), tokens)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
+    known, needs = {**statistics_of(model, tokens), "fisher": lambda: fisher}, NEEDS[name]
+    with pytest.raises(saap.SaapError, match=r"not finite: neither is model\.layers\.0\.mlp\.up_proj\.weight"):
+        CRITERIA[name](model, **{need: known[need]() for need in (*needs.statistics, *needs.options)})
+
+
 @pytest.mark.parametrize("name", sorted(set(CRITERIA) - {"random", "reap"}))
 def test_channels_and_heads_made_useless_are_found(name, tiny_llama, tokens):
     """A third of the channels and one KV head of each free layer get weights a thousand times smaller."""
