@@ -86,11 +86,13 @@ _kept: dict[tuple[Any, ...], "nn.Module"] = {}  # the last model, by what it was
 
 def _load_model(*how: Any) -> "nn.Module":
     from saap import dequantize, load
+    from saap.models.checkpoint import check_finite
 
     if how not in _kept:
         forget_model()  # first: two models at once may not fit
         folder, dtype, device, float_weights, offload = how
         model = load(folder, dtype=dtype, device=device, offload=offload)
+        check_finite(model, folder)
         _kept[how] = dequantize(model) if float_weights else model
     return _kept[how]
 

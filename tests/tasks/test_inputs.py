@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from saap import SaapError, load, save
 from saap.models.offload import is_offloaded
 from tasks import inputs
 from tasks.compute import compute_settings
@@ -66,6 +68,29 @@ def test_the_last_model_stays_loaded_and_no_other_one(tiny_folder, tmp_path):
     assert gone() is None
     assert loaded(other) is second
     assert loaded(other, dtype="bfloat16") is not second
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_model_with_a_weight_that_is_not_finite_is_refused_by_its_name_and_kept_by_nobody(
+    tiny_folder, tmp_path, value, dtype
+):
+    broken = load(tiny_folder)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight[3, 5] = value
+    save(broken, tmp_path)
+    message = rf"model\.layers\.0\.mlp\.up_proj\.weight of the model in {tmp_path} is not finite: .* damaged"
+    for _ in range(2):
+        with pytest.raises(SaapError, match=message + (", or too large for float16" if dtype == "float16" else "$")):
+            loaded(tmp_path, dtype=dtype)
+
+
+def test_weights_whose_sum_only_is_too_large_are_taken(tiny_folder, tmp_path):
+    large = load(tiny_folder)
+    with torch.no_grad():
+        large.lm_head.weight.fill_(6e4)
+    save(large, tmp_path)
+    assert (loaded(tmp_path, dtype="float16").lm_head.weight == 6e4).all()
 
 
 def test_a_forgotten_model_is_memory_of_the_system_again(tmp_path):
