@@ -48,6 +48,8 @@ def fuse(
     size = np.bincount(scope)
     square1 = (np.bincount(scope, sample_mean(vector)) / size)[scope]
     square2 = (np.bincount(scope, sample_mean(element)) / size)[scope]
+    if not square1.any() or not square2.any():
+        raise SaapError("all importances are zero: the model, or the text it is calibrated on, is degenerate")
     if not (square1 > 0).all() or not (square2 > 0).all():
         dead = int(np.flatnonzero((square1 <= 0) | (square2 <= 0))[0])
         raise SaapError(

@@ -5,6 +5,7 @@ import pytest
 from scipy.optimize import minimize
 
 from saap import SaapError, fluctuation, fuse
+from saap.scoring.fusion import LAMBDA_SCOPES
 from tests.saap.pruning.test_plan import make_groups
 
 LAYERS, HEADS, CHANNELS, SAMPLES = 3, 2, 5, 7
@@ -73,6 +74,16 @@ def test_a_scope_without_any_importance_is_an_error_that_names_it(zeroed):
     with pytest.raises(SaapError, match=r"layer 1, mlp 0 .*layer_kind"):
         fuse(*pair, GROUPS, lambda_scope="layer_kind")
     assert np.isfinite(fuse(*pair, GROUPS, lambda_scope="kind")[0]).all()
+
+
+@pytest.mark.parametrize("zeroed", [[0], [1], [0, 1]], ids=str)
+@pytest.mark.parametrize("scope", LAMBDA_SCOPES)
+def test_importances_that_are_all_zero_are_not_sent_to_a_wider_scope(zeroed, scope):
+    pair = importances()
+    for one in zeroed:
+        pair[one][:] = 0
+    with pytest.raises(SaapError, match=r"^all importances are zero: the model, or the text .* is degenerate$"):
+        fuse(*pair, GROUPS, lambda_scope=scope)
 
 
 @pytest.mark.parametrize("switch", [{"fusion": "separate"}, {"lambda_scope": "layer"}])
