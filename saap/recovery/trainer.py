@@ -27,7 +27,7 @@ from saap.progress import tqdm
 from saap.recovery.budget import UNPLANNED, Budget
 from saap.recovery.loss import Student
 from saap.recovery.order import Examples, Order, inputs, padded
-from saap.recovery.training import STATE, Training, ended, last_checkpoint
+from saap.recovery.training import STATE, Training, ended, last_checkpoint, settle
 
 ADAPTERS = "adapters.safetensors"
 _log = logging.getLogger("saap")
@@ -76,11 +76,13 @@ def train(
         trainer.add_callback(budget)
     trainer.add_callback(_Progress(trainer))
     trainer.remove_callback(PrinterCallback)
-    if checkpoint is not None and trainer.is_world_process_zero():
-        _log.info("recovery goes on behind step %s", checkpoint.rpartition("-")[2])
-    if checkpoint is not None and ended(checkpoint):
-        trainer.finish_from(checkpoint)
-        return list(trainer.state.log_history)
+    if checkpoint is not None:
+        if trainer.is_world_process_zero():
+            _log.info("recovery goes on behind step %s", checkpoint.rpartition("-")[2])
+        settle(checkpoint)
+        if ended(checkpoint):
+            trainer.finish_from(checkpoint)
+            return list(trainer.state.log_history)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except pickle.UnpicklingError as error:
@@ -186,13 +188,9 @@ class _AdapterTrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def finish_from(self, checkpoint: str) -> None:
-        """What is left to do behind the last step of a training that was killed there.
-
-        The best checkpoint lies beside this one, wherever the store has been moved to since.
-        """
+        """What is left to do behind the last step of a training that was killed there."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
-        best = Path(self.state.best_model_checkpoint or checkpoint).name
-        self._load_from_checkpoint(str(Path(checkpoint).parent / best))
+        self._load_from_checkpoint(self.state.best_model_checkpoint or checkpoint)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.budget is None:

@@ -1,6 +1,7 @@
 """What recovery and its trainer share: settings, the record of a step, where to resume."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,18 @@ def last_checkpoint(work: Path) -> str | None:
         except (OSError, json.JSONDecodeError):
             continue
     return None
+
+
+def settle(checkpoint: str) -> None:
+    """Have the state of a checkpoint name the best one where it lies now: beside this one, wherever it was written."""
+    folder = Path(checkpoint)
+    state = _state(folder)
+    best = state["best_model_checkpoint"]
+    here = best and str(folder.with_name(Path(best).name))
+    if here != best:
+        draft = folder / f"{STATE}.{os.getpid()}"  # several processes may do so at once, all to the same content
+        draft.write_text(json.dumps({**state, "best_model_checkpoint": here}))
+        draft.replace(folder / STATE)
 
 
 def ended(checkpoint: str) -> bool:

@@ -292,6 +292,22 @@ def test_a_killed_run_says_that_it_goes_on_and_does_to_the_same_weights_and_loss
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
 
 
+def test_a_killed_run_goes_on_in_a_moved_store_to_the_same_weights_without_a_warning(
+    tiny_folder, tiny_tokenizer, rows, undisturbed, interrupted, tmp_path, monkeypatch
+):
+    said = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", said.append)
+    work = shutil.copytree(interrupted, tmp_path / "work")
+    file = work / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    name = Path(state["best_model_checkpoint"]).name
+    file.write_text(json.dumps(state | {"best_model_checkpoint": str(tmp_path / "gone" / name)}))
+    model, _ = recover(load(tiny_folder), rows, tiny_tokenizer, work, RECIPE, Training(**SETTINGS))
+    assert said == []
+    for name, tensor in undisturbed[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
 def test_another_user_may_go_on_with_a_killed_run(interrupted, tmp_path):
     (new := tmp_path / "new").touch()
     modes = {file.name: file.stat().st_mode for file in (interrupted / "checkpoint-4").iterdir()}
