@@ -169,5 +169,5 @@ def _quiet() -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("lm_eval", "bitsandbytes", "accelerate"):
+    for name in ("lm_eval", "bitsandbytes", "accelerate", "transformers.trainer_utils"):  # as in saap.recovery.launch
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,11 +2,13 @@
 
 import errno
 import importlib
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from prefect import flow
+from transformers.trainer_utils import sort_checkpoints
 
 import tasks.stages
 from storage.artifacts import ArtifactStore
@@ -15,7 +17,7 @@ from storage.remote_files import RemoteError
 from tasks.artifact import Artifact
 from tasks.data import MissingData
 from tasks.hub import HubError
-from tasks.running import REMEDIES, is_transient, task_of
+from tasks.running import REMEDIES, _quiet, is_transient, task_of
 from tasks.stage import stage
 from tasks.step import Step
 from tasks.toml import ConfigError
@@ -111,3 +113,15 @@ def test_a_connection_error_of_any_client_here_passes(client):
         result = staticmethod(ask)
 
     assert is_transient(None, None, Failed)
+
+
+def test_a_step_does_not_say_how_it_tells_checkpoints_of_one_second_apart(tmp_path, monkeypatch):
+    log, said = logging.getLogger("transformers.trainer_utils"), []
+    monkeypatch.setattr(log, "handle", said.append)
+    for number in (1, 2):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    for settle in (lambda: log.setLevel(logging.WARNING), _quiet):
+        settle()
+        logging.Logger.warning_once.cache_clear()
+        sort_checkpoints(str(tmp_path), use_mtime=True)
+    assert [record.getMessage().partition(" ")[0] for record in said] == ["mtime"]
