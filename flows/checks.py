@@ -267,6 +267,12 @@ def _check_lengths(config: RunConfig, facts: Facts) -> None:
             f"recover.max_length = {recover.max_length}, the tokens of a sequence of prose or own text, is beyond the "
             f"model's {positions} positions: lower it"
         )
+    speed = config.speed
+    if positions is not None and speed.runs and speed.prompt_tokens + speed.new_tokens > positions:
+        raise ConfigError(
+            f"speed.prompt_tokens = {speed.prompt_tokens} and speed.new_tokens = {speed.new_tokens} are beyond the "
+            f"model's {positions} positions together: lower one of them"
+        )
     options = config.evaluate
     if set(options.benchmarks) <= set(ACCURACIES) or not options.variants:
         return

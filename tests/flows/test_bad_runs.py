@@ -5,6 +5,7 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from flows.commands import app
 from flows.run import saap_run
 from flows.sweep import saap_sweep
 from saap.errors import SaapError
@@ -12,7 +13,7 @@ from storage.keys import Fingerprints
 from tasks.config import ConfigError
 from tasks.data import mini_folder
 from tasks.model_source import EMBEDDED, model_source
-from tests.flows.bad_input import assert_refused, refused, settings
+from tests.flows.bad_input import RUNNER, assert_refused, refused, settings
 
 RUNS = [
     (["prune.protect=[6]"], ["protect", "layer 6", "6 layers"]),
@@ -39,6 +40,7 @@ RUNS = [
     (["evaluate.windows=[512]"], ["evaluate.windows", "256 positions"]),
     (["evaluate.windows=[256]", "evaluate.bos=always"], ["evaluate.windows", "256 positions"]),
     (["evaluate.windows=[]"], ["evaluate.windows is empty"]),
+    (["speed.prompt_tokens=253"], ["speed.prompt_tokens = 253", "speed.new_tokens = 4", "256 positions", "lower"]),
     (["evaluate.max_tokens=16"], ["evaluate.max_tokens", "window of 32"]),
     (["compute.launch=rm -rf /"], ["compute.launch", "--multi_gpu"]),
     (["compute.launch=--help"], ["compute.launch", "--multi_gpu"]),
@@ -80,6 +82,12 @@ SWEEPS = [
 @pytest.mark.parametrize(("overrides", "words"), RUNS, ids=str)
 def test_a_run_that_the_model_cannot_make_is_refused(config, overrides, words):
     assert_refused(words, "plan", config, *settings(overrides))
+
+
+@pytest.mark.parametrize("overrides", [["speed.prompt_tokens=252"], ["speed.prompt_tokens=600", "speed.runs=0"]])
+def test_speed_may_take_all_positions_and_its_lengths_are_free_where_none_is_measured(config, overrides):
+    done = RUNNER.invoke(app, ["plan", str(config), *settings(overrides)])
+    assert done.exit_code == 0, done.exception
 
 
 @pytest.mark.parametrize("override", ["prune.protect=[30]", "prune.protect=[-31]", "prune.ratio=0.97"])
