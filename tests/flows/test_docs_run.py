@@ -135,7 +135,8 @@ def test_the_picture_of_the_demo_has_the_columns_that_the_demo_prints(place, rea
     drawn = texts[texts.index(["criterion"]) : texts.index(["dense"])]
     printed = reader.types("saap sweep configs/demo.toml")[1].stdout.splitlines()
     columns = next(line.split() for line in printed if line.startswith("criterion "))
-    assert columns == [word for column in drawn if column not in (["PTB↓"], ["avg"]) for word in column]  # not run here
+    run_here = [["ARC-e"] if column == ["avg"] else column for column in drawn if column != ["PTB↓"]]
+    assert columns == [word for column in run_here for word in column]
     assert any(line.startswith("pruned at 0.2: saap") for line in printed)
     assert ["pruned", "at", "0.2:", "saap_plus", "is", "best"] in [text[:6] for text in texts]
 

@@ -1,14 +1,10 @@
-import json
 import shutil
-import signal
-import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from transformers import TrainingArguments
 
 from saap import (
@@ -23,68 +19,10 @@ from saap import (
     recover,
     to_groupwise,
 )
-from saap.recovery.budget import TIMED
 from saap.recovery.recover import _examples
 from saap.recovery.trainer import OneDevice
 from tasks.recovery import Recover
-
-RECIPE = Groupwise(rank=8, alpha=16.0, rounding="feedback")
-SETTINGS = {"epochs": 3, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 2e-2, "warmup_steps": 2,
-            "schedule": "linear", "precision": "float32", "held_out": 0.25, "save_steps": 2, "seed": 3}  # fmt: skip
-
-KILLED = """
-import json, os, signal, sys
-import torch
-from transformers import TrainerCallback, trainer
-from saap import Groupwise, Training, load, load_tokenizer, recover
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-torch.set_num_threads(1)
-trainer.DEFAULT_CALLBACKS.append(Kill)
-folder, work, rows, settings = sys.argv[1:]
-recipe, training = Groupwise(rank=8, alpha=16.0, rounding="feedback"), Training(**json.loads(settings))
-recover(load(folder), json.loads(rows), load_tokenizer(folder), work, recipe, training)
-"""
-
-
-@pytest.fixture(scope="module")
-def interrupted(killed):
-    """The work folder of the killed run."""
-    process, work = killed
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, errors
-    assert {folder.name for folder in work.iterdir()} == {"checkpoint-2", "checkpoint-4"}
-    return work
-
-
-def untimed(step):
-    return replace(step, tokens_per_s=0.0)
-
-
-@pytest.fixture(scope="module")
-def rows(mini):
-    """The 32 shortest: 24 to train on, 3 steps an epoch, and 8 held out."""
-    return sorted(mini("alpaca/train"), key=lambda row: len("".join(row.values())))[:32]
-
-
-@pytest.fixture(scope="module")
-def killed(tiny_folder, rows, tmp_path_factory):
-    """The process of a run that kills itself at step 5, and its work folder; the other tests run meanwhile."""
-    work = tmp_path_factory.mktemp("killed")
-    script = [sys.executable, "-c", KILLED, str(tiny_folder), str(work), json.dumps(rows), json.dumps(SETTINGS)]
-    with subprocess.Popen(script, stderr=subprocess.PIPE, text=True) as process:
-        yield process, work
-
-
-@pytest.fixture(scope="module")
-def undisturbed(killed, tiny_folder, tiny_tokenizer, rows, tmp_path_factory):
-    return recover(
-        load(tiny_folder), rows, tiny_tokenizer, tmp_path_factory.mktemp("work"), RECIPE, Training(**SETTINGS)
-    )
+from tests.saap.recovery.conftest import RECIPE, SETTINGS, untimed
 
 
 def test_the_loss_goes_down_and_what_comes_back_is_int4_without_adapters(
@@ -261,75 +199,6 @@ def test_rows_that_are_left_out_are_counted_and_so_is_what_cannot_be_held_out(
     assert f"no example is held out (recover.held_out = 0.01 of {kept})" in caplog.text
 
 
-@pytest.mark.parametrize("how", [{"epochs": 1.5}, {"patience": 1, "learning_rate": 1e-30, "save_steps": 1}])
-def test_a_run_killed_behind_its_last_step_takes_no_further_one_wherever_its_store_is_moved_to(
-    tiny_folder, tiny_tokenizer, rows, tmp_path, how
-):
-    training = Training(**(SETTINGS | how))
-    first, done = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path / "work", RECIPE, training)
-    moved = (tmp_path / "work").rename(tmp_path / "moved")
-    again, steps = recover(load(tiny_folder), rows, tiny_tokenizer, moved, RECIPE, training)
-    assert steps == done
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
-
-
-def test_a_killed_run_says_that_it_goes_on_and_does_to_the_same_weights_and_losses(
-    tiny_folder, tiny_tokenizer, rows, undisturbed, interrupted, tmp_path, caplog
-):
-    caplog.set_level("INFO", "saap")
-    expected, expected_steps = undisturbed
-    work = shutil.copytree(interrupted, tmp_path / "work")
-    # as if it had been killed again while it wrote the next checkpoint
-    torn = shutil.copytree(work / "checkpoint-4", work / "checkpoint-6")
-    (torn / "trainer_state.json").unlink()
-    (torn / "adapters.safetensors").write_bytes(b"torn")
-
-    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, RECIPE, Training(**SETTINGS))
-    assert "recovery goes on behind step 4" in caplog.text
-    assert [untimed(s) for s in steps] == [untimed(s) for s in expected_steps]
-    state = model.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())
-
-
-def test_a_killed_run_goes_on_in_a_moved_store_to_the_same_weights_without_a_warning(
-    tiny_folder, tiny_tokenizer, rows, undisturbed, interrupted, tmp_path, monkeypatch
-):
-    said = []
-    monkeypatch.setattr("transformers.trainer.logger.warning", said.append)
-    work = shutil.copytree(interrupted, tmp_path / "work")
-    file = work / "checkpoint-4" / "trainer_state.json"
-    state = json.loads(file.read_text())
-    name = Path(state["best_model_checkpoint"]).name
-    file.write_text(json.dumps(state | {"best_model_checkpoint": str(tmp_path / "gone" / name)}))
-    model, _ = recover(load(tiny_folder), rows, tiny_tokenizer, work, RECIPE, Training(**SETTINGS))
-    assert said == []
-    for name, tensor in undisturbed[0].state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
-
-
-def test_another_user_may_go_on_with_a_killed_run(interrupted, tmp_path):
-    (new := tmp_path / "new").touch()
-    modes = {file.name: file.stat().st_mode for file in (interrupted / "checkpoint-4").iterdir()}
-    assert "adapters.safetensors" in modes
-    assert set(modes.values()) == {new.stat().st_mode}
-
-
-def test_a_run_goes_on_with_less_memory_to_the_same_weights_but_for_rounding(
-    tiny_folder, tiny_tokenizer, rows, undisturbed, interrupted, tmp_path
-):
-    expected, expected_steps = undisturbed
-    work = shutil.copytree(interrupted, tmp_path / "work")
-    training = Training(**(SETTINGS | {"micro_batch_size": 2, "gradient_checkpointing": True}))
-    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, RECIPE, training)
-    for field in ("step", "loss", "learning_rate"):
-        found, wanted = ([getattr(step, field) for step in history] for history in (steps, expected_steps))
-        assert found == pytest.approx(wanted, rel=1e-4), field
-    state = model.state_dict()
-    for name, tensor in expected.state_dict().items():
-        torch.testing.assert_close(state[name], tensor, rtol=1e-2, atol=1e-4)
-
-
 def test_training_takes_one_device_however_many_are_visible(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     options = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4}
@@ -344,38 +213,6 @@ def test_a_model_on_the_second_gpu_is_trained_there(tiny_folder, tiny_tokenizer,
     model, steps = recover(model, rows, tiny_tokenizer, tmp_path, RECIPE, Training(**SETTINGS))
     assert {tensor.device for tensor in model.state_dict().values()} == {torch.device("cuda:1")}
     assert [s.loss for s in steps] == pytest.approx([s.loss for s in undisturbed[1]], rel=1e-3)
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_a_training_of_minutes_ends_where_it_planned_to_and_anneals_to_there(
-    tiny_folder, tiny_tokenizer, rows, tmp_path, schedule
-):
-    training = Training(**(SETTINGS | {"minutes": 0.04, "schedule": schedule, "save_steps": 5}))
-    _, steps = recover(load(tiny_folder), rows, tiny_tokenizer, tmp_path, RECIPE, training)
-    planned = json.loads((tmp_path / "plan.json").read_text())
-    assert [s.step for s in steps] == list(range(1, planned + 1))
-    assert steps[-1].held_out_loss is not None
-    # the first seven rates are given before it is planned
-    annealed = transformers.get_scheduler(
-        "constant_with_warmup" if schedule == "constant" else schedule,
-        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]),
-        num_warmup_steps=2,
-        num_training_steps=planned,
-    ).lr_lambdas[0]
-    expected = [min(done / 2, 1.0) if done <= TIMED else annealed(done) for done in range(planned)]
-    assert [s.learning_rate / 2e-2 for s in steps] == pytest.approx(expected)
-
-
-def test_a_training_of_minutes_that_goes_on_keeps_its_plan(
-    interrupted, tiny_folder, tiny_tokenizer, rows, undisturbed, tmp_path
-):
-    work = shutil.copytree(interrupted, tmp_path / "work")
-    (work / "plan.json").write_text("9")
-    training = Training(**(SETTINGS | {"minutes": 100.0}))
-    model, steps = recover(load(tiny_folder), rows, tiny_tokenizer, work, RECIPE, training)
-    assert [untimed(s) for s in steps] == [untimed(s) for s in undisturbed[1]]
-    for name, tensor in undisturbed[0].state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
 
 
 def test_a_run_is_told_what_the_library_does_by_itself():
