@@ -117,11 +117,15 @@ def wait(device: str | torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def counts_processor_time(device: str | torch.device) -> bool:
+    """Whether `clock` gives seconds of the processor: of one thread, for which other work on the machine is nothing."""
+    return torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+
+
 def clock(device: str | torch.device) -> float:
-    """Seconds; with one thread on a CPU those of the processor, so that other work on the machine does not count."""
+    """Seconds, of a GPU with all that it was given done."""
     wait(device)
-    alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time() if alone else time.perf_counter()
+    return time.process_time() if counts_processor_time(device) else time.perf_counter()
 
 
 def operations_of(action: Callable[[], object]) -> int:

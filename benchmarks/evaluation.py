@@ -95,9 +95,8 @@ def compare(sides: dict[str, Evaluate], model: nn.Module, arguments: argparse.Na
     for benchmark in dict.fromkeys(arguments.benchmarks):
         seconds, equal = timed(sides, benchmark, arguments.rounds, arguments.device)
         operations += operations_of(lambda name=benchmark: sides["ours"](name))  # type: ignore[misc]
-        speed = max(
-            speed, fastest_product_of(model)
-        )  # looked for again and again: other work on the machine disturbs it
+        # again and again: other work on the machine disturbs it
+        speed = max(speed, fastest_product_of(model))
         ratios = np.array(seconds["lm-eval"]) / seconds["ours"]
         medians = {side: float(np.median(values)) for side, values in seconds.items()}
         for side, median in medians.items():

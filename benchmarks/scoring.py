@@ -22,7 +22,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import SHAPES, clock, embedded, fastest_product_of, held, most_held, operations_of, random_llama, where
+from common import (
+    SHAPES,
+    clock,
+    counts_processor_time,
+    embedded,
+    fastest_product_of,
+    held,
+    most_held,
+    operations_of,
+    random_llama,
+    where,
+)
 from torch import nn
 
 import saap
@@ -31,6 +42,7 @@ from saap.models import products
 from saap.models.groups import KINDS, layer_parts
 from saap.scoring.importance import samples_at_once
 
+PLACE = "cuda" if torch.cuda.is_available() else "cpu"
 Scores = tuple[np.ndarray, np.ndarray]  # (vector, element)
 
 
@@ -74,10 +86,9 @@ def forward(model: nn.Module, tokens: torch.Tensor) -> None:
 
 def seconds(action: Callable[[], object]) -> float:
     """Of wall time, or of the processor's (`clock`)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    start = clock(device)
+    start = clock(PLACE)
     action()
-    return clock(device) - start
+    return clock(PLACE) - start
 
 
 def peak_above(action: Callable[[], object], device: torch.device) -> int:
@@ -117,7 +128,7 @@ def the_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a local model folder (default: the embedded SmolLM2-135M)")
     parser.add_argument("--shape", choices=SHAPES, help="random bfloat16 weights of this shape instead of a model")
     parser.add_argument("--llama-7b", dest="shape", action="store_const", const="llama-7b", help="on a GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=PLACE)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--length", type=int, default=128, help="tokens a sample")
@@ -206,7 +217,7 @@ def main() -> None:
     print(f"{model.config.model_type}, {layers} layers, {weights / 1e9:.2f} GB of {model.dtype} weights")
     print(f"{arguments.samples} × {arguments.length} tokens, {arguments.rounds} rounds, {where(device)}")
     if device.type == "cpu":
-        print("no GPU was used" + ("; seconds of processor time" if torch.get_num_threads() == 1 else ""))
+        print("no GPU was used" + ("; seconds of processor time" if counts_processor_time(PLACE) else ""))
 
     peaks = peaks_of(model, tokens, weights)
     taken, found = timed(model, tokens, arguments.rounds)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from saap.errors import SaapError, first_line
+from saap.errors import SaapError, damaged_weight, first_line
 from saap.models.convert_baichuan import split_config, split_state
 from saap.models.families import family_of
 from saap.models.offload import device_map
@@ -82,16 +82,12 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu", off
     return (model if offload else model.to(device)).eval()
 
 
-@torch.no_grad()
 def check_finite(model: nn.Module, folder: str | Path) -> None:
-    """Raises SaapError if a weight of the model loaded from `folder` is not finite. Those left on disk are not read.
-
-    It takes a sum a matrix, and a look at each number only where the sum is not finite either.
-    """
-    for name, weight in model.named_parameters():
-        if not (weight.is_meta or weight.sum().isfinite() or weight.isfinite().all()):
-            narrow = ", or too large for float16 (model.dtype)" if weight.dtype == torch.float16 else ""
-            raise SaapError(f"{name} of the model in {folder} is not finite: the model itself is damaged{narrow}")
+    """Raises SaapError if a weight of the model loaded from `folder` is not finite (`damaged_weight`)."""
+    if (damaged := damaged_weight(model)) is not None:
+        name, weight = damaged
+        narrow = ", or too large for float16 (model.dtype)" if weight.dtype == torch.float16 else ""
+        raise SaapError(f"{name} of the model in {folder} is not finite: the model itself is damaged{narrow}")
 
 
 def load_config(folder: str | Path) -> Any:
